@@ -1,0 +1,40 @@
+"""Small operations on ragged batches: flat (N,) tensors with ``offsets`` (B+1,)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sae_rl.types import Batch
+
+
+def last_tokens(offsets: Tensor) -> Tensor:
+    """(B,) index of the last token of each response."""
+    assert bool((offsets.diff() > 0).all()), "a response of a batch has at least one token"
+    return offsets[1:] - 1
+
+
+def positions(offsets: Tensor) -> Tensor:
+    """(N,) position of each token in its response, counted from 0."""
+    return torch.arange(int(offsets[-1])) - offsets[:-1].repeat_interleave(offsets.diff())
+
+
+def response_sums(flat: Tensor, offsets: Tensor) -> Tensor:
+    """(B,) float64 sum of a (N,) tensor over each response."""
+    responses = torch.arange(offsets.numel() - 1).repeat_interleave(offsets.diff())
+    return torch.zeros(offsets.numel() - 1, dtype=torch.float64).index_add(0, responses, flat.double())
+
+
+def check_tokens(name: str, flat: Tensor, batch: Batch) -> None:
+    """Raises ValueError unless ``flat`` has one finite number per response token; names the first bad response."""
+    if flat.shape != (batch.num_tokens,):
+        raise ValueError(f"{name} has shape {tuple(flat.shape)}, but the batch has {batch.num_tokens} response tokens")
+    bad = ~flat.isfinite()
+    if bool(bad.any()):
+        token = int(bad.nonzero()[0])
+        response = int(torch.searchsorted(batch.offsets, token, right=True)) - 1
+        position = token - int(batch.offsets[response])
+        raise ValueError(
+            f"{name} is {float(flat[token])} at token {position} of response {response} "
+            f"({int(bad.sum())} of {batch.num_tokens} tokens are not finite); look at what produced it"
+        )

@@ -1,0 +1,78 @@
+"""What to measure on a batch: pure functions to ``{metric: number}``. Nothing in training reads them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sae_rl.algo.kl import k3
+from sae_rl.types import Batch, Scores
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """``1 - Var(returns - values) / Var(returns)`` over tokens: 1 is a perfect critic, 0 no better than a constant.
+
+    nan where the returns do not vary.
+    """
+    if bool((returns == returns[0]).all()):
+        return math.nan
+    returns, values = returns.double(), values.double()
+    return 1 - float((returns - values).var(correction=0) / returns.var(correction=0))
+
+
+def segment_stats(batch: Batch, opens: Tensor) -> dict[str, float]:
+    """How a segmenter cut the batch; soft weights count as parts of a segment.
+
+    - ``segment/per_response_mean``: segments per response
+    - ``segment/tokens_mean``: tokens per segment
+    - ``segment/opens_fraction``: of the tokens that are not the first of a response, those that open a segment: the
+      rate at which the segmenter really cuts. nan where every response has one token
+    """
+    weights = opens.double()
+    num_segments, num_first = float(weights.sum()), float(weights[batch.offsets[:-1]].sum())
+    num_inner = batch.num_tokens - batch.num_responses
+    return {
+        "segment/per_response_mean": num_segments / batch.num_responses,
+        "segment/tokens_mean": batch.num_tokens / num_segments,
+        "segment/opens_fraction": (num_segments - num_first) / num_inner if num_inner else math.nan,
+    }
+
+
+def rollout_stats(batch: Batch) -> dict[str, float]:
+    """Rewards and lengths of the batch.
+
+    - ``rollout/reward_mean``, ``rollout/reward_std``: over responses, the population's std
+    - ``rollout/tokens_mean``, ``rollout/tokens_max``: response tokens
+    - ``rollout/truncated_fraction``: responses cut at the length limit
+    - ``rollout/zero_variance_fraction``: groups whose responses all have the same reward, so that GRPO learns nothing
+    """
+    names, groups = torch.unique(batch.groups, return_inverse=True)
+    rewards, lengths = batch.rewards.double(), batch.lengths.double()
+    empty = torch.zeros(names.shape, dtype=torch.float64)
+    lowest = empty.scatter_reduce(0, groups, rewards, "amin", include_self=False)
+    highest = empty.scatter_reduce(0, groups, rewards, "amax", include_self=False)
+    return {
+        "rollout/reward_mean": float(rewards.mean()),
+        "rollout/reward_std": float(rewards.std(correction=0)),
+        "rollout/tokens_mean": float(lengths.mean()),
+        "rollout/tokens_max": float(lengths.max()),
+        "rollout/truncated_fraction": float(batch.truncated.double().mean()),
+        "rollout/zero_variance_fraction": float((lowest == highest).double().mean()),
+    }
+
+
+def mismatch_stats(batch: Batch, scores: Scores) -> dict[str, float]:
+    """How far the rollout engine's logprobs of the sampled tokens are from the trainer's; 0 if they were one program.
+
+    - ``mismatch/logprob_abs_mean``, ``mismatch/logprob_abs_max``: nats
+    - ``mismatch/kl_mean``: KL(pi_rollout || pi_old) per token, by k3
+    """
+    rollout_logprobs, old_logprobs = batch.rollout_logprobs.double(), scores.old_logprobs.double()
+    differences = (rollout_logprobs - old_logprobs).abs()
+    return {
+        "mismatch/logprob_abs_mean": float(differences.mean()),
+        "mismatch/logprob_abs_max": float(differences.max()),
+        "mismatch/kl_mean": float(k3(rollout_logprobs, old_logprobs).mean()),
+    }

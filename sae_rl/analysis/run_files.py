@@ -1,0 +1,141 @@
+"""What a run left behind, read back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae_rl.metrics import METRICS, Phase, show
+from sae_rl.records import read_jsonl
+from sae_rl.rollout_table import rollout_files
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """Held-out success after ``step`` steps, with its interval."""
+
+    step: int
+    success_mean: float
+    success_low: float
+    success_high: float
+    response_tokens_mean: float
+    truncated_fraction: float
+    num_prompts: int | None = None  # None: only in metrics.jsonl, which does not say
+    samples_per_prompt: int | None = None
+
+    @property
+    def success(self) -> str:
+        return f"{show(self.success_mean)} [{show(self.success_low)}, {show(self.success_high)}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One line of the before/after table."""
+
+    label: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The folder of a run; everything but ``metrics.jsonl`` may be absent."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not (self.folder / "metrics.jsonl").is_file():
+            raise ValueError(f"{self.folder} has no metrics.jsonl: it is no folder of a run, or logger.jsonl was false")
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.folder / "metrics.jsonl")
+
+    def series(self, name: str, phase: Phase = "train") -> list[tuple[int, float]]:
+        """(step, value) of one metric; nan where it was not finite."""
+        return [
+            (int(row["step"]), math.nan if row[name] is None else float(row[name]))
+            for row in self.rows
+            if row["phase"] == phase and name in row
+        ]
+
+    @cached_property
+    def evaluations(self) -> list[Evaluated]:
+        """By step; of a step that was evaluated twice, the last."""
+        file = self.folder / "evaluation.jsonl"
+        prefix, rows = "evaluation/", [row for row in self.rows if row["phase"] == "evaluation"]
+        if file.is_file():
+            prefix, rows = "", read_jsonl(file)
+        keys = [key for key in Evaluated.__dataclass_fields__ if key != "step"]
+        by_step = {
+            int(row["step"]): Evaluated(
+                step=int(row["step"]), **{key: row[prefix + key] for key in keys if prefix + key in row}
+            )
+            for row in rows
+        }
+        return [by_step[step] for step in sorted(by_step)]
+
+    @cached_property
+    def rollouts(self) -> list[tuple[int, Path]]:
+        return rollout_files(self.folder)
+
+    @property
+    def config_text(self) -> str | None:
+        file = self.folder / "config.yaml"
+        return file.read_text() if file.is_file() else None
+
+    @property
+    def num_steps(self) -> int:
+        return len([row for row in self.rows if row["phase"] == "train"])
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all training steps."""
+        return float(np.nansum([value for _, value in self.series("time/step_s")]))
+
+    @property
+    def averaged_steps(self) -> int:
+        """A single step is noisy, so before and after are means over the first and last tenth of the steps."""
+        return max(1, self.num_steps // 10)
+
+    def changes(self) -> list[Change]:
+        """The lines that the report's headline and the console's closing table show."""
+        changes = []
+        if len(self.evaluations) > 1:
+            first, last = self.evaluations[0], self.evaluations[-1]
+            changes += [
+                Change(label="held-out success [95 % interval]", before=first.success, after=last.success),
+                Change(
+                    label="held-out response length, tokens",
+                    before=show(first.response_tokens_mean),
+                    after=show(last.response_tokens_mean),
+                ),
+                Change(
+                    label="held-out truncated",
+                    before=show(first.truncated_fraction, "fraction"),
+                    after=show(last.truncated_fraction, "fraction"),
+                ),
+            ]
+        names = {
+            "rollout/reward_mean": "training reward",
+            "rollout/tokens_mean": "response length, tokens",
+            "segment/per_response_mean": "segments per response",
+            "critic/explained_variance": "explained variance of the critic",
+            "time/step_s": "seconds per step",
+        }
+        for name, label in names.items():
+            if values := [value for _, value in self.series(name)]:
+                unit = METRICS[name].unit
+                before, after = values[: self.averaged_steps], values[-self.averaged_steps :]
+                changes.append(Change(label=label, before=show(_mean(before), unit), after=show(_mean(after), unit)))
+        return changes
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

@@ -1,0 +1,1 @@
+"""The heavy libraries, one per file: vLLM, DeepSpeed and transformers. Never Ray."""

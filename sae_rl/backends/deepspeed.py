@@ -1,0 +1,262 @@
+"""A network inside a DeepSpeed engine: forward over ragged batches, optimizer updates, checkpoints, full weights.
+
+One instance lives in each rank's process. Every public method is a collective: all ranks of the group call it with the
+same batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sae_rl.algo.losses import LossSum
+from sae_rl.backends.packing import MicroBatch, build_micro_batch, deal_to_ranks, split_by_tokens
+from sae_rl.config import Device, LearnerConfig, ModelConfig
+from sae_rl.types import Batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """Where this process stands in its data-parallel group."""
+
+    index: int
+    size: int
+    master_address: str
+    master_port: int
+    device: Device
+    threads: int
+
+
+def join_group(rank: Rank) -> None:
+    """Sets up torch and the process group of this role: gloo on CPU, NCCL on GPU."""
+    os.environ.update(
+        RANK=str(rank.index),
+        WORLD_SIZE=str(rank.size),
+        LOCAL_RANK="0",  # Ray shows each worker only the GPU that it was given
+        MASTER_ADDR=rank.master_address,
+        MASTER_PORT=str(rank.master_port),
+    )
+    if rank.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(rank.threads)
+    import deepspeed
+
+    # Else DeepSpeed compiles a shared-memory all-reduce for minutes at the first start; training does not use it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = {"cpu": "gloo", "cuda": "nccl"}[rank.device]
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+class Learner:
+    """One rank of a network trained, or only evaluated, by DeepSpeed ZeRO."""
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        model: ModelConfig,
+        config: LearnerConfig,
+        rank: Rank,
+        *,
+        trainable: bool = True,
+    ) -> None:
+        import deepspeed
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self.config = config
+        self.rank = rank
+        self.device = torch.device(rank.device)
+        self.network: nn.Module
+        self._clips_itself = trainable and config.zero_stage == 0 and model.precision == "float32"
+        ds_config = self._deepspeed_config(model, trainable)
+        # from_pretrained shards while it loads as long as this object lives.
+        sharded_load = HfDeepSpeedConfig(ds_config) if config.zero_stage == 3 else None
+        network = build()
+        del sharded_load
+        if config.activation_checkpointing and trainable:
+            network.apply(_enable_activation_checkpointing)
+        if trainable:
+            options = config.optimizer
+            self._optimizer = torch.optim.AdamW(
+                network.parameters(),
+                lr=options.lr,
+                betas=options.betas,
+                eps=options.eps,
+                weight_decay=options.weight_decay,
+            )
+            if self._clips_itself:
+                self._optimizer.register_step_pre_hook(self._clip)
+            warmup = max(1, options.warmup_updates)
+            schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda update: min(1.0, (update + 1) / warmup))
+            self.engine, *_ = deepspeed.initialize(
+                model=network, optimizer=self._optimizer, lr_scheduler=schedule, config=ds_config
+            )
+        else:
+            network.requires_grad_(False)
+            self.engine, *_ = deepspeed.initialize(model=network, config=ds_config)
+        self.network = self.engine.module
+
+    def _deepspeed_config(self, model: ModelConfig, trainable: bool) -> dict[str, Any]:
+        stage = self.config.zero_stage
+        if not trainable and stage in (1, 2):
+            stage = 0  # nothing to shard but gradients and optimizer states
+        zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+        if stage >= 1 and self.config.offload_optimizer and trainable:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.rank.device == "cuda"}
+        if stage == 3 and self.config.offload_parameters:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": self.rank.device == "cuda"}
+        return {
+            # DeepSpeed wants a batch size; the loss is normalised here, by the tokens of the whole mini-batch.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "managed_gradient_accumulation": False,
+            "gradient_clipping": 0.0 if self._clips_itself else self.config.optimizer.max_grad_norm,
+            "bf16": {"enabled": model.precision == "bfloat16"},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+        }
+
+    def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """ZeRO 0 in float32: DeepSpeed clips but does not tell the norm."""
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.max_grad_norm)
+        self._grad_norm = float(norm)
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the last update's gradient, before clipping."""
+        return self._grad_norm if self._clips_itself else float(self.engine.get_global_grad_norm())
+
+    @property
+    def lr(self) -> float:
+        return float(self.engine.get_lr()[0])
+
+    def set_lr(self, lr: float) -> None:
+        """Another peak learning rate, kept by the warm-up schedule."""
+        schedule = self.engine.lr_scheduler
+        schedule.base_lrs = [lr] * len(schedule.base_lrs)
+        for group, factor in zip(self.engine.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+            group["lr"] = lr * factor(schedule.last_epoch)
+
+    def _micro_batches(self, batch: Batch, rows: Tensor) -> Iterator[tuple[MicroBatch, bool]]:
+        """This rank's share of ``rows`` as micro-batches, and whether each counts.
+
+        All ranks get the same number of them, since ZeRO runs collectives in every pass: a rank with too few rows runs
+        its first row again, and that pass does not count.
+        """
+        lengths = batch.prompt_lengths + batch.lengths
+        shares = deal_to_ranks(rows, lengths, self.rank.size)
+        budget = self.config.micro_batch_tokens
+        passes = max(len(split_by_tokens(share, lengths, budget)) for share in shares)
+        parts = split_by_tokens(shares[self.rank.index], lengths, budget, at_least=passes)
+        fillers = [rows[:1]] * (passes - len(parts))
+        for part in parts:
+            yield build_micro_batch(batch, part).to(self.device), True
+        for part in fillers:
+            yield build_micro_batch(batch, part).to(self.device), False
+
+    @torch.no_grad()
+    def score(
+        self, batch: Batch, forward: Callable[[MicroBatch], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Runs ``forward`` over the batch.
+
+        Returns:
+            token_index (n,): which of the batch's N tokens this rank answers for, and (n,) results for each output.
+        """
+        self.engine.eval()
+        index: list[Tensor] = []
+        outputs: list[tuple[Tensor, ...]] = []
+        for micro, counts in self._micro_batches(batch, torch.arange(batch.num_responses)):
+            answer = forward(micro)
+            if counts:
+                index.append(micro.token_index.cpu())
+                outputs.append(tuple(a.cpu() for a in answer))
+        if not index:
+            return torch.empty(0, dtype=torch.int64), ()
+        return torch.cat(index), tuple(torch.cat(column) for column in zip(*outputs, strict=True))
+
+    def update(self, batch: Batch, rows: Tensor, loss: Callable[[MicroBatch], LossSum]) -> dict[str, float]:
+        """One optimizer update on the responses ``rows``.
+
+        The gradient is that of ``sum over tokens / tokens of all ranks``, whatever the ranks and micro-batches.
+
+        Returns:
+            sums over this rank's tokens: the statistics of ``loss``, and their number as ``tokens``.
+        """
+        self.engine.train()
+        num_tokens = int(batch.lengths[rows].sum())
+        totals: dict[str, float] = {"tokens": 0.0}
+        for micro, counts in self._micro_batches(batch, rows):
+            summed = loss(micro)
+            # DeepSpeed averages gradients over ranks; the mean over tokens needs their sum.
+            scale = self.rank.size / num_tokens if counts else 0.0
+            self.engine.backward(summed.sum * scale)
+            if counts:
+                totals["tokens"] += micro.token_ids.numel()
+                for name, value in summed.stats.items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
+        self.engine.step()
+        if not math.isfinite(self.grad_norm):
+            raise FloatingPointError(
+                f"the gradient's norm is {self.grad_norm} after {self.engine.global_steps} updates; lower "
+                "learner.*.optimizer.lr, or look for non-finite rewards and values in the metrics of the last steps"
+            )
+        return totals
+
+    def save(self, folder: Path) -> None:
+        """Weights, optimizer and schedule, each rank its own shard."""
+        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote.
+
+        Raises:
+            ValueError: the checkpoint was written by another number of ranks, or is incomplete.
+        """
+        path, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise ValueError(f"{folder} holds no DeepSpeed checkpoint that {self.rank.size} ranks can load")
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter of the network by name, gathered one at a time; a collective on all ranks under ZeRO 3.
+
+        A gathered tensor is only valid until the next one is asked for.
+        """
+        import deepspeed
+
+        for name, parameter in self.network.named_parameters():
+            if self.config.zero_stage == 3:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    yield name, parameter.data
+            else:
+                yield name, parameter.data
+
+    def weight_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, type, full shape) of what `full_weights` yields, without gathering."""
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self.network.named_parameters()]
+
+    def peak_memory_gb(self) -> float:
+        """Of the device, or of the process on CPU."""
+        if self.rank.device == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _enable_activation_checkpointing(module: nn.Module) -> None:
+    if hasattr(module, "gradient_checkpointing_enable"):
+        module.gradient_checkpointing_enable()

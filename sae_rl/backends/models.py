@@ -1,0 +1,74 @@
+"""Policy and critic networks: Hugging Face causal language models that answer per response token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sae_rl.backends.logprobs import token_entropies, token_logprobs
+from sae_rl.backends.packing import MicroBatch
+from sae_rl.config import ModelConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_causal_lm(model: ModelConfig) -> Any:
+    """The Hugging Face model of ``model.path``, without dropout or a KV cache."""
+    network = AutoModelForCausalLM.from_pretrained(
+        model.path, dtype=DTYPES[model.precision], attn_implementation=model.attention
+    )
+    network.config.use_cache = False
+    return network
+
+
+class PolicyNetwork(nn.Module):
+    """log pi(a_t | s_t) of response tokens. The output layer runs on response positions only."""
+
+    def __init__(self, causal_lm: Any) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(self, micro: MicroBatch, temperature: float, with_entropies: bool) -> tuple[Tensor, Tensor | None]:
+        """
+        Returns:
+            logprobs (n,) and entropies (n,), float32; entropies None unless asked for.
+        """
+        hidden = self.causal_lm.base_model(input_ids=micro.input_ids).last_hidden_state
+        logits = self.causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[micro.state_index])
+        logprobs = token_logprobs(logits, micro.token_ids, temperature)
+        return logprobs, token_entropies(logits, temperature) if with_entropies else None
+
+
+class CriticNetwork(nn.Module):
+    """V(s_t) of response tokens: the policy's architecture and weights below a linear head that starts at zero."""
+
+    def __init__(self, causal_lm: Any) -> None:
+        super().__init__()
+        self.backbone = causal_lm.base_model
+        self.value_head = nn.Linear(causal_lm.config.hidden_size, 1, dtype=causal_lm.dtype)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, micro: MicroBatch) -> Tensor:
+        """(n,) float32."""
+        hidden = self.backbone(input_ids=micro.input_ids).last_hidden_state
+        return self.value_head(hidden.flatten(0, 1)[micro.state_index]).squeeze(-1).float()  # type: ignore[no-any-return]
+
+
+def export_causal_lm(causal_lm: Any, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:
+    """Writes a folder that transformers and vLLM load: weights, configuration, and the tokenizer of ``base``.
+
+    Args:
+        causal_lm: the model whose architecture is written.
+        weights: (name, full tensor) of `PolicyNetwork`'s parameters, one at a time.
+        base: folder or hub name that the tokenizer comes from.
+        folder: written whole or not at all is the caller's care.
+    """
+    state = {name.removeprefix("causal_lm."): tensor.detach().cpu().clone() for name, tensor in weights}
+    causal_lm.save_pretrained(folder, state_dict=state)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)

@@ -1,0 +1,156 @@
+"""One vLLM engine: token ids in; token ids, processed logprobs and the version of the weights out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sae_rl.config import Device, ModelConfig, RolloutConfig
+from sae_rl.types import FinishReason
+
+PREFILL_TOKENS = 8192  # prompt tokens that an engine on a CPU reads in one pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One response to sample."""
+
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What came back for one request."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of the sampled tokens, at the sampling temperature
+    text: str
+    finish_reason: FinishReason
+    weight_version: str
+
+
+def prepare_environment(device: Device, threads: int, kv_cache_gb: float | None) -> None:
+    """Settings that vLLM reads from the environment, before it is imported."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if device == "cpu":
+        # Engines of one machine must not all bind to the same cores; the number of threads is what we choose.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+class RolloutEngine:
+    """vLLM's ``AsyncLLM`` with the settings that training needs. To be used inside one event loop."""
+
+    def __init__(
+        self, model: ModelConfig, rollout: RolloutConfig, device: Device, *, max_model_tokens: int, seed: int
+    ) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.config.weight_transfer import WeightTransferConfig
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        from sae_rl.backends import weight_transfer
+
+        options: dict[str, Any] = {}
+        if device == "cpu":
+            assert rollout.kv_cache_gb is not None, "checked with the configuration"
+            options["kv_cache_memory_bytes"] = int(rollout.kv_cache_gb * 2**30)
+            # vLLM rewinds a seeded generator after a partial prefill, which torch's CPU generators cannot do: the engine
+            # dies of it. Without chunks a prefill is never partial.
+            options["enable_chunked_prefill"] = False
+            options["max_num_batched_tokens"] = max(max_model_tokens, PREFILL_TOKENS)
+        self._engine = AsyncLLM.from_engine_args(
+            AsyncEngineArgs(
+                model=model.path,
+                dtype=model.precision,
+                max_model_len=max_model_tokens,
+                max_num_seqs=rollout.max_num_seqs,
+                tensor_parallel_size=rollout.tensor_parallel_size,
+                gpu_memory_utilization=rollout.gpu_memory_utilization,
+                enforce_eager=rollout.enforce_eager,
+                # Raw logprobs ignore the temperature: they are not those of the distribution that was sampled from.
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",  # no sampling defaults from the model's folder
+                seed=seed,
+                weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKENDS[device]),
+                worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WorkerExtension.__name__}",
+                disable_log_stats=True,
+                **options,
+            )
+        )
+        self._count = 0
+
+    async def generate(self, requests: Sequence[Request]) -> list[Sample]:
+        """All requests at once; vLLM batches them. Answers in the order of the requests."""
+        return list(await asyncio.gather(*(self._generate_one(request) for request in requests)))
+
+    async def _generate_one(self, request: Request) -> Sample:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            seed=request.seed,
+            logprobs=0,  # the sampled token's only
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._count += 1
+        prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
+        async for answer in self._engine.generate(prompt, parameters, request_id=str(self._count)):
+            if answer.finished:
+                return _sample_of(answer)
+        raise RuntimeError(f"vLLM ended request {self._count} without a finished answer")
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def start_weight_update(self) -> None:
+        await self._engine.pause_generation(mode="wait", clear_cache=True)
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_weight_update(self, weight_version: str) -> None:
+        await self._engine.finish_weight_update(weight_version=weight_version)
+        await self._engine.resume_generation()
+
+    def close(self) -> None:
+        self._engine.shutdown()
+
+
+def _sample_of(answer: Any) -> Sample:
+    output = answer.outputs[0]
+    assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids)
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM finished a request with {output.finish_reason!r}; 'stop' or 'length' was expected")
+    return Sample(
+        token_ids=tuple(output.token_ids),
+        logprobs=tuple(
+            position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True)
+        ),
+        text=output.text,
+        finish_reason=output.finish_reason,
+        weight_version=_version_of(output),
+    )
+
+
+def _version_of(output: Any) -> str:
+    """The one version that sampled the whole response."""
+    versions = {span.version for span in output.weight_versions}
+    if len(versions) != 1:
+        raise RuntimeError(f"one response was sampled from several weight versions: {sorted(versions)}")
+    return str(versions.pop())

@@ -1,0 +1,82 @@
+"""Everything that decides the next step, saved so that a crash at any moment leaves the last checkpoint usable.
+
+A checkpoint is a folder ``step_000040``: ``driver.json`` (step, sampler), ``policy/`` and ``critic/`` (DeepSpeed: weights,
+optimizer, schedule, random states) and ``hf/`` (the policy for transformers and vLLM). It is written under another name
+and renamed when it is complete, so a folder of that name is whole. Seeds of sampling and of mini-batches derive from the
+run's seed and the step, so they need no saving.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_rl.protocols import Workers
+
+PREFIX = "step_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverState:
+    """The driver's part of a checkpoint."""
+
+    step: int  # steps that are done
+    sampler: dict[str, Any]
+
+
+def save(root: Path, state: DriverState, workers: Workers, keep_last: int) -> Path:
+    """Writes one checkpoint and removes those older than the newest ``keep_last``."""
+    target = root / f"{PREFIX}{state.step:06d}"
+    partial = root / f".partial_{target.name}"
+    for leftover in root.glob(".partial_*"):
+        shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+    workers.save(partial)
+    (partial / "driver.json").write_text(json.dumps(asdict(state)))
+    _sync_to_disk(partial)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    _sync_to_disk(root)
+    for old in _finished(root)[:-keep_last]:
+        shutil.rmtree(old)
+    return target
+
+
+def newest(root: Path) -> Path | None:
+    """The last finished checkpoint."""
+    finished = _finished(root)
+    return finished[-1] if finished else None
+
+
+def load(folder: Path, workers: Workers) -> DriverState:
+    """Restores the workers and returns the driver's part.
+
+    Raises:
+        ValueError: the folder is no checkpoint.
+    """
+    file = folder / "driver.json"
+    try:
+        state = DriverState(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder} is no checkpoint: {file} cannot be read ({error})") from error
+    workers.load(folder)
+    return state
+
+
+def _finished(root: Path) -> list[Path]:
+    return sorted(folder for folder in root.glob(f"{PREFIX}*") if folder.is_dir())
+
+
+def _sync_to_disk(folder: Path) -> None:
+    """A rename must not reach the disk before what it names."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,53 @@
+"""Where the wall time of a step goes, measured on the driver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+# Parts of a phase that are worth their own number. They never count towards the sum.
+PARTS = frozenset({"policy_update", "critic_update"})
+
+
+class Clock:
+    """Adds up the phases of a step.
+
+    The phases of a step do not overlap: what runs inside another phase belongs to that one, so that generating for an
+    evaluation is `evaluate` and not `generate`. Only `PARTS` are reported from inside a phase too.
+
+        clock = Clock()
+        with clock.phase("generate"):
+            ...
+        clock.lap()  # {"time/generate_s": 4.1, "time/step_s": 4.3, "time/driver_s": 0.2}
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._open: list[str] = []
+        self._totals: dict[str, float] = {}
+        self._started = now()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to the phase's total, also when it ends in an exception."""
+        self._open.append(name)
+        started = self._now()
+        try:
+            yield
+        finally:
+            self._open.pop()
+            if not self._open or name in PARTS:
+                self._totals[name] = self._totals.get(name, 0.0) + self._now() - started
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last lap, of the whole lap, and of the driver between the phases."""
+        assert not self._open, f"a lap ends between phases, but {self._open} is open"
+        ended = self._now()
+        step_s, totals = ended - self._started, self._totals
+        self._started, self._totals = ended, {}
+        driver_s = step_s - sum(seconds for name, seconds in totals.items() if name not in PARTS)
+        return {f"time/{name}_s": seconds for name, seconds in totals.items()} | {
+            "time/step_s": step_s,
+            "time/driver_s": driver_s,
+        }

@@ -1,0 +1,135 @@
+"""From the command line's overrides to a validated `Config`: Hydra composes, every mistake gets one readable line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from sae_rl.config import Config, check, describe, nearest
+
+PACKAGE = Path(__file__).parent
+# In a wheel conf/ lies inside the package, in a checkout beside it.
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration, one problem per line, each with the key to change."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+
+
+def load_config(overrides: Sequence[str], name: str = "train") -> Config:
+    """The configuration that ``conf/<name>.yaml`` and the overrides make.
+
+    Raises:
+        ConfigError: a misspelt key or group, a value of the wrong type or range, or fields that contradict each other.
+    """
+    return validate(compose_tree(overrides, name))
+
+
+def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
+    """What Hydra makes of the overrides, unresolved.
+
+    Raises:
+        ConfigError: an override that cannot be read, or that names no group, option or key.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError([f"cannot read an override: {_first_line(error)}"]) from error
+    groups = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir()}
+    choices = [override for override in parsed if _group_of(override) in groups]
+    problems = [problem for override in choices if (problem := _check_choice(override)) is not None]
+    if problems:
+        raise ConfigError(problems)
+    with _hydra():
+        try:
+            chosen = compose(name, overrides=[str(override.input_line) for override in choices])
+            values = [override for override in parsed if override not in choices]
+            problems = [problem for value in values if (problem := _check_key(value, chosen, groups)) is not None]
+            if problems:
+                raise ConfigError(problems)
+            return compose(name, overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError([_first_line(error.__cause__ or error)]) from error
+
+
+def validate(tree: DictConfig) -> Config:
+    """The frozen, typed configuration.
+
+    Raises:
+        ConfigError: every problem that was found.
+    """
+    if missing := sorted(OmegaConf.missing_keys(tree)):
+        raise ConfigError([f"{key} has no value; give it one on the command line: {key}=..." for key in missing])
+    try:
+        values: Any = OmegaConf.to_container(tree, resolve=True)
+        config = Config.model_validate(values)
+    except OmegaConfBaseException as error:
+        raise ConfigError([_first_line(error)]) from error
+    except ValidationError as error:
+        raise ConfigError(describe(error)) from error
+    if problems := check(config):
+        raise ConfigError(problems)
+    return config
+
+
+class _hydra:
+    """Hydra keeps one global configuration source; this one is set for a composition and left as it was found."""
+
+    def __enter__(self) -> None:
+        self._before = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        initialize_config_dir(str(CONF), version_base="1.3")
+
+    def __exit__(self, *_: object) -> None:
+        GlobalHydra.instance().clear()
+        if self._before is not None:
+            GlobalHydra.instance().initialize(self._before)
+
+
+def _group_of(override: Override) -> str:
+    return override.key_or_group
+
+
+def _check_choice(override: Override) -> str | None:
+    """A group's option must be a file; null leaves a group out."""
+    option = override.value()
+    if option is None or override.is_sweep_override():
+        return None
+    options = [file.stem for file in (CONF / override.key_or_group).glob("*.yaml")]
+    if str(option) in options:
+        return None
+    return f"{override.key_or_group}={option}: no such option, {nearest(str(option), options)}"
+
+
+def _check_key(override: Override, tree: DictConfig, groups: set[str]) -> str | None:
+    key = override.key_or_group
+    if override.is_add() or override.is_force_add() or override.is_delete() or key.startswith("hydra"):
+        return None  # Hydra adds or deletes; the typed tree refuses what it does not know
+    node: Any = tree
+    for depth, part in enumerate(key.split(".")):
+        if not isinstance(node, DictConfig):
+            return f"{key}: {'.'.join(key.split('.')[:depth])} is a value, it has no key {part!r}"
+        if part not in list(node.keys()):  # `in` would deny a key whose value is still missing
+            prefix = ".".join(key.split(".")[:depth])
+            allowed = [str(name) for name in node if name != "hydra"] + ([] if depth else sorted(groups))
+            where = f"{prefix} has no key" if prefix else "there is no key or group"
+            return f"{key}: {where} {part!r}, {nearest(part, allowed)}"
+        node = node._get_node(part)
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,366 @@
+"""A whole run as one frozen tree. Hydra composes it from ``conf/``; it is validated here, once, before any process starts.
+
+Defaults live in ``conf/`` where a reader of a configuration looks for them; a field has a default here only where
+leaving it out has one obvious meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
+
+from sae_rl.algo.estimators import ESTIMATORS
+from sae_rl.algo.losses import PolicyLoss, ValueLoss
+from sae_rl.algo.segmenters import SEGMENTERS
+from sae_rl.algo.shaping import TokenRewards
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Device = Literal["cpu", "cuda"]
+Precision = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """", did you mean 'x'?" or the list of what is allowed."""
+    match = get_close_matches(word, allowed, n=1, cutoff=0.6)
+    return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(sorted(allowed))}"
+
+
+def member_of(table: Mapping[str, type[Any]]) -> Callable[[object], object]:
+    """Builds one member of an extension point from ``{name: ..., knob: value}``.
+
+    ``name`` is a key of ``table`` or the import path ``package.module:Class`` of a user's own frozen dataclass.
+    """
+
+    def build(node: object) -> object:
+        if not isinstance(node, Mapping):
+            return node
+        knobs = dict(node)
+        name = knobs.pop("name", None)
+        if not isinstance(name, str):
+            raise ValueError(f"name is missing; allowed: {', '.join(sorted(table))}, or package.module:Class")
+        cls = import_object(name) if ":" in name else table.get(name)
+        if cls is None:
+            raise ValueError(f"name {name!r} is unknown, {nearest(name, list(table))}")
+        if not dataclasses.is_dataclass(cls):
+            raise ValueError(f"{name} is not a dataclass; write it as a frozen dataclass whose fields are its knobs")
+        fields = [f.name for f in dataclasses.fields(cls) if f.init]
+        for knob in knobs:
+            if knob not in fields:
+                raise ValueError(f"{name} has no knob {knob!r}, {nearest(knob, fields)}")
+        try:
+            return TypeAdapter(cls).validate_python(knobs)
+        except ValidationError as error:
+            raise ValueError("; ".join(describe(error))) from None
+
+    return build
+
+
+def import_object(path: str) -> Any:
+    """``package.module:attribute`` -> the attribute.
+
+    Raises:
+        ValueError: no such module or attribute.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import {path!r}: {error}") from error
+
+
+def describe(error: ValidationError) -> list[str]:
+    """One line per problem: the key, what was found, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            lines.append(f"{key} is missing")
+        elif key and problem["type"] == "value_error":
+            lines.append(f"{key}: {message}")
+        elif key:
+            lines.append(f"{key}: found {problem['input']!r}: {message[0].lower() + message[1:]}")
+        else:
+            lines.append(message)
+    return lines
+
+
+class AlgorithmConfig(Section):
+    segmenter: Annotated[InstanceOf[Callable[..., Any]], BeforeValidator(member_of(SEGMENTERS))]
+    estimator: Annotated[InstanceOf[Callable[..., Any]], BeforeValidator(member_of(ESTIMATORS))]
+    token_rewards: TokenRewards
+    policy_loss: PolicyLoss
+    value_loss: ValueLoss
+    whiten_advantages: bool  # over all response tokens of the global batch
+
+    @property
+    def needs_critic(self) -> bool:
+        return bool(self.estimator.needs_critic)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.token_rewards.kl_coef > 0 or self.policy_loss.kl_coef > 0
+
+    @property
+    def needs_entropies(self) -> bool:
+        return self.policy_loss.entropy_coef != 0
+
+
+class ModelConfig(Section):
+    path: str  # a local Hugging Face folder, or a hub name such as Qwen/Qwen3-8B-Base
+    precision: Precision  # of weights and activations; DeepSpeed keeps fp32 master weights beside bfloat16
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    context_tokens: Positive | None = None  # null: max_position_embeddings of the model's config.json
+
+    @property
+    def is_hub_name(self) -> bool:
+        return not Path(self.path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", self.path) is not None
+
+    def read_context_tokens(self) -> int:
+        """Longest prompt + response that the model takes.
+
+        Raises:
+            ValueError: the folder or its config.json is missing or unreadable.
+        """
+        if self.context_tokens is not None:
+            return self.context_tokens
+        if self.is_hub_name:
+            raise ValueError(
+                f"model.path: no folder {self.path!r} here; to load that name from the hub, state its context length "
+                "in model.context_tokens"
+            )
+        if not Path(self.path).is_dir():
+            raise ValueError(f"model.path: no folder {self.path!r}; make one with `sae-rl warm-start`, or correct the path")
+        file = Path(self.path) / "config.json"
+        try:
+            return int(json.loads(file.read_text())["max_position_embeddings"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"model.path: cannot read max_position_embeddings from {file}: {error!r}") from error
+
+
+class SourceConfig(Section):
+    """Where prompts come from: a procedural task by name, or a file of prompts and answers."""
+
+    name: str  # a task of sae_rl.data, or "file"
+    path: str | None = None  # JSONL or parquet, for name=file
+    split: Literal["train", "held_out"] = "train"
+    seed: NonNegative = 0  # of procedural problems
+    num_prompts: Positive | None = None  # procedural: how many to generate; file: the first so many (null: all)
+    columns: dict[str, str] = {}  # our column -> the file's, for example {answer: reward_model.ground_truth}
+    reward: str | None = None  # name in sae_rl.rewards or package.module:function; null: the task's own
+    knobs: dict[str, Any] = {}  # of the procedural task
+
+
+class TaskConfig(Section):
+    train: SourceConfig
+    evaluation: SourceConfig
+    max_prompt_tokens: Positive
+    overlong_prompts: Literal["error", "drop"]
+
+
+class WorkersConfig(Section):
+    num_workers: NonNegative
+    cpus_per_worker: Annotated[float, Field(gt=0)]
+    threads_per_worker: Positive  # of torch and OpenMP in each process
+
+
+class ClusterConfig(Section):
+    address: str | None  # null: start a local Ray; auto, HOST:PORT or ray://...: join one
+    device: Device
+    rollout: WorkersConfig  # one vLLM engine per worker
+    policy: WorkersConfig
+    critic: WorkersConfig  # started if the estimator needs values
+    reference: WorkersConfig  # started if a KL term needs it
+    share_learner_gpus: bool  # rank i of policy, critic and reference live on one GPU
+    start_timeout_s: Annotated[float, Field(gt=0)]
+    call_timeout_s: Annotated[float, Field(gt=0)]  # of any one remote call
+
+
+class RolloutConfig(Section):
+    prompts_per_step: Positive
+    group_size: Positive  # responses per prompt
+    max_response_tokens: Positive
+    temperature: Annotated[float, Field(gt=0)]
+    top_p: float
+    top_k: int
+    min_p: float
+    tensor_parallel_size: Positive
+    max_num_seqs: Positive  # responses that one engine decodes at the same time
+    kv_cache_gb: Annotated[float, Field(gt=0)] | None  # on CPU; on GPU null: what gpu_memory_utilization leaves
+    gpu_memory_utilization: Fraction
+    enforce_eager: bool
+    logprob_tolerance: Annotated[float, Field(gt=0)]  # nats, vLLM against the trainer after a weight sync
+
+
+class OptimizerConfig(Section):
+    lr: Annotated[float, Field(gt=0)]
+    betas: tuple[Fraction, Fraction]
+    eps: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_updates: NonNegative  # linear from 0
+    max_grad_norm: Annotated[float, Field(gt=0)]
+
+
+class LearnerConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3]
+    offload_optimizer: bool
+    offload_parameters: bool
+    activation_checkpointing: bool
+    num_epochs: Positive  # passes over the batch of one step
+    num_mini_batches: Positive  # optimizer updates per epoch
+    micro_batch_tokens: Positive  # prompt + response tokens of one forward pass per rank, padding included
+    optimizer: OptimizerConfig
+
+
+class CriticPretrainingConfig(Section):
+    """Value pre-training on rollouts of the frozen policy, before the first policy update (arXiv 2503.01491)."""
+
+    num_prompts: NonNegative  # 0: none
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)]  # of the prompts
+    responses_per_update: Positive
+    lr: Annotated[float, Field(gt=0)]
+    max_epochs: Positive
+    patience: Positive  # epochs without a better held-out explained variance before it stops
+    lr_decay: Annotated[float, Field(gt=0, le=1)]  # factor on the learning rate after each epoch
+
+
+class LearnersConfig(Section):
+    policy: LearnerConfig
+    critic: LearnerConfig
+    critic_pretraining: CriticPretrainingConfig
+
+
+class RewardPoolConfig(Section):
+    num_processes: Positive
+    deadline_s: Annotated[float, Field(gt=0)]  # per response
+    max_failed_fraction: Fraction  # checks that crash or time out; above it the run stops
+
+
+class EvaluationConfig(Section):
+    every_steps: NonNegative  # 0: never; always before the first and after the last step otherwise
+    samples_per_prompt: Positive  # k of avg@k
+    temperature: Annotated[float, Field(ge=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+
+
+class CheckpointConfig(Section):
+    every_steps: NonNegative  # 0: only at the end
+    keep_last: Positive
+
+
+class LoggerConfig(Section):
+    console: Literal["rich", "plain", "off"]
+    jsonl: bool
+    tensorboard: bool
+    wandb: Literal["auto", "offline", "off"]  # auto: online if an API key is there, offline otherwise
+    wandb_project: str
+    rollouts_every_steps: NonNegative  # parquet files of every response; 0: none
+
+
+class Config(Section):
+    name: str
+    output_dir: Path
+    seed: NonNegative
+    steps: NonNegative
+    resume: bool  # continue from the newest checkpoint in output_dir if there is one
+    algorithm: AlgorithmConfig
+    model: ModelConfig
+    task: TaskConfig
+    cluster: ClusterConfig
+    rollout: RolloutConfig
+    learner: LearnersConfig
+    rewards: RewardPoolConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    logger: LoggerConfig
+
+    @property
+    def responses_per_step(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.group_size
+
+
+def check(config: Config) -> list[str]:
+    """Problems between fields, each with the keys to change; empty when there are none."""
+    problems = [*_check_batches(config), *_check_sampling(config), *_check_workers(config)]
+    try:
+        context = config.model.read_context_tokens()
+        wanted = config.task.max_prompt_tokens + config.rollout.max_response_tokens
+        if wanted > context:
+            problems.append(
+                f"task.max_prompt_tokens ({config.task.max_prompt_tokens}) + rollout.max_response_tokens "
+                f"({config.rollout.max_response_tokens}) = {wanted} tokens, but the model at {config.model.path} takes "
+                f"{context}; shorten one of them"
+            )
+        for role in _learner_roles(config):
+            budget = getattr(config.learner, role).micro_batch_tokens
+            if budget < wanted:
+                problems.append(
+                    f"learner.{role}.micro_batch_tokens ({budget}) is below one full prompt + response ({wanted} tokens)"
+                )
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _learner_roles(config: Config) -> list[Literal["policy", "critic"]]:
+    return ["policy", "critic"] if config.algorithm.needs_critic else ["policy"]
+
+
+def _check_batches(config: Config) -> list[str]:
+    problems = []
+    total = config.responses_per_step
+    size = f"rollout.prompts_per_step x rollout.group_size = {total} responses"
+    for role in _learner_roles(config):
+        updates = getattr(config.learner, role).num_mini_batches
+        ranks = getattr(config.cluster, role).num_workers
+        if total % updates:
+            problems.append(f"{size} cannot be divided by learner.{role}.num_mini_batches = {updates}")
+        elif ranks and (total // updates) % ranks:
+            problems.append(
+                f"a mini-batch of {total // updates} responses ({size} / learner.{role}.num_mini_batches = {updates}) "
+                f"cannot be divided by cluster.{role}.num_workers = {ranks}"
+            )
+    if not config.algorithm.needs_critic and config.rollout.group_size < 2:
+        problems.append("rollout.group_size is 1, but a critic-free estimator compares responses of a group: at least 2")
+    return problems
+
+
+def _check_sampling(config: Config) -> list[str]:
+    """Truncating samplers renormalise what vLLM reports: the ratio and the segments would both be biased."""
+    allowed = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    return [
+        f"rollout.{key} = {found}: training needs {key} = {neutral}, because a truncated distribution renormalises the "
+        "logprobs that the ratio and the segments read (evaluation may truncate: evaluation.top_p)"
+        for key, neutral in allowed.items()
+        if (found := getattr(config.rollout, key)) != neutral
+    ]
+
+
+def _check_workers(config: Config) -> list[str]:
+    problems = []
+    needed = {"rollout": True, "policy": True, "critic": config.algorithm.needs_critic}
+    needed["reference"] = config.algorithm.needs_reference
+    for role, is_needed in needed.items():
+        if is_needed and getattr(config.cluster, role).num_workers < 1:
+            problems.append(f"cluster.{role}.num_workers = 0, but this algorithm needs at least one {role} worker")
+    if config.cluster.device == "cpu" and config.rollout.tensor_parallel_size > 1:
+        problems.append(
+            f"rollout.tensor_parallel_size = {config.rollout.tensor_parallel_size}: on cluster.device=cpu use 1"
+        )
+    if config.cluster.device == "cpu" and config.rollout.kv_cache_gb is None:
+        problems.append("rollout.kv_cache_gb = null: on cluster.device=cpu state the size of the KV cache, for example 1")
+    return problems

@@ -1,0 +1,1 @@
+"""Where prompts come from: procedural tasks, files, and the sampler that hands them out."""

@@ -1,0 +1,104 @@
+"""Hands out prompts, epoch after epoch, and remembers where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import TypedDict
+
+from sae_rl.types import Prompt
+
+
+class SamplerState(TypedDict):
+    """Everything that decides the next prompts; plain numbers, fit for JSON."""
+
+    seed: int
+    fingerprint: str  # of the data set, since positions in another one mean nothing
+    epoch: int
+    position: int  # prompts of this epoch that were handed out
+    postponed: list[int]  # moved to the end of this epoch: the batch that began it held them already
+
+
+class Sampler:
+    """Goes through a shuffled list of prompts; every epoch has its own order, decided by (seed, epoch).
+
+    A batch that reaches the end of an epoch goes on in the next one, so no prompt is ever dropped, and one batch never
+    holds a prompt twice.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+        if not prompts:
+            raise ValueError("the sampler needs at least one prompt, found none")
+        self._prompts = tuple(prompts)
+        self._seed = seed
+        self._position = 0
+        self._fingerprint = fingerprint(self._prompts)
+        self._begin(epoch=0, position=0, postponed=[])
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The data set, in its own order."""
+        return self._prompts
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    def next(self, num_prompts: int) -> list[Prompt]:
+        """The next ``num_prompts`` prompts.
+
+        Raises:
+            ValueError: fewer than one, or more than the data set holds.
+        """
+        if not 1 <= num_prompts <= len(self._prompts):
+            raise ValueError(
+                f"a step asks for {num_prompts} prompts, allowed: 1 to {len(self._prompts)}, the size of the data set; "
+                "ask for fewer prompts per step or give more data"
+            )
+        chosen = self._order[self._position : self._position + num_prompts]
+        if (missing := num_prompts - len(chosen)) > 0:
+            self._begin(epoch=self._epoch + 1, position=0, postponed=chosen)
+            chosen = chosen + self._order[:missing]
+            self._position = missing
+        else:
+            self._position += num_prompts
+        return [self._prompts[i] for i in chosen]
+
+    def state(self) -> SamplerState:
+        return SamplerState(
+            seed=self._seed,
+            fingerprint=self._fingerprint,
+            epoch=self._epoch,
+            position=self._position,
+            postponed=list(self._postponed),
+        )
+
+    def load_state(self, state: SamplerState) -> None:
+        """Goes on exactly where ``state`` was taken.
+
+        Raises:
+            ValueError: the state belongs to other prompts or to another seed.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            raise ValueError(
+                "the saved sampler walked through other prompts than these; resume with the same data, or start anew"
+            )
+        if state["seed"] != self._seed:
+            raise ValueError(f"the saved sampler has seed {state['seed']}, this one {self._seed}; use the saved seed")
+        self._begin(state["epoch"], state["position"], state["postponed"])
+
+    def _begin(self, epoch: int, position: int, postponed: Sequence[int]) -> None:
+        order = list(range(len(self._prompts)))
+        random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        last = set(postponed)
+        self._order = [i for i in order if i not in last] + [i for i in order if i in last]
+        self._epoch, self._position, self._postponed = epoch, position, list(postponed)
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Differs when the prompts, their order or their answers differ."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr((prompt.id, prompt.text, prompt.answer)).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,36 @@
+"""Word-level tokenizers for the procedural tasks, made by code: one word, one token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
+
+
+def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that splits at spaces, puts BOS before a text, and decodes to words joined by single spaces.
+
+    Raises:
+        ValueError: a word that is empty, repeated, special, or contains white space.
+    """
+    specials = (PAD, BOS, EOS, UNKNOWN)
+    vocabulary = {word: i for i, word in enumerate((*specials, *words))}
+    if len(vocabulary) != len(specials) + len(words):
+        raise ValueError("words of a tokenizer must differ from each other and from " + ", ".join(specials))
+    if bad := [word for word in words if word.split() != [word]]:
+        raise ValueError(f"words of a tokenizer may not be empty or contain white space, found {bad[:5]}")
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )

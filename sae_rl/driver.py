@@ -1,0 +1,179 @@
+"""The training loop: PPO with a value model on verifiable rewards. It reads like the algorithm, and holds nothing else.
+
+What a run is made of comes in as one `Run`; how workers are started, how prompts are loaded and where metrics go is
+decided in `sae_rl.run`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from sae_rl import checkpoint
+from sae_rl.algo.shaping import whiten
+from sae_rl.algo.stats import explained_variance, mismatch_stats, rollout_stats, segment_stats
+from sae_rl.clock import Clock
+from sae_rl.config import Config
+from sae_rl.data.sampler import Sampler
+from sae_rl.evaluate import evaluate
+from sae_rl.pretraining import pretrain_critic
+from sae_rl.protocols import Metrics, Recorder, Workers
+from sae_rl.rewards.pool import RewardPool, Rewards
+from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What the loop works with."""
+
+    config: Config
+    sampler: Sampler
+    heldout: list[Prompt]
+    workers: Workers
+    rewards: RewardPool
+    records: Recorder
+    clock: Clock
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.config.output_dir / "checkpoints"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One step's responses and what was computed of them, for the records."""
+
+    rollouts: list[Rollout]
+    rewards: list[float]
+    opens: Tensor
+    scores: Scores
+    targets: Targets
+
+
+def train(run: Run) -> None:
+    """Every step that is left; resumes from the newest checkpoint of the run's folder.
+
+    Raises:
+        ValueError: there is nothing left to train.
+        RuntimeError: rewards, weights or a worker failed; the last checkpoint stays usable.
+    """
+    config, workers, clock, algorithm = run.config, run.workers, run.clock, run.config.algorithm
+    for step in range(begin(run), config.steps):
+        prompts = run.sampler.next(config.rollout.prompts_per_step)
+        rollouts = generate(run, prompts, f"step {step}")  # y ~ pi_rollout(. | x), with its logprobs
+        rewards = score(run, rollouts)  # R(x, y), checked by a program
+        batch = Batch.of(rollouts, rewards.scores)
+        scores = workers.score(batch)  # V(s_t), log pi_old, log pi_ref
+        with clock.phase("advantage"):
+            token_rewards = algorithm.token_rewards(batch, scores)  # r_t: R at the end, minus beta KL_t
+            opens = algorithm.segmenter(batch, scores)  # pi(a_t | s_t) < p opens a segment
+            targets = algorithm.estimator(batch, scores, token_rewards, opens)  # A_t = delta_t + gamma lambda_t A_{t+1}
+            advantages = whiten(targets.advantages) if algorithm.whiten_advantages else targets.advantages
+        metrics = workers.update(batch, scores, replace(targets, advantages=advantages), seed=config.seed + step)
+        metrics |= workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
+        metrics |= measure(batch, rewards, scores, targets, opens)
+        finish(run, step, metrics, Sampled(rollouts, rewards.scores, opens, scores, targets))
+
+
+def begin(run: Run) -> int:
+    """Resumes, or prepares the first step: critic pre-training and a first evaluation. Returns the step to go on with."""
+    config, newest = run.config, checkpoint.newest(run.checkpoints)
+    if config.resume and newest is not None:
+        state = checkpoint.load(newest, run.workers)
+        if state.step >= config.steps:
+            raise ValueError(
+                f"{newest} has done {state.step} steps and steps = {config.steps}: nothing is left to train; raise steps, "
+                "or start anew with resume=false or another output_dir"
+            )
+        run.sampler.load_state(state.sampler)
+        run.workers.sync_weights(state.step)
+        run.records.note(f"resumed from {newest}")
+        return state.step
+    run.workers.sync_weights(0)
+    if config.evaluation.every_steps:
+        evaluate_policy(run, 0)
+    if config.algorithm.needs_critic and config.learner.critic_pretraining.num_prompts:
+        prepare_critic(run)
+        save(run, 0)
+    return 0
+
+
+def prepare_critic(run: Run) -> None:
+    """Pre-trains the critic on rollouts of the initial policy; its prompts come in an order of their own."""
+    config, pretraining = run.config, run.config.learner.critic_pretraining
+    prompts = Sampler(run.sampler.prompts, config.seed + 1).next(pretraining.num_prompts)
+    rollouts = generate(run, prompts, "pretraining")
+    best = pretrain_critic(
+        Batch.of(rollouts, score(run, rollouts).scores),
+        run.workers,
+        config.algorithm,
+        pretraining,
+        scratch=config.output_dir / ".best_critic",
+        seed=config.seed,
+        log=lambda epoch, metrics: run.records.log(epoch, metrics, phase="pretraining"),
+    )
+    run.workers.set_critic_lr(config.learner.critic.optimizer.lr)
+    run.records.note(f"critic pre-trained on {len(rollouts)} responses: held-out explained variance {best:.3f}")
+    run.clock.lap()
+
+
+def generate(run: Run, prompts: list[Prompt], stream: str) -> list[Rollout]:
+    rollout = run.config.rollout
+    return run.workers.rollout.generate(
+        prompts,
+        group_size=rollout.group_size,
+        max_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        stream=stream,
+    )
+
+
+def score(run: Run, rollouts: list[Rollout]) -> Rewards:
+    with run.clock.phase("reward"):
+        return run.rewards.score(rollouts)
+
+
+def measure(batch: Batch, rewards: Rewards, scores: Scores, targets: Targets, opens: Tensor) -> Metrics:
+    """Everything there is to say about a step besides the update."""
+    metrics = rollout_stats(batch) | segment_stats(batch, opens) | mismatch_stats(batch, scores)
+    metrics["reward/failed_fraction"] = rewards.failed_fraction
+    if scores.values is not None and targets.returns is not None:
+        metrics["critic/explained_variance"] = explained_variance(scores.values, targets.returns)
+    return metrics
+
+
+def finish(run: Run, step: int, metrics: Metrics, sampled: Sampled) -> None:
+    """After the update: evaluation, checkpoint and records of step ``step``."""
+    config, done = run.config, step + 1
+    last = done == config.steps
+    if config.evaluation.every_steps and (last or done % config.evaluation.every_steps == 0):
+        evaluate_policy(run, done)
+    if last or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
+        save(run, done)
+    if config.logger.rollouts_every_steps and (last or step % config.logger.rollouts_every_steps == 0):
+        run.records.rollouts(
+            step, sampled.rollouts, sampled.rewards, sampled.opens, sampled.scores, sampled.targets
+        )
+    times = run.clock.lap()
+    metrics["throughput/tokens_per_s"] = sampled.opens.numel() / times["time/step_s"]
+    run.records.log(step, metrics | times | {"data/epoch": float(run.sampler.epoch)})
+
+
+def evaluate_policy(run: Run, step: int) -> None:
+    with run.clock.phase("evaluate"):
+        result = evaluate(
+            run.heldout,
+            run.workers.rollout,
+            run.rewards,
+            run.config.evaluation,
+            run.config.rollout.max_response_tokens,
+        )
+    run.records.log(step, result.metrics(), phase="evaluation")
+
+
+def save(run: Run, step: int) -> None:
+    with run.clock.phase("checkpoint"):
+        state = checkpoint.DriverState(step=step, sampler=dict(run.sampler.state()))
+        checkpoint.save(run.checkpoints, state, run.workers, run.config.checkpoint.keep_last)

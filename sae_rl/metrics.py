@@ -1,0 +1,138 @@
+"""Every metric: its name, unit and meaning in one table, which the console, the report and the docs read.
+
+A name is ``group/what_stat``. A new metric is one line here; `check_names` refuses to log a name that is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["train", "pretraining", "evaluation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """``unit``: empty for plain numbers; ``fraction`` is shown as a percentage."""
+
+    unit: str
+    meaning: str
+    title: str = ""  # of its curve in the report and its place on the console; empty: in neither
+
+
+METRICS: dict[str, Metric] = {
+    # rollouts of the step
+    "rollout/reward_mean": Metric("", "mean over responses of R(x, y)", "reward"),
+    "rollout/reward_std": Metric("", "population standard deviation over responses of R(x, y)"),
+    "rollout/tokens_mean": Metric("tokens", "mean length of a response", "response length"),
+    "rollout/tokens_max": Metric("tokens", "longest response"),
+    "rollout/truncated_fraction": Metric("fraction", "responses cut at the length limit", "truncated"),
+    "rollout/zero_variance_fraction": Metric("fraction", "groups whose responses all have the same reward"),
+    "reward/failed_fraction": Metric("fraction", "checks that crashed or overran their deadline, and scored 0"),
+    "data/epoch": Metric("", "passes over the prompts"),
+    # segments
+    "segment/per_response_mean": Metric("", "segments / responses", "segments per response"),
+    "segment/tokens_mean": Metric("tokens", "response tokens / segments", "segment length"),
+    "segment/opens_fraction": Metric(
+        "fraction", "tokens that open a segment, of those that are not the first of a response", "tokens that open"
+    ),
+    # the rollout engine against the trainer
+    "mismatch/logprob_abs_mean": Metric("nats", "mean over tokens of |log pi_rollout - log pi_old|"),
+    "mismatch/logprob_abs_max": Metric("nats", "max over tokens of |log pi_rollout - log pi_old|"),
+    "mismatch/kl_mean": Metric("nats", "KL(pi_rollout || pi_old) per token, by k3"),
+    "sync/logprob_diff_max": Metric(
+        "nats", "largest |log pi_rollout - log pi_theta| on probes after a weight sync"
+    ),
+    # the policy's update; means over the tokens of all optimizer updates of the step
+    "policy/loss": Metric("", "what the policy minimised, per token"),
+    "policy/clip_fraction": Metric("fraction", "tokens where the clip binds: clip(r) A < r A", "clipped"),
+    "policy/clip_low_fraction": Metric("fraction", "tokens where the clip binds and A < 0"),
+    "policy/clip_high_fraction": Metric("fraction", "tokens where the clip binds and A > 0"),
+    "policy/approx_kl": Metric("nats", "KL(pi_old || pi_theta) per token, by k3", "approximate KL"),
+    "policy/ratio_mean": Metric("", "mean of r = pi_theta / pi_old"),
+    "policy/ref_kl": Metric("nats", "KL(pi_theta || pi_ref) per token, by the loss's estimator", "KL to the reference"),
+    "policy/entropy_mean": Metric("nats", "mean entropy of pi_theta(. | s_t)", "entropy"),
+    "policy/grad_norm": Metric("", "gradient norm before clipping, mean over updates"),
+    "policy/lr": Metric("", "learning rate of the last update"),
+    "policy/num_updates": Metric("", "optimizer updates of the step"),
+    # the critic's update
+    "critic/loss": Metric("", "what the critic minimised, per token"),
+    "critic/clip_fraction": Metric("fraction", "tokens whose clipped error is the larger one"),
+    "critic/value_mean": Metric("", "mean of V(s_t) during the update"),
+    "critic/return_mean": Metric("", "mean of the critic's targets G_t"),
+    "critic/explained_variance": Metric(
+        "", "1 - Var(G - V) / Var(G) over tokens, before the update", "explained variance"
+    ),
+    "critic/grad_norm": Metric("", "gradient norm before clipping, mean over updates"),
+    "critic/lr": Metric("", "learning rate of the last update"),
+    "critic/num_updates": Metric("", "optimizer updates of the step"),
+    # value pre-training; its step is the epoch
+    "pretraining/epoch": Metric("", "passes over the rollouts of the frozen policy"),
+    "pretraining/loss": Metric("", "what the critic minimised, per token of the epoch"),
+    "pretraining/explained_variance": Metric("", "1 - Var(G - V) / Var(G) over tokens of held-out prompts"),
+    "pretraining/train_explained_variance": Metric("", "the same over the tokens it trains on"),
+    # held-out prompts
+    "evaluation/success_mean": Metric(
+        "", "avg@k: mean over prompts and k samples of the reward", "held-out success"
+    ),
+    "evaluation/success_low": Metric("", "lower end of its 95 % bootstrap interval over prompts"),
+    "evaluation/success_high": Metric("", "upper end of its 95 % bootstrap interval over prompts"),
+    "evaluation/response_tokens_mean": Metric("tokens", "mean length of a response"),
+    "evaluation/truncated_fraction": Metric("fraction", "responses cut at the length limit"),
+    # wall time on the driver
+    "time/generate_s": Metric("s", "sampling responses", "generate"),
+    "time/reward_s": Metric("s", "checking responses", "reward"),
+    "time/score_s": Metric("s", "values and logprobs before the update", "score"),
+    "time/advantage_s": Metric("s", "segments, advantages and returns", "advantage"),
+    "time/update_s": Metric("s", "optimizer updates of policy and critic", "update"),
+    "time/policy_update_s": Metric("s", "part of update: the policy"),
+    "time/critic_update_s": Metric("s", "part of update: the critic"),
+    "time/sync_s": Metric("s", "sending weights to the rollout engines, and the probe", "sync"),
+    "time/evaluate_s": Metric("s", "held-out prompts: sampling and checking", "evaluate"),
+    "time/checkpoint_s": Metric("s", "saving", "checkpoint"),
+    "time/driver_s": Metric("s", "step minus the phases above", "driver"),
+    "time/step_s": Metric("s", "wall time since the last step ended", "step"),
+    "throughput/tokens_per_s": Metric("tokens/s", "response tokens / time/step_s", "tokens per second"),
+    "memory/policy_peak_gb": Metric("GiB", "peak memory of the largest rank"),
+    "memory/critic_peak_gb": Metric("GiB", "peak memory of the largest rank"),
+    "memory/reference_peak_gb": Metric("GiB", "peak memory of the largest rank"),
+}
+
+# Phases of a step that do not overlap and add up to time/step_s, in the order of the loop.
+PHASES = tuple(n for n, m in METRICS.items() if n.startswith("time/") and m.title and n != "time/step_s")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """A name that the table lacks is a mistake of ours, so it asserts."""
+    unknown = sorted(set(names) - METRICS.keys())
+    assert not unknown, f"metrics without a line in sae_rl.metrics.METRICS: {', '.join(unknown)}"
+
+
+def markdown_table() -> str:
+    """The table for the docs."""
+    rows = [f"| `{name}` | {m.unit or '-'} | {_escape(m.meaning)} |" for name, m in METRICS.items()]
+    return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows]) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def show(value: float, unit: str = "") -> str:
+    """A number for people: three significant digits, thousands grouped, fractions as percentages."""
+    if not math.isfinite(value):
+        return "nan" if math.isnan(value) else f"{value:g}"
+    if unit == "fraction":
+        return f"{100 * value:.1f} %"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size >= 100:
+        return f"{value:.0f}"
+    if size >= 10:
+        return f"{value:.1f}"
+    if size >= 0.01 or size == 0:
+        return f"{value:.3f}" if size < 1 else f"{value:.2f}"
+    return f"{value:.1e}"

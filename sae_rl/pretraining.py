@@ -1,0 +1,98 @@
+"""Value pre-training: the critic learns the frozen policy's returns before the policy's first update.
+
+A critic that starts from zero makes every early advantage noise; VC-PPO (arXiv 2503.01491) and the SAE paper train it on
+rollouts of the initial policy first. It stops when the explained variance on held-out prompts no longer rises, and goes
+back to the best critic it had.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from sae_rl.algo.stats import explained_variance
+from sae_rl.config import AlgorithmConfig, CriticPretrainingConfig
+from sae_rl.protocols import Metrics, Workers
+from sae_rl.types import Batch, Scores, Targets, select
+
+
+def pretrain_critic(
+    batch: Batch,
+    workers: Workers,
+    algorithm: AlgorithmConfig,
+    config: CriticPretrainingConfig,
+    scratch: Path,
+    seed: int,
+    log: Callable[[int, Metrics], None],
+) -> float:
+    """Trains the critic on rollouts of the current policy.
+
+    Args:
+        batch: rollouts with rewards; a response to a held-out prompt is never trained on.
+        scratch: a folder for the best critic so far, removed at the end.
+        log: called with (epoch, metrics) after each epoch.
+
+    Returns:
+        The best explained variance on held-out prompts, which is that of the critic that is left.
+    """
+    train, heldout = split_by_prompt(batch, config.heldout_fraction, seed)
+    best, best_epoch = float("-inf"), 0
+    for epoch in range(1, config.max_epochs + 1):
+        workers.set_critic_lr(config.lr * config.lr_decay ** (epoch - 1))
+        scores = values_of(train, workers)
+        metrics = workers.update_critic(
+            train,
+            scores,
+            targets_of(train, scores, algorithm),
+            responses_per_update=config.responses_per_update,
+            seed=seed + epoch,
+        )
+        explained = heldout_explained_variance(heldout, workers, algorithm)
+        log(epoch, {"pretraining/loss": metrics["critic/loss"], "pretraining/explained_variance": explained})
+        if explained > best:
+            best, best_epoch = explained, epoch
+            shutil.rmtree(scratch, ignore_errors=True)
+            workers.save_critic(scratch)
+        elif epoch - best_epoch >= config.patience:
+            break
+    if best_epoch:
+        workers.load_critic(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return best
+
+
+def split_by_prompt(batch: Batch, heldout_fraction: float, seed: int) -> tuple[Batch, Batch]:
+    """Whole groups go to one side or the other, at least one to each.
+
+    Raises:
+        ValueError: fewer than two prompts.
+    """
+    groups = batch.groups.unique()
+    if len(groups) < 2:
+        raise ValueError(f"learner.critic_pretraining.num_prompts = {len(groups)}: holding some out needs at least 2")
+    order = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))]
+    count = min(max(1, round(heldout_fraction * len(groups))), len(groups) - 1)
+    is_heldout = torch.isin(batch.groups, order[:count])
+    return select(batch, (~is_heldout).nonzero().flatten()), select(batch, is_heldout.nonzero().flatten())
+
+
+def values_of(batch: Batch, workers: Workers) -> Scores:
+    """The critic's values; policy, old policy and reference are still one, so the rollout's logprobs stand for all."""
+    logprobs = batch.rollout_logprobs
+    return Scores(old_logprobs=logprobs, ref_logprobs=logprobs, values=workers.values(batch))
+
+
+def targets_of(batch: Batch, scores: Scores, algorithm: AlgorithmConfig) -> Targets:
+    return algorithm.estimator(
+        batch, scores, algorithm.token_rewards(batch, scores), algorithm.segmenter(batch, scores)
+    )
+
+
+def heldout_explained_variance(batch: Batch, workers: Workers, algorithm: AlgorithmConfig) -> float:
+    scores = values_of(batch, workers)
+    targets = targets_of(batch, scores, algorithm)
+    assert scores.values is not None and targets.returns is not None, "only critics are pre-trained"
+    return explained_variance(scores.values, targets.returns)

@@ -1,0 +1,97 @@
+"""What the driver asks of its workers. Their implementations are in `sae_rl.workers`; tests may bring others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+
+Metrics = dict[str, float]
+
+
+class RolloutEngines(Protocol):
+    """Everything that samples."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        max_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        stream: str,
+    ) -> list[Rollout]:
+        """``group_size`` responses to each prompt, group after group. ``stream`` names the random numbers."""
+        ...
+
+
+class Workers(Protocol):
+    """The rollout engines, the policy, the critic and the reference model of one run."""
+
+    @property
+    def rollout(self) -> RolloutEngines: ...
+
+    def score(self, batch: Batch) -> Scores:
+        """V(s_t), log pi_old and log pi_ref of every response token."""
+        ...
+
+    def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:
+        """PPO epochs of policy and critic."""
+        ...
+
+    def update_critic(
+        self, batch: Batch, scores: Scores, targets: Targets, *, responses_per_update: int, seed: int
+    ) -> Metrics:
+        """One pass of the critic alone over a batch."""
+        ...
+
+    def values(self, batch: Batch) -> Tensor:
+        """(N,) V(s_t) alone."""
+        ...
+
+    def set_critic_lr(self, lr: float) -> None: ...
+
+    def sync_weights(self, version: int) -> Metrics:
+        """Sends the policy's weights to every rollout engine and compares logprobs of both sides on probe prompts."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Weights, optimizers and schedules of policy and critic, and the policy as a Hugging Face folder."""
+        ...
+
+    def load(self, folder: Path) -> None: ...
+
+    def save_critic(self, folder: Path) -> None: ...
+
+    def load_critic(self, folder: Path) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """The policy as a Hugging Face folder."""
+        ...
+
+
+class Recorder(Protocol):
+    """Where a run's numbers and responses go. Nothing in training reads them back."""
+
+    def note(self, text: str) -> None:
+        """A message for the reader of the console."""
+        ...
+
+    def log(self, step: int, metrics: Metrics, phase: Literal["train", "pretraining", "evaluation"] = "train") -> None: ...
+
+    def rollouts(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[float],
+        opens: Tensor,
+        scores: Scores,
+        targets: Targets,
+    ) -> None:
+        """One step's responses, with what was computed of them."""
+        ...

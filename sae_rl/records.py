@@ -1,0 +1,253 @@
+"""What a run leaves behind: metrics as JSONL, TensorBoard and wandb, rollouts as parquet, and what the console shows.
+
+Write-only: nothing in training reads it. A resumed run drops what the killed one wrote from `first_step` on, so every
+step is there once. The steps of the phase ``pretraining`` are epochs; they lie before step 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
+from urllib.parse import urlsplit
+
+from torch import Tensor
+
+from sae_rl.config import Config
+from sae_rl.metrics import Phase, check_names
+from sae_rl.rollout_table import rollout_files, write_rollouts
+from sae_rl.terminal import Terminal
+from sae_rl.types import Rollout, Scores, Targets
+
+if TYPE_CHECKING:
+    import wandb
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Sink(Protocol):
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Records:
+    """Everything a run records, from ``first_step`` on: 0, or the step that a resumed run continues with.
+
+    with Records(config, run_dir, first_step=0) as records:
+        records.note("training starts")
+        records.log(0, {"rollout/reward_mean": 0.2})
+    """
+
+    def __init__(self, config: Config, run_dir: Path, first_step: int) -> None:
+        self._config, self._run_dir = config, run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for step, file in rollout_files(run_dir):
+            if step >= first_step:
+                file.unlink()
+        with ExitStack() as stack:
+            self._terminal = Terminal(config, first_step)
+            stack.callback(self._terminal.close)
+            self._sinks: list[Sink] = [self._terminal]
+            logger = config.logger
+            if logger.jsonl:
+                self._add(stack, Jsonl(run_dir / "metrics.jsonl", first_step))
+            if logger.tensorboard:
+                self._add(stack, TensorBoard(run_dir / "tensorboard", first_step))
+            if logger.wandb != "off":
+                self._add(stack, Wandb(config, run_dir, self.note))
+            self._stack = stack.pop_all()
+
+    def _add(self, stack: ExitStack, sink: Sink) -> None:
+        stack.callback(sink.close)
+        self._sinks.append(sink)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase = "train") -> None:
+        """Writes one line of metrics everywhere. Names must be in `sae_rl.metrics.METRICS`."""
+        assert phase in get_args(Phase), phase
+        check_names(metrics)
+        for sink in self._sinks:
+            sink.log(step, metrics, phase)
+
+    def note(self, text: str) -> None:
+        """A one-off message on the console."""
+        self._terminal.note(text)
+
+    def rollouts(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[float],
+        opens: Tensor,
+        scores: Scores,
+        targets: Targets,
+    ) -> None:
+        """One parquet file with a row per response, every ``logger.rollouts_every_steps`` and at the last step."""
+        every = self._config.logger.rollouts_every_steps
+        if every and (step % every == 0 or step == self._config.steps - 1):
+            write_rollouts(self._run_dir, step, rollouts, rewards, opens, scores, targets)
+
+
+class Jsonl:
+    """One line per call: ``{"step": 3, "phase": "train", "time": 1763820000.0, "rollout/reward_mean": 0.2, ...}``."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        kept = [row for row in read_jsonl(path) if _is_kept(row, first_step)] if path.exists() else []
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        row = {"step": step, "phase": phase, "time": round(time.time(), 3), **numbers}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _is_kept(row: Mapping[str, Any], first_step: int) -> bool:
+    # Pre-training counts epochs and is over before step 0: a resumed run does not repeat it.
+    return first_step > 0 if row["phase"] == "pretraining" else bool(row["step"] < first_step)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that a kill may have torn in its last line, which is then left out.
+
+    Raises:
+        ValueError: another line is no JSON.
+    """
+    lines = path.read_text().split("\n")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline behind it: the writer was killed
+                break
+            raise ValueError(f"{path}, line {number} is no JSON ({error}); remove that line") from error
+    return rows
+
+
+class TensorBoard:
+    """Event files; pre-training is a run of its own, since its steps are epochs."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._first_step = first_step
+        self._folders = {"train": folder, "evaluation": folder, "pretraining": folder / "pretraining"}
+        if first_step == 0:
+            for file in folder.rglob("events.out.tfevents.*"):
+                file.unlink()
+        self._writers: dict[Path, SummaryWriter] = {}
+
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = self._folders[phase]
+        if folder not in self._writers:  # purge_step hides what a killed run wrote from there on
+            self._writers[folder] = SummaryWriter(str(folder), purge_step=self._first_step or None)
+        for name, value in metrics.items():
+            self._writers[folder].add_scalar(name, value, step)
+        self._writers[folder].flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class Wandb:
+    """One wandb run per run folder, resumed by the id stored there. Its failures never end a run."""
+
+    def __init__(self, config: Config, run_dir: Path, warn: Callable[[str], None]) -> None:
+        import wandb
+        from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+        from wandb.sdk.mailbox.mailbox import MailboxClosedError
+
+        # wandb's own exceptions, and what a dead wandb process does to the socket to it
+        self._errors = (wandb.Error, WandbApiFailedError, MailboxClosedError, ConnectionError, TimeoutError)
+        self._warn = warn
+        self._run: wandb.Run | None = None
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        try:
+            self._run = wandb.init(
+                project=config.logger.wandb_project,
+                name=config.name,
+                id=id_file.read_text().strip(),
+                resume="allow",
+                dir=str(run_dir),
+                mode=_wandb_mode(config.logger.wandb),
+                config=_describe(config),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+            # wandb's own step may not go back, as it does on resuming and from pre-training to training
+            self._run.define_metric("*", step_metric="step")
+            self._run.define_metric("pretraining/*", step_metric="pretraining/epoch")
+        except self._errors as error:
+            self._give_up(error)
+
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
+        axis = {} if phase == "pretraining" else {"step": step}
+        self._try(lambda run: run.log({**metrics, **axis}))
+
+    def close(self) -> None:
+        self._try(lambda run: run.finish())
+
+    def _try(self, call: Callable[[wandb.Run], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except self._errors as error:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        self._run = None
+        self._warn(f"wandb failed and is off from here on; the run goes on: {type(error).__name__}: {error}")
+
+
+def _wandb_mode(choice: Literal["auto", "offline", "off"]) -> Literal["online", "offline"] | None:
+    """None leaves the decision to wandb's own environment variable."""
+    if choice == "auto" and os.environ.get("WANDB_MODE"):
+        return None
+    return "online" if choice == "auto" and _has_wandb_key() else "offline"
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb would find a key by itself; the key is not read."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _describe(config: Config) -> dict[str, Any]:
+    """The configuration as wandb shows it; members of extension points with their class."""
+    tree = config.model_dump(mode="json")
+    for part in ("segmenter", "estimator"):
+        tree["algorithm"][part] |= {"name": type(getattr(config.algorithm, part)).__name__}
+    return tree

@@ -1,0 +1,81 @@
+"""Recorded rollouts: ``rollouts/step_000012.parquet``, one row per response, with lists of what each token had."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+
+from sae_rl.types import Rollout, Scores, Targets, offsets_of
+
+FOLDER = "rollouts"
+
+
+def rollout_files(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, file) of every recorded step, in order."""
+    found = [(re.fullmatch(r"step_(\d+)\.parquet", file.name), file) for file in (run_dir / FOLDER).glob("*.parquet")]
+    return sorted((int(match[1]), file) for match, file in found if match)
+
+
+def write_rollouts(
+    run_dir: Path,
+    step: int,
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[float],
+    opens: Tensor,
+    scores: Scores,
+    targets: Targets,
+) -> Path:
+    """Writes one step; a kill leaves no half file. All tensors are (N,), in the order of ``rollouts``."""
+    offsets = offsets_of([r.token_ids.numel() for r in rollouts])
+    flat = {
+        "token_ids": torch.cat([r.token_ids for r in rollouts]).int(),
+        "rollout_logprobs": torch.cat([r.rollout_logprobs for r in rollouts]).float(),
+        "old_logprobs": scores.old_logprobs.float(),
+        "values": None if scores.values is None else scores.values.float(),  # None: the estimator has no critic
+        "advantages": targets.advantages.float(),
+        "opens": opens if opens.dtype == torch.bool else opens.float(),  # a soft segmenter gives weights
+    }
+    columns = {
+        "step": pa.array([step] * len(rollouts), pa.int32()),
+        "prompt_id": pa.array([r.prompt.id for r in rollouts]),
+        "prompt": pa.array([r.prompt.text for r in rollouts]),
+        "answer": pa.array([r.prompt.answer for r in rollouts]),
+        "sample": pa.array([r.sample for r in rollouts], pa.int32()),
+        "text": pa.array([r.text for r in rollouts]),
+        "reward": pa.array(rewards, pa.float32()),
+        "finish_reason": pa.array([r.finish_reason for r in rollouts]),
+        "policy_version": pa.array([r.policy_version for r in rollouts], pa.int32()),
+        "temperature": pa.array([r.temperature for r in rollouts], pa.float32()),
+    } | {name: _ragged(values, offsets) for name, values in flat.items()}
+    folder = run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    target, temporary = folder / f"step_{step:06d}.parquet", folder / f".step_{step:06d}.tmp"
+    pq.write_table(pa.table(columns), temporary, compression="zstd")
+    temporary.replace(target)
+    return target
+
+
+def read_rollouts(file: Path) -> pa.Table:
+    """One recorded step."""
+    return pq.read_table(file)
+
+
+def flat_column(rows: pa.Table, name: str) -> np.ndarray:
+    """(N,) a per-token column of all responses; empty where it was not recorded."""
+    return np.asarray(rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False))
+
+
+def _ragged(values: Tensor | None, offsets: Tensor) -> pa.Array:
+    """Flat (N,) and offsets (B+1,) -> B lists, without a copy per response; 64-bit, since N may pass 2^31 bytes."""
+    num_rows = offsets.numel() - 1
+    if values is None:
+        return pa.nulls(num_rows, pa.large_list(pa.float32()))
+    assert values.shape == (int(offsets[-1]),), f"{tuple(values.shape)} values for {int(offsets[-1])} tokens"
+    return pa.LargeListArray.from_arrays(offsets.numpy(), values.detach().cpu().numpy())

@@ -1,0 +1,117 @@
+"""Puts a run together: prompts, Ray, workers, records; hands it to the driver; and takes it apart again, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sae_rl.clock import Clock
+from sae_rl.compose import ConfigError
+from sae_rl.config import Config, SourceConfig, TaskConfig
+from sae_rl.data.files import ColumnMap
+from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
+from sae_rl.data.sampler import Sampler
+from sae_rl.driver import Run, train
+try:
+    from sae_rl.records import Records
+except ImportError: pass
+from sae_rl.rewards import resolve_reward
+from sae_rl.rewards.pool import RewardPool
+from sae_rl.types import Prompt
+from sae_rl.workers.crew import ray_session, start_workers
+
+NUM_PROBE_PROMPTS = 2
+
+
+def run_training(config: Config) -> None:
+    """Trains as configured, from prompts to the exported policy in ``output_dir/policy``.
+
+    Raises:
+        ConfigError: data, folders or Ray's resources do not fit the configuration; no worker was started.
+        WorkerError, RuntimeError: the run failed; its last checkpoint is usable.
+    """
+    prepare_output(config)
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = load_source(config.task.train, config.task, tokenizer, "task.train")
+    heldout = load_source(config.task.evaluation, config.task, tokenizer, "task.evaluation")
+    check_prompts(config, prompts)
+    clock = Clock()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ray_session(config))
+        workers = stack.enter_context(start_workers(config, prompts[:NUM_PROBE_PROMPTS], clock))
+        rewards = stack.enter_context(RewardPool(config.rewards))
+        records = stack.enter_context(Records(config, config.output_dir))
+        run = Run(
+            config=config,
+            sampler=Sampler(prompts, config.seed),
+            heldout=heldout,
+            workers=workers,
+            rewards=rewards,
+            records=records,
+            clock=clock,
+        )
+        train(run)
+        workers.export(config.output_dir / "policy")
+
+
+def prepare_output(config: Config) -> None:
+    """Raises ConfigError unless the output folder can be made and written to."""
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=config.output_dir):
+            pass
+    except OSError as error:
+        raise ConfigError([f"output_dir = {config.output_dir}: cannot write there ({error.strerror})"]) from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"model.path = {path}: no tokenizer can be loaded from there ({error})"]) from error
+    return tokenizer
+
+
+def load_source(
+    source: SourceConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, key: str
+) -> list[Prompt]:
+    """The prompts of ``task.train`` or ``task.evaluation``; ``key`` is what messages call it."""
+    try:
+        prompts = load_prompts(_source_of(source), tokenizer, task.max_prompt_tokens, task.overlong_prompts)
+        for reward in {prompt.reward for prompt in prompts}:
+            resolve_reward(reward)
+    except ValueError as error:
+        raise ConfigError([f"{key}: {line}" for line in str(error).splitlines()]) from error
+    return prompts[: source.num_prompts] if source.num_prompts else prompts
+
+
+def _source_of(source: SourceConfig) -> Problems | File:
+    if source.name == "file":
+        if source.path is None:
+            raise ValueError("name is 'file', so path must name a JSONL or parquet file")
+        if source.reward is None:
+            raise ValueError("name is 'file', so reward must name a verifier, for example math")
+        return File(path=source.path, reward=source.reward, task=Path(source.path).stem, columns=ColumnMap(**source.columns))
+    if source.name not in TASKS:
+        raise ValueError(f"name {source.name!r} is unknown, allowed: file, {', '.join(sorted(TASKS))}")
+    if source.num_prompts is None:
+        raise ValueError("num_prompts is null, but a procedural task needs a number of problems")
+    task = TASKS[source.name](**source.knobs)
+    return Problems(task=task, num_prompts=source.num_prompts, split=source.split, seed=source.seed)
+
+
+def check_prompts(config: Config, prompts: list[Prompt]) -> None:
+    """Raises ConfigError if a step, or the critic's pre-training, asks for more prompts than there are."""
+    wanted = {"rollout.prompts_per_step": config.rollout.prompts_per_step}
+    if config.algorithm.needs_critic:
+        wanted["learner.critic_pretraining.num_prompts"] = config.learner.critic_pretraining.num_prompts
+    problems = [
+        f"{key} = {count}, but task.train has {len(prompts)} prompts" for key, count in wanted.items() if count > len(prompts)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

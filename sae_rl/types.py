@@ -1,0 +1,165 @@
+"""Every value that crosses a stage of the training loop.
+
+Shape legend, used in comments and docstrings everywhere:
+
+    B   responses in a batch (prompts x group size)
+    T   tokens of one response
+    N   response tokens of the whole batch, N = sum of all T
+    M   prompt tokens of the whole batch
+
+Batches are ragged: one flat tensor of N tokens and ``offsets`` (B+1,), so that response ``i`` is
+``flat[offsets[i]:offsets[i + 1]]``. Nothing is padded until a library demands it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One problem: what the model reads, and what the verifier compares its response with."""
+
+    id: str  # unique within its data set; seeds of sampling derive from it
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str  # ground truth, in the form that `reward` understands
+    task: str  # where it comes from; metrics are split by it
+    reward: str  # name in the table of `sae_rl.rewards`, or an import path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response, as the rollout engine returned it."""
+
+    prompt: Prompt
+    sample: int  # 0 .. group_size-1 within the prompt's group
+    token_ids: Tensor  # (T,) int64
+    rollout_logprobs: Tensor  # (T,) float32, log pi_rollout(a_t | s_t) at `temperature`, untruncated
+    text: str
+    finish_reason: FinishReason  # "length": cut at the limit, the end token was not sampled
+    policy_version: int  # the step whose weights sampled it
+    temperature: float
+
+    def __post_init__(self) -> None:
+        if self.token_ids.shape != self.rollout_logprobs.shape:
+            raise ValueError(
+                f"rollout of prompt {self.prompt.id!r}: {tuple(self.token_ids.shape)} token ids but "
+                f"{tuple(self.rollout_logprobs.shape)} logprobs"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The rollouts of one step, flat and with their rewards."""
+
+    prompt_token_ids: Tensor  # (M,) int64
+    prompt_offsets: Tensor  # (B+1,) int64
+    token_ids: Tensor  # (N,) int64, responses only
+    offsets: Tensor  # (B+1,) int64
+    rollout_logprobs: Tensor  # (N,) float32
+    rewards: Tensor  # (B,) float32, R(x, y) of the whole response
+    groups: Tensor  # (B,) int64, responses to the same prompt share a number
+    truncated: Tensor  # (B,) bool, cut at the length limit
+    temperature: float
+
+    @staticmethod
+    def of(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> Batch:
+        """Concatenates rollouts; ``rewards`` has one number per rollout.
+
+        Raises:
+            ValueError: no rollouts, an empty response, or another number of rewards than rollouts.
+        """
+        if not rollouts:
+            raise ValueError("a batch needs at least one rollout, found none")
+        if len(rewards) != len(rollouts):
+            raise ValueError(f"{len(rollouts)} rollouts but {len(rewards)} rewards")
+        for rollout in rollouts:
+            if rollout.token_ids.numel() == 0:
+                raise ValueError(f"rollout {rollout.sample} of prompt {rollout.prompt.id!r} is empty")
+        numbers: dict[str, int] = {}
+        groups = [numbers.setdefault(r.prompt.id, len(numbers)) for r in rollouts]
+        temperatures = {r.temperature for r in rollouts}
+        if len(temperatures) != 1:
+            raise ValueError(f"rollouts of one batch need one temperature, found {sorted(temperatures)}")
+        return Batch(
+            prompt_token_ids=torch.tensor([t for r in rollouts for t in r.prompt.token_ids], dtype=torch.int64),
+            prompt_offsets=offsets_of([len(r.prompt.token_ids) for r in rollouts]),
+            token_ids=torch.cat([r.token_ids for r in rollouts]),
+            offsets=offsets_of([r.token_ids.numel() for r in rollouts]),
+            rollout_logprobs=torch.cat([r.rollout_logprobs for r in rollouts]),
+            rewards=torch.tensor(rewards, dtype=torch.float32),
+            groups=torch.tensor(groups, dtype=torch.int64),
+            truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),
+            temperature=temperatures.pop(),
+        )
+
+    @property
+    def num_responses(self) -> int:
+        return self.offsets.numel() - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.numel()
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens of each response."""
+        return self.offsets.diff()
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """(B,) tokens of each prompt."""
+        return self.prompt_offsets.diff()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What the trained networks say of a batch before it is used for an update."""
+
+    old_logprobs: Tensor  # (N,) log pi_theta_old(a_t | s_t): the denominator of the PPO ratio
+    values: Tensor | None  # (N,) V(s_t), before token t is read; None: the estimator needs no critic
+    ref_logprobs: Tensor | None  # (N,) log pi_ref(a_t | s_t); None: no KL term asks for it
+    entropies: Tensor | None = None  # (N,) entropy of pi_theta_old(. | s_t); None: nothing asks for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What an estimator makes of rewards, values and segments."""
+
+    advantages: Tensor  # (N,)
+    returns: Tensor | None  # (N,) the critic's targets; None: the estimator needs no critic
+
+
+def offsets_of(lengths: Sequence[int]) -> Tensor:
+    """(B,) lengths -> (B+1,) offsets, ``[0, l_0, l_0 + l_1, ...]``."""
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+
+
+def gather_ragged(flat: Tensor, offsets: Tensor, indices: Tensor) -> Tensor:
+    """Rows ``indices`` (K,) of a ragged tensor, concatenated in that order."""
+    starts, ends = offsets[indices].tolist(), offsets[indices + 1].tolist()
+    pieces = [flat[a:b] for a, b in zip(starts, ends, strict=True)]
+    return torch.cat(pieces) if pieces else flat[:0]
+
+
+def select(batch: Batch, indices: Tensor) -> Batch:
+    """The responses ``indices`` (K,) of a batch, in that order."""
+    return replace(
+        batch,
+        prompt_token_ids=gather_ragged(batch.prompt_token_ids, batch.prompt_offsets, indices),
+        prompt_offsets=offsets_of(batch.prompt_lengths[indices].tolist()),
+        token_ids=gather_ragged(batch.token_ids, batch.offsets, indices),
+        offsets=offsets_of(batch.lengths[indices].tolist()),
+        rollout_logprobs=gather_ragged(batch.rollout_logprobs, batch.offsets, indices),
+        rewards=batch.rewards[indices],
+        groups=batch.groups[indices],
+        truncated=batch.truncated[indices],
+    )

@@ -1,0 +1,1 @@
+"""The Ray processes and the driver's handles on them. Ray lives only here."""

@@ -1,0 +1,276 @@
+"""All workers of one run: connected, checked, placed, started, and ended with the run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+import torch
+from torch import Tensor
+
+from sae_rl.backends.deepspeed import Rank
+from sae_rl.clock import Clock
+from sae_rl.config import Config
+from sae_rl.types import Batch, Prompt, Scores, Targets
+from sae_rl.workers.critic import CriticWorker
+from sae_rl.workers.group import Call, Process, WorkerGroup, start_worker, wait_for
+from sae_rl.workers.placement import Placement, Role, check_resources, plan, reserve, roles_of
+from sae_rl.workers.policy import PolicyWorker, merge, summarize
+from sae_rl.workers.reference import ReferenceWorker
+from sae_rl.workers.rollout import RolloutPool, RolloutWorker
+
+WORKERS: dict[Role, type[Process]] = {
+    "rollout": RolloutWorker,
+    "policy": PolicyWorker,
+    "critic": CriticWorker,
+    "reference": ReferenceWorker,
+}
+PROBE_TOKENS = 24
+CLOSE_TIMEOUT_S = 4.0
+
+
+@contextlib.contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Starts a Ray of its own, or joins ``cluster.address``; leaves it as it was found."""
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        cpus = max(os.cpu_count() or 1, 1)
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    else:
+        try:
+            ray.init(address=address, log_to_driver=False, configure_logging=False)
+        except ConnectionError as error:
+            raise ValueError(f"cluster.address = {address!r}: no Ray cluster answers there ({error})") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def start_workers(config: Config, probe_prompts: list[Prompt], clock: Clock) -> Iterator[Crew]:
+    """Places and starts every worker; kills them all at the end, however it comes.
+
+    Raises:
+        ValueError: Ray does not have what the run asks for.
+        TimeoutError: it has, but others hold it.
+        WorkerError: a worker failed to start.
+    """
+    placement = plan(config)
+    check_resources(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    group = reserve(placement, config.cluster.start_timeout_s)
+    crew = Crew(config, _spawn(config, placement, group), probe_prompts, clock)
+    try:
+        crew.start()
+        yield crew
+    finally:
+        crew.close()
+        ray.util.remove_placement_group(group)
+
+
+def _spawn(config: Config, placement: Placement, group: ray.util.placement_group.PlacementGroup) -> dict[Role, WorkerGroup]:
+    groups: dict[Role, WorkerGroup] = {}
+    for role, slots in placement.slots.items():
+        threads = getattr(config.cluster, role).threads_per_worker
+        env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        if config.cluster.device == "cpu" and role != "rollout":
+            env["DS_ACCELERATOR"] = "cpu"
+        workers = [start_worker(WORKERS[role], slot, group, env) for slot in slots]
+        groups[role] = WorkerGroup(role, workers, config.cluster.call_timeout_s)
+    return groups
+
+
+class Crew:
+    """The driver's handle on all workers; implements `sae_rl.protocols.Workers`."""
+
+    def __init__(
+        self, config: Config, groups: dict[Role, WorkerGroup], probe_prompts: list[Prompt], clock: Clock
+    ) -> None:
+        self._config = config
+        self._groups = groups
+        self._probe_prompts = probe_prompts
+        self._clock = clock
+        self.rollout = RolloutPool(groups["rollout"], config.seed, clock)
+
+    def start(self) -> None:
+        """Loads all models at the same time, and connects the policy with the engines."""
+        config = self._config
+        limit = config.cluster.start_timeout_s
+        for group in self._groups.values():
+            group.locate(limit)
+        calls = [self._start_rollout()]
+        calls += [self._start_learner(role) for role in roles_of(config) if role != "rollout"]
+        wait_for(calls, limit)
+        address, port = ray.get(self._groups["policy"].workers[0].free_address.remote())
+        parallel = config.rollout.tensor_parallel_size
+        transfer = (self.rollout.engines, parallel, address, port, config.cluster.call_timeout_s)
+        self._groups["policy"].run(lambda worker: worker.open_weight_transfer.remote(*transfer))
+
+    def _start_rollout(self) -> Call:
+        config = self._config
+        threads = config.cluster.rollout.threads_per_worker
+        max_tokens = config.task.max_prompt_tokens + config.rollout.max_response_tokens
+        arguments = (config.model, config.rollout, config.cluster.device, threads, max_tokens, config.seed)
+        return self._groups["rollout"].start(lambda worker: worker.start.remote(*arguments))
+
+    def _start_learner(self, role: Role) -> Call:
+        config, group = self._config, self._groups[role]
+        address, port = ray.get(group.workers[0].free_address.remote())
+        extra = {
+            "policy": (config.learner.policy, config.algorithm.policy_loss),
+            "critic": (config.learner.critic, config.algorithm.value_loss),
+            "reference": (config.learner.policy,),
+        }[role]
+        references = []
+        for index, worker in enumerate(group.workers):
+            rank = Rank(
+                index=index,
+                size=len(group.workers),
+                master_address=address,
+                master_port=port,
+                device=config.cluster.device,
+                threads=getattr(config.cluster, role).threads_per_worker,
+            )
+            references.append(worker.start.remote(rank, config.model, *extra))
+        return Call(group, references)
+
+    def score(self, batch: Batch) -> Scores:
+        with self._clock.phase("score"):
+            return self._score(batch, roles_of(self._config), self._config.algorithm.needs_entropies)
+
+    def values(self, batch: Batch) -> Tensor:
+        with self._clock.phase("score"):
+            values = self._score(batch, ["critic"], False).values
+        assert values is not None
+        return values
+
+    def _score(self, batch: Batch, roles: list[Role], with_entropies: bool) -> Scores:
+        shared = ray.put(batch)
+        arguments = {"policy": (shared, with_entropies), "critic": (shared,), "reference": (shared,)}
+        asked = [role for role in roles if role != "rollout"]
+        calls = [
+            self._groups[role].start(lambda worker, role=role: worker.score.remote(*arguments[role])) for role in asked
+        ]
+        answers = dict(zip(asked, wait_for(calls, self._config.cluster.call_timeout_s), strict=True))
+        merged = {role: merge(parts, batch.num_tokens) for role, parts in answers.items()}
+        logprobs = merged.get("policy", [torch.full((batch.num_tokens,), float("nan"))])
+        return Scores(
+            old_logprobs=logprobs[0],
+            entropies=logprobs[1] if len(logprobs) > 1 else None,
+            values=merged["critic"][0] if "critic" in merged else None,
+            ref_logprobs=merged["reference"][0] if "reference" in merged else None,
+        )
+
+    def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> dict[str, float]:
+        with self._clock.phase("update"):
+            shared = [ray.put(value) for value in (batch, scores, targets)]
+            asked = self._learners()
+            calls = [self._groups[role].start(lambda worker: worker.update.remote(*shared, seed)) for role in asked]
+            answers = wait_for(calls, self._config.cluster.call_timeout_s)
+        metrics: dict[str, float] = {}
+        for role, ranks in zip(asked, answers, strict=True):
+            metrics |= summarize(ranks, role)
+        return metrics
+
+    def update_critic(
+        self, batch: Batch, scores: Scores, targets: Targets, *, responses_per_update: int, seed: int
+    ) -> dict[str, float]:
+        with self._clock.phase("update"):
+            shared = [ray.put(value) for value in (batch, scores, targets)]
+            ranks = self._groups["critic"].run(
+                lambda worker: worker.pretrain.remote(*shared, responses_per_update, seed)
+            )
+        return summarize(ranks, "critic")
+
+    def set_critic_lr(self, lr: float) -> None:
+        self._groups["critic"].run(lambda worker: worker.set_lr.remote(lr))
+
+    def sync_weights(self, version: int) -> dict[str, float]:
+        """Sends the policy's weights to every engine, and compares both sides' logprobs on probe prompts.
+
+        Raises:
+            RuntimeError: an engine's logprobs differ from the policy's by more than ``rollout.logprob_tolerance``.
+        """
+        with self._clock.phase("sync"):
+            self._groups["policy"].run(lambda worker: worker.send_weights.remote(str(version)))
+            self.rollout.version = version
+            return self._probe()
+
+    def _probe(self) -> dict[str, float]:
+        rollout = self._config.rollout
+        engines = self.rollout.generate_on_each(
+            self._probe_prompts,
+            max_tokens=min(PROBE_TOKENS, rollout.max_response_tokens),
+            temperature=rollout.temperature,
+        )
+        sampled = [r for engine in engines for r in engine]
+        batch = Batch.of(sampled, [0.0] * len(sampled))
+        scores = self._score(batch, ["policy"], False)
+        difference = (batch.rollout_logprobs - scores.old_logprobs).abs()
+        worst = float(difference.max())
+        if not worst <= rollout.logprob_tolerance:
+            row = int(torch.searchsorted(batch.offsets, difference.argmax(), right=True)) - 1
+            raise RuntimeError(
+                f"after sending weights {self.rollout.version}, rollout engine {row // len(self._probe_prompts)} and the "
+                f"policy differ by {worst:.4g} nats on a sampled token, more than rollout.logprob_tolerance = "
+                f"{rollout.logprob_tolerance:g}: the engine does not have the policy's weights, or computes in another "
+                "precision"
+            )
+        return {"sync/logprob_diff_max": worst}
+
+    def save(self, folder: Path) -> None:
+        with self._clock.phase("checkpoint"):
+            self._save(folder, self._learners())
+            self._export(folder / "hf")
+
+    def load(self, folder: Path) -> None:
+        self._load(folder, self._learners())
+
+    def save_critic(self, folder: Path) -> None:
+        self._save(folder, ["critic"])
+
+    def load_critic(self, folder: Path) -> None:
+        self._load(folder, ["critic"])
+
+    def export(self, folder: Path) -> None:
+        with self._clock.phase("checkpoint"):
+            self._export(folder)
+
+    def _learners(self) -> list[Role]:
+        return [role for role in roles_of(self._config) if role in ("policy", "critic")]
+
+    def _save(self, folder: Path, roles: list[Role]) -> None:
+        folder = folder.absolute()  # workers run in other folders than the driver
+        calls = [
+            self._groups[role].start(lambda worker, role=role: worker.save.remote(folder / role)) for role in roles
+        ]
+        wait_for(calls, self._config.cluster.call_timeout_s)
+
+    def _load(self, folder: Path, roles: list[Role]) -> None:
+        folder = folder.absolute()
+        calls = [
+            self._groups[role].start(lambda worker, role=role: worker.load.remote(folder / role)) for role in roles
+        ]
+        wait_for(calls, self._config.cluster.call_timeout_s)
+
+    def _export(self, folder: Path) -> None:
+        self._groups["policy"].run(lambda worker: worker.export.remote(folder.absolute()))
+
+    def peak_memory(self) -> dict[str, float]:
+        """GiB of the largest rank of each learner."""
+        return {
+            f"memory/{role}_peak_gb": max(group.run(lambda worker: worker.peak_memory_gb.remote()))
+            for role, group in self._groups.items()
+            if role != "rollout"
+        }
+
+    def close(self) -> None:
+        """Asks the engines to end their child processes, then kills every worker."""
+        closing = [worker.close.remote() for worker in self._groups["rollout"].workers]
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
+        for group in self._groups.values():
+            group.close()
+

@@ -1,0 +1,74 @@
+"""The critic: values of states, and their regression to the estimator's returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from sae_rl.algo.losses import LossSum, ValueLoss
+from sae_rl.backends.deepspeed import Learner, Rank, join_group
+from sae_rl.backends.models import CriticNetwork, load_causal_lm
+from sae_rl.backends.packing import MicroBatch, draw_mini_batches
+from sae_rl.config import LearnerConfig, ModelConfig
+from sae_rl.types import Batch, Scores, Targets
+from sae_rl.workers.group import Process
+
+
+class CriticWorker(Process):
+    """One data-parallel rank of the critic."""
+
+    def start(self, rank: Rank, model: ModelConfig, config: LearnerConfig, loss: ValueLoss) -> None:
+        join_group(rank)
+        self._config = config
+        self._loss = loss
+        self._learner = Learner(lambda: CriticNetwork(load_causal_lm(model)), model, config, rank)
+
+    def score(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Which of the N tokens this rank answers for, and their values."""
+        return self._learner.score(batch, lambda micro: (self._learner.engine(micro),))
+
+    def update(self, batch: Batch, scores: Scores, targets: Targets, seed: int) -> list[dict[str, float]]:
+        """All epochs and mini-batches of one step; sums over this rank's tokens for each update."""
+        updates = []
+        for epoch in range(self._config.num_epochs):
+            updates += self._epoch(batch, scores, targets, self._config.num_mini_batches, seed + epoch)
+        return updates
+
+    def pretrain(
+        self, batch: Batch, scores: Scores, targets: Targets, responses_per_update: int, seed: int
+    ) -> list[dict[str, float]]:
+        """One pass over rollouts of the frozen policy."""
+        num_mini_batches = max(1, batch.num_responses // responses_per_update)
+        return self._epoch(batch, scores, targets, num_mini_batches, seed)
+
+    def _epoch(
+        self, batch: Batch, scores: Scores, targets: Targets, num_mini_batches: int, seed: int
+    ) -> list[dict[str, float]]:
+        assert scores.values is not None and targets.returns is not None
+        old_values, returns = scores.values, targets.returns
+
+        def loss(micro: MicroBatch) -> LossSum:
+            values = self._learner.engine(micro)
+            at = micro.token_index.cpu()
+            return self._loss(values, old_values[at].to(values.device), returns[at].to(values.device))
+
+        return [
+            self._learner.update(batch, rows, loss) | {"grad_norm": self._learner.grad_norm, "lr": self._learner.lr}
+            for rows in draw_mini_batches(batch.num_responses, num_mini_batches, seed)
+        ]
+
+    def set_lr(self, lr: float) -> None:
+        self._learner.set_lr(lr)
+
+    def save(self, folder: Path) -> None:
+        self._learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self._learner.load(folder)
+
+    def peak_memory_gb(self) -> float:
+        return self._learner.peak_memory_gb()
+
+    def close(self) -> None:
+        self._learner.close()

@@ -1,0 +1,146 @@
+"""A role's Ray actors, called together. A dead or late worker becomes one readable error in the driver."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from sae_rl.workers.placement import Role, Slot
+
+LOG_LINES = 15
+
+
+class WorkerError(RuntimeError):
+    """A worker died, failed or did not answer; the message names role and rank and ends with its last log lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """What a worker says of its process when it starts."""
+
+    pid: int
+    host: str
+    log: str
+
+
+class Process:
+    """What every worker has: answers where it runs, and ends itself."""
+
+    def whereabouts(self) -> Whereabouts:
+        return Whereabouts(os.getpid(), socket.gethostname(), os.readlink("/proc/self/fd/2"))
+
+    def free_address(self) -> tuple[str, int]:
+        """An address of this node and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A remote call under way on every rank of a group."""
+
+    group: WorkerGroup
+    references: list[Any]
+
+
+def wait_for(calls: Sequence[Call], timeout_s: float) -> list[list[Any]]:
+    """Results by call and rank.
+
+    Raises:
+        WorkerError: as soon as any rank of any group fails or dies, or when one has not answered in time.
+    """
+    owners = {reference: (call.group, rank) for call in calls for rank, reference in enumerate(call.references)}
+    results: dict[Any, Any] = {}
+    pending = list(owners)
+    deadline = time.monotonic() + timeout_s
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            raise WorkerError(_late(owners, pending, timeout_s))
+        group, rank = owners[done[0]]
+        results[done[0]] = group.result(rank, done[0])
+    return [[results[reference] for reference in call.references] for call in calls]
+
+
+def _late(owners: dict[Any, tuple[WorkerGroup, int]], pending: list[Any], timeout_s: float) -> str:
+    names = ", ".join(f"{owners[reference][0].role} {owners[reference][1]}" for reference in pending)
+    group, rank = owners[pending[0]]
+    return (
+        f"worker(s) {names} did not answer within {timeout_s:g} s (cluster.call_timeout_s, or cluster.start_timeout_s "
+        f"at the start){group.last_lines(rank)}"
+    )
+
+
+class WorkerGroup:
+    """Ranks 0 .. n-1 of one role."""
+
+    def __init__(self, role: Role, workers: list[ActorHandle], timeout_s: float) -> None:
+        self.role = role
+        self.workers = workers
+        self.timeout_s = timeout_s
+        self._places: list[Whereabouts | None] = [None] * len(workers)
+
+    def locate(self, timeout_s: float) -> list[Whereabouts]:
+        """Waits until every worker's process runs."""
+        places = wait_for([self.start(lambda worker: worker.whereabouts.remote())], timeout_s)[0]
+        self._places = list(places)
+        return places
+
+    def start(self, call: Callable[[ActorHandle], Any]) -> Call:
+        """Starts a remote call on every rank, without waiting."""
+        return Call(self, [call(worker) for worker in self.workers])
+
+    def run(self, call: Callable[[ActorHandle], Any]) -> list[Any]:
+        """A remote call on every rank; results by rank. Raises `WorkerError`."""
+        return wait_for([self.start(call)], self.timeout_s)[0]
+
+    def result(self, rank: int, reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, BaseException) else error
+            raise WorkerError(f"{self.role} worker {rank} failed: {type(cause).__name__}: {cause}") from error
+        except ray.exceptions.RayActorError as error:
+            raise WorkerError(f"{self.role} worker {rank} died{self.last_lines(rank)}") from error
+
+    def last_lines(self, rank: int) -> str:
+        place = self._places[rank]
+        if place is None:
+            return ""
+        where = f" (process {place.pid} on {place.host}, log {place.log})"
+        if not Path(place.log).is_file():
+            return where
+        lines = Path(place.log).read_text(errors="replace").splitlines()[-LOG_LINES:]
+        return f"{where}; its last lines:\n  " + "\n  ".join(lines)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            ray.kill(worker)
+
+
+def start_worker(
+    cls: type[Process], slot: Slot, group: PlacementGroup, env: dict[str, str], *args: Any, max_concurrency: int = 1
+) -> ActorHandle:
+    """Starts one worker in its slot."""
+    remote = ray.remote(cls)
+    actor: ActorHandle = remote.options(  # type: ignore[attr-defined]
+        num_cpus=slot.cpus,
+        num_gpus=slot.gpus,
+        max_concurrency=max_concurrency,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(
+            placement_group=group, placement_group_bundle_index=slot.bundle
+        ),
+        runtime_env={"env_vars": env},
+    ).remote(*args)
+    return actor

@@ -1,0 +1,135 @@
+"""Which worker runs where: bundles of CPUs and GPUs, checked against what Ray has before anything waits for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from sae_rl.config import ClusterConfig, Config
+
+Role = Literal["rollout", "policy", "critic", "reference"]
+Resources = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """What one worker takes of one bundle."""
+
+    bundle: int
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Bundles to reserve, and for each role its workers' slots by rank."""
+
+    bundles: list[Resources]
+    slots: dict[Role, list[Slot]]
+
+    @property
+    def total(self) -> Resources:
+        names = sorted({name for bundle in self.bundles for name in bundle})
+        return {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in names}
+
+
+def roles_of(config: Config) -> list[Role]:
+    """The kinds of worker that this run starts."""
+    roles: list[Role] = ["rollout", "policy"]
+    if config.algorithm.needs_critic:
+        roles.append("critic")
+    if config.algorithm.needs_reference:
+        roles.append("reference")
+    return roles
+
+
+def plan(config: Config) -> Placement:
+    """One bundle per rollout engine; one per learner, or one per rank that all learners share."""
+    cluster = config.cluster
+    on_gpu = cluster.device == "cuda"
+    bundles: list[Resources] = []
+    slots: dict[Role, list[Slot]] = {}
+
+    def new_bundle(cpus: float, gpus: float) -> int:
+        bundles.append({"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
+        return len(bundles) - 1
+
+    def own_bundles(role: Role, gpus: float) -> None:
+        workers = getattr(cluster, role)
+        slots[role] = [
+            Slot(bundle=new_bundle(workers.cpus_per_worker, gpus), cpus=workers.cpus_per_worker, gpus=gpus)
+            for _ in range(workers.num_workers)
+        ]
+
+    own_bundles("rollout", config.rollout.tensor_parallel_size if on_gpu else 0)
+    learners = [role for role in roles_of(config) if role != "rollout"]
+    if on_gpu and cluster.share_learner_gpus:
+        _share_bundles(cluster, learners, bundles, slots)
+    else:
+        for role in learners:
+            own_bundles(role, 1 if on_gpu else 0)
+    return Placement(bundles=bundles, slots=slots)
+
+
+def _share_bundles(
+    cluster: ClusterConfig, learners: Sequence[Role], bundles: list[Resources], slots: dict[Role, list[Slot]]
+) -> None:
+    first = len(bundles)
+    num_ranks = max(getattr(cluster, role).num_workers for role in learners)
+    bundles += [{"CPU": 0.0, "GPU": 1.0} for _ in range(num_ranks)]
+    for role in learners:
+        workers = getattr(cluster, role)
+        slots[role] = []
+        for rank in range(workers.num_workers):
+            bundles[first + rank]["CPU"] += workers.cpus_per_worker
+            slots[role].append(
+                Slot(bundle=first + rank, cpus=workers.cpus_per_worker, gpus=round(1 / len(learners), 3))
+            )
+
+
+def check_resources(placement: Placement, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Compares what a run asks for with what Ray's nodes have.
+
+    Args:
+        placement: what will be reserved.
+        nodes: resources of each living node.
+
+    Raises:
+        ValueError: the sum is too large, or one worker fits on no single node.
+    """
+    has = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    for name, wanted in placement.total.items():
+        if wanted > has[name]:
+            counts = ", ".join(f"{len(slots)} {role}" for role, slots in placement.slots.items())
+            raise ValueError(
+                f"the run needs {wanted:g} {name}s for its workers ({counts}), but Ray has {has[name]:g} on "
+                f"{len(nodes)} node(s); lower cluster.*.num_workers or cpus_per_worker, or join a larger cluster with "
+                "cluster.address"
+            )
+    for bundle in placement.bundles:
+        if not any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes):
+            wanted_text = ", ".join(f"{amount:g} {name}s" for name, amount in bundle.items())
+            raise ValueError(
+                f"one worker needs {wanted_text} on a single node, but no node of the Ray cluster has that; lower "
+                "rollout.tensor_parallel_size or cluster.*.cpus_per_worker"
+            )
+
+
+def reserve(placement: Placement, timeout_s: float) -> PlacementGroup:
+    """Reserves all bundles at once, packed on as few nodes as possible.
+
+    Raises:
+        TimeoutError: other jobs hold the resources.
+    """
+    group = placement_group(placement.bundles, strategy="PACK")
+    if not group.wait(timeout_seconds=timeout_s):
+        remove_placement_group(group)
+        raise TimeoutError(
+            f"Ray did not free {placement.total} within cluster.start_timeout_s = {timeout_s:g} s; it has "
+            f"{ray.available_resources()} free. Other jobs may hold the rest: see `ray status`"
+        )
+    return group

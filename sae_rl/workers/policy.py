@@ -1,0 +1,130 @@
+"""The policy: its logprobs, its PPO updates, and its weights on their way to the rollout engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from sae_rl.algo.losses import LossSum, PolicyLoss
+from sae_rl.backends.deepspeed import Learner, Rank, join_group
+from sae_rl.backends.models import PolicyNetwork, export_causal_lm, load_causal_lm
+from sae_rl.backends.packing import MicroBatch, draw_mini_batches
+from sae_rl.config import LearnerConfig, ModelConfig
+from sae_rl.types import Batch, Scores, Targets
+from sae_rl.workers.group import Process
+from sae_rl.workers.weight_sync import EngineClient
+
+
+class PolicyWorker(Process):
+    """One data-parallel rank of the policy."""
+
+    def start(self, rank: Rank, model: ModelConfig, config: LearnerConfig, loss: PolicyLoss) -> None:
+        join_group(rank)
+        self._rank = rank
+        self._model = model
+        self._config = config
+        self._loss = loss
+        self._learner = Learner(lambda: PolicyNetwork(load_causal_lm(model)), model, config, rank)
+        self._send: Callable[[], None] | None = None
+
+    def score(self, batch: Batch, with_entropies: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Which of the N tokens this rank answers for, their logprobs, and their entropies if asked for."""
+
+        def forward(micro: MicroBatch) -> tuple[Tensor, ...]:
+            logprobs, entropies = self._learner.engine(micro, batch.temperature, with_entropies)
+            return (logprobs,) if entropies is None else (logprobs, entropies)
+
+        return self._learner.score(batch, forward)
+
+    def update(self, batch: Batch, scores: Scores, targets: Targets, seed: int) -> list[dict[str, float]]:
+        """All epochs and mini-batches of one step; sums over this rank's tokens for each update."""
+        with_entropies = self._loss.entropy_coef > 0
+
+        def loss(micro: MicroBatch) -> LossSum:
+            logprobs, entropies = self._learner.engine(micro, batch.temperature, with_entropies)
+            at = micro.token_index.cpu()
+            return self._loss(
+                logprobs,
+                scores.old_logprobs[at].to(logprobs.device),
+                targets.advantages[at].to(logprobs.device),
+                None if scores.ref_logprobs is None else scores.ref_logprobs[at].to(logprobs.device),
+                entropies,
+            )
+
+        updates = []
+        for epoch in range(self._config.num_epochs):
+            for rows in draw_mini_batches(batch.num_responses, self._config.num_mini_batches, seed + epoch):
+                updates.append(self._learner.update(batch, rows, loss) | self.state())
+        return updates
+
+    def state(self) -> dict[str, float]:
+        return {"grad_norm": self._learner.grad_norm, "lr": self._learner.lr}
+
+    def open_weight_transfer(
+        self, engines: list[ActorHandle], workers_per_engine: int, address: str, port: int, timeout_s: float
+    ) -> None:
+        """Connects rank 0 with the worker processes of every engine; all ranks take part in gathering weights."""
+        from sae_rl.backends.weight_transfer import open_sender, trainer_init_info
+
+        self._client = EngineClient(engines, workers_per_engine, timeout_s)
+        info = trainer_init_info(
+            self._rank.device,
+            rank=self._rank.index,
+            address=address,
+            port=port,
+            world_size=1 + len(engines) * workers_per_engine,
+            timeout_s=timeout_s,
+        )
+        self._send = open_sender(info, self._client, self._learner)
+
+    def send_weights(self, version: str) -> None:
+        assert self._send is not None, "open_weight_transfer comes first"
+        self._client.version = version
+        self._send()
+
+    def save(self, folder: Path) -> None:
+        self._learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self._learner.load(folder)
+
+    def export(self, folder: Path) -> None:
+        """Writes the policy as a Hugging Face folder; rank 0 writes, all ranks gather."""
+        weights = self._learner.full_weights()
+        if self._rank.index == 0:
+            export_causal_lm(self._learner.network.causal_lm, weights, self._model.path, folder)
+        else:
+            for _ in weights:
+                pass
+
+    def peak_memory_gb(self) -> float:
+        return self._learner.peak_memory_gb()
+
+    def close(self) -> None:
+        self._learner.close()
+
+
+def merge(parts: list[tuple[Tensor, tuple[Tensor, ...]]], num_tokens: int) -> list[Tensor]:
+    """The ranks' scores of their own tokens -> flat (N,) tensors."""
+    columns = max(len(outputs) for _, outputs in parts)
+    merged = [torch.full((num_tokens,), float("nan")) for _ in range(columns)]
+    for index, outputs in parts:
+        for flat, output in zip(merged, outputs, strict=False):
+            flat[index] = output
+    return merged
+
+
+def summarize(ranks: list[list[dict[str, float]]], role: str) -> dict[str, float]:
+    """Sums per rank and update -> means over tokens, and the mean gradient norm over updates."""
+    num_tokens = sum(update["tokens"] for updates in ranks for update in updates)
+    names = [name for name in ranks[0][0] if "/" in name]
+    metrics = {name: sum(u.get(name, 0.0) for updates in ranks for u in updates) / num_tokens for name in names}
+    first = ranks[0]
+    metrics[f"{role}/grad_norm"] = sum(update["grad_norm"] for update in first) / len(first)
+    metrics[f"{role}/lr"] = first[-1]["lr"]
+    metrics[f"{role}/num_updates"] = float(len(first))
+    return metrics

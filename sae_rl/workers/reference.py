@@ -1,0 +1,29 @@
+"""The reference model: the policy as it was before training, frozen. Started only if a KL term asks for it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sae_rl.backends.deepspeed import Learner, Rank, join_group
+from sae_rl.backends.models import PolicyNetwork, load_causal_lm
+from sae_rl.config import LearnerConfig, ModelConfig
+from sae_rl.types import Batch
+from sae_rl.workers.group import Process
+
+
+class ReferenceWorker(Process):
+    """One data-parallel rank of the reference model."""
+
+    def start(self, rank: Rank, model: ModelConfig, config: LearnerConfig) -> None:
+        join_group(rank)
+        self._learner = Learner(lambda: PolicyNetwork(load_causal_lm(model)), model, config, rank, trainable=False)
+
+    def score(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Which of the N tokens this rank answers for, and their logprobs."""
+        return self._learner.score(batch, lambda micro: self._learner.engine(micro, batch.temperature, False)[:1])
+
+    def peak_memory_gb(self) -> float:
+        return self._learner.peak_memory_gb()
+
+    def close(self) -> None:
+        self._learner.close()

@@ -1,0 +1,45 @@
+"""The policy's hold on the rollout engines while it sends them weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+
+class EngineClient:
+    """vLLM's ``VLLMWeightSyncClient`` over Ray: each call goes to every engine and waits for all of them.
+
+    vLLM's own Ray client gives every engine the same rank offset; engines that are separate processes need one each.
+    """
+
+    def __init__(self, engines: list[ActorHandle], workers_per_engine: int, timeout_s: float) -> None:
+        self._engines = engines
+        self._workers_per_engine = workers_per_engine
+        self._timeout_s = timeout_s
+        self.version = ""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        first = int(init_info["rank_offset"])
+        self._wait(
+            [
+                engine.init_weight_transfer.remote(
+                    {**init_info, "rank_offset": first + i * self._workers_per_engine}
+                )
+                for i, engine in enumerate(self._engines)
+            ]
+        )
+
+    def start_weight_update(self) -> None:
+        self._wait([engine.start_weight_update.remote() for engine in self._engines])
+
+    def update_weights(self, update_info: Any) -> None:
+        self._wait([engine.update_weights.remote(update_info) for engine in self._engines])
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        version = weight_version or self.version
+        self._wait([engine.finish_weight_update.remote(version) for engine in self._engines])
+
+    def _wait(self, references: list[Any]) -> None:
+        ray.get(references, timeout=self._timeout_s)

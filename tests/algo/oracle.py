@@ -1,0 +1,151 @@
+"""Random ragged batches, and the algorithm as plain loops over Python floats, written from the paper's sums.
+
+Nothing here calls `sae_rl.algo`, and nothing here is fast.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae_rl.types import Batch, Scores, offsets_of, select
+
+property_test = settings(max_examples=30, deadline=None, database=None, derandomize=True)
+
+
+def make_batch(lengths: list[int], seed: int = 0, group_size: int = 1) -> Batch:
+    """A float64 batch of random content; probabilities of sampled tokens are spread over (0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens, num_responses = sum(lengths), len(lengths)
+    return Batch(
+        prompt_token_ids=torch.randint(0, 50, (2 * num_responses,), generator=generator),
+        prompt_offsets=offsets_of([2] * num_responses),
+        token_ids=torch.randint(0, 50, (num_tokens,), generator=generator),
+        offsets=offsets_of(lengths),
+        rollout_logprobs=torch.rand(num_tokens, generator=generator, dtype=torch.float64).clamp(min=1e-6).log(),
+        rewards=torch.randn(num_responses, generator=generator, dtype=torch.float64),
+        groups=torch.arange(num_responses) // group_size,
+        truncated=torch.rand(num_responses, generator=generator) < 0.5,
+        temperature=1.0,
+    )
+
+
+def make_scores(batch: Batch, seed: int = 1) -> Scores:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise() -> Tensor:
+        return torch.randn(batch.num_tokens, generator=generator, dtype=torch.float64)
+
+    near = batch.rollout_logprobs
+    return Scores(values=noise(), old_logprobs=near + 0.1 * noise(), ref_logprobs=near + 0.5 * noise())
+
+
+def random_opens(batch: Batch, rate: float, seed: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    opens = torch.rand(batch.num_tokens, generator=generator) < rate
+    opens[batch.offsets[:-1]] = True
+    return opens
+
+
+def dense_rewards(batch: Batch, seed: int = 3) -> Tensor:
+    """(N,) a reward at every token: harder than the paper's one at the end."""
+    return torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def with_values(scores: Scores, values: Tensor) -> Scores:
+    return replace(scores, values=values)
+
+
+def reordered(flat: Tensor, batch: Batch, order: list[int]) -> Tensor:
+    """Tokens of responses ``order``, concatenated."""
+    pieces = split(flat, batch)
+    return torch.cat([pieces[i] for i in order])
+
+
+def reordered_batch(batch: Batch, order: list[int]) -> Batch:
+    return select(batch, torch.tensor(order))
+
+
+def split(flat: Tensor, batch: Batch) -> list[Tensor]:
+    return [flat[a:b] for a, b in pairwise(batch.offsets.tolist())]
+
+
+def batches(min_responses: int = 1) -> st.SearchStrategy[Batch]:
+    lengths = st.lists(st.one_of(st.just(1), st.integers(1, 12)), min_size=min_responses, max_size=6)
+    return st.builds(make_batch, lengths, seed=st.integers(0, 10**6))
+
+
+unit = st.one_of(st.sampled_from([0.0, 0.5, 0.95, 1.0]), st.floats(0, 1, allow_subnormal=False))
+
+
+# ---- The definitions of SAE.md, one response at a time -------------------------------------------------------------
+
+
+def n_step_advantage(rewards: list[float], values: list[float], t: int, n: int, gamma: float) -> float:
+    """A_t^(n) = r_t + gamma r_{t+1} + ... + gamma^n V_{t+n} - V_t, with V = 0 after the last token."""
+    bootstrap = values[t + n] if t + n < len(values) else 0.0
+    return sum(gamma**i * rewards[t + i] for i in range(n)) + gamma**n * bootstrap - values[t]
+
+
+def segmental_advantage(
+    rewards: list[float], values: list[float], opens: list[bool], t: int, lam: float, gamma: float
+) -> float:
+    """(1 - lam) sum_{k<K} lam^{k-1} A_t^{(n_k)} + lam^{K-1} A_t^{(n_K)}, in O(T K)."""
+    length = len(rewards)
+    distances = [s - t for s in range(t + 1, length) if opens[s]] + [length - t]
+    last = len(distances)
+    total = 0.0
+    for k, n in enumerate(distances, start=1):
+        weight = lam ** (k - 1) if k == last else (1 - lam) * lam ** (k - 1)
+        total += weight * n_step_advantage(rewards, values, t, n, gamma)
+    return total
+
+
+def segmental_advantages(
+    batch: Batch, token_rewards: Tensor, values: Tensor, opens: Tensor, lam: float, gamma: float
+) -> Tensor:
+    """(N,) `segmental_advantage` of every token of every response."""
+    advantages = [
+        segmental_advantage(r.tolist(), v.tolist(), o.tolist(), t, lam, gamma)
+        for r, v, o in zip(split(token_rewards, batch), split(values, batch), split(opens, batch), strict=True)
+        for t in range(len(r))
+    ]
+    return torch.tensor(advantages, dtype=torch.float64)
+
+
+def forward_trace_advantages(
+    batch: Batch, token_rewards: Tensor, values: Tensor, lambdas: Tensor, gamma: float
+) -> Tensor:
+    """(N,) A_t = sum_l (prod_{i=t}^{l-1} gamma lambda_i) delta_l, for any lambda per token, looking forward."""
+    advantages = []
+    for rewards, response_values, trace in zip(
+        split(token_rewards, batch), split(values, batch), split(lambdas, batch), strict=True
+    ):
+        r, v, lam = rewards.tolist(), response_values.tolist(), trace.tolist()
+        for t in range(len(r)):
+            terms = [
+                math.prod(gamma * lam[i] for i in range(t, step)) * n_step_advantage(r, v, step, 1, gamma)
+                for step in range(t, len(r))
+            ]
+            advantages.append(math.fsum(terms))
+    return torch.tensor(advantages, dtype=torch.float64)
+
+
+def discounted_returns(batch: Batch, token_rewards: Tensor, gamma: float) -> Tensor:
+    """(N,) G_t = sum of gamma^i r_{t+i} to the end of the response."""
+    returns = [
+        sum(gamma**i * reward for i, reward in enumerate(rewards.tolist()[t:]))
+        for rewards in split(token_rewards, batch)
+        for t in range(len(rewards))
+    ]
+    return torch.tensor(returns, dtype=torch.float64)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> bool:
+    return found.shape == expected.shape and bool(torch.allclose(found, expected, rtol=tolerance, atol=tolerance))

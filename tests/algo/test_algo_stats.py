@@ -1,0 +1,66 @@
+"""Metrics of a batch on small examples whose numbers are known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sae_rl.algo import explained_variance, mismatch_stats, rollout_stats, segment_stats
+
+from .oracle import make_batch, make_scores
+
+
+def test_explained_variance() -> None:
+    returns = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    assert explained_variance(returns, returns) == 1.0
+    assert explained_variance(returns + 5, returns) == 1.0, "a constant error explains all of the variance"
+    assert explained_variance(torch.zeros(4), returns) == 0.0
+    assert explained_variance(0.5 * returns, returns) == pytest.approx(0.75)
+    assert explained_variance(-returns, returns) == pytest.approx(-3.0)
+    assert math.isnan(explained_variance(returns, torch.full((4,), 0.1)))
+
+
+def test_segment_stats() -> None:
+    opens = torch.tensor([True, False, True, True, False, False, True, False])
+    stats = segment_stats(make_batch([5, 1, 2]), torch.tensor([True, False, True, True, False, True, True, False]))
+    assert stats == {
+        "segment/per_response_mean": 5 / 3,
+        "segment/tokens_mean": 8 / 5,
+        "segment/opens_fraction": 2 / 5,
+    }
+    soft = segment_stats(make_batch([8]), torch.where(opens, 1.0, 0.5))
+    assert soft["segment/tokens_mean"] == 8 / 6 and soft["segment/opens_fraction"] == 5 / 7
+    assert math.isnan(segment_stats(make_batch([1, 1]), torch.ones(2, dtype=torch.bool))["segment/opens_fraction"])
+
+
+def test_rollout_stats() -> None:
+    batch = replace(
+        make_batch([5, 1, 2, 4, 3]),
+        rewards=torch.tensor([1.0, 0.0, -2.0, -2.0, 0.5]),
+        groups=torch.tensor([3, 3, 8, 8, 3]),
+        truncated=torch.tensor([True, False, False, False, True]),
+    )
+    stats = rollout_stats(batch)
+    assert stats.pop("rollout/reward_std") == pytest.approx(math.sqrt((1.5**2 + 0.5**2 + 2 * 1.5**2 + 1) / 5))
+    assert stats == {
+        "rollout/reward_mean": -0.5,
+        "rollout/tokens_mean": 3.0,
+        "rollout/tokens_max": 5.0,
+        "rollout/truncated_fraction": 0.4,
+        "rollout/zero_variance_fraction": 0.5,
+    }
+
+
+def test_mismatch_stats() -> None:
+    batch = replace(make_batch([2, 1]), rollout_logprobs=torch.tensor([0.5, 0.25, 0.5]).log())
+    scores = make_scores(batch)
+    same = mismatch_stats(batch, replace(scores, old_logprobs=batch.rollout_logprobs))
+    assert same == dict.fromkeys(same, 0.0)
+    off = mismatch_stats(batch, replace(scores, old_logprobs=torch.tensor([0.5, 0.5, 0.125]).log()))
+    assert off["mismatch/logprob_abs_max"] == pytest.approx(math.log(4), rel=1e-6)
+    assert off["mismatch/logprob_abs_mean"] == pytest.approx((math.log(2) + math.log(4)) / 3, rel=1e-6)
+    expected = ((2 - 1 - math.log(2)) + (0.25 - 1 + math.log(4))) / 3
+    assert off["mismatch/kl_mean"] == pytest.approx(expected, rel=1e-6)

@@ -1,0 +1,173 @@
+"""The losses against per-token loops of Python floats, and gradients against formulas written out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae_rl.algo import LossSum, PolicyLoss, ValueLoss
+
+from .oracle import property_test
+
+sizes, seeds = st.integers(1, 30), st.integers(0, 10**6)
+
+
+def draw(num_tokens: int, seed: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def policy_inputs(num_tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logprobs with gradient, old_logprobs, advantages (some of them 0), ref_logprobs, entropies."""
+    old = -draw(num_tokens, seed).abs() - 0.1
+    logprobs = (old + draw(num_tokens, seed + 1, 0.3)).requires_grad_()
+    advantages = draw(num_tokens, seed + 2)
+    advantages[::5] = 0.0
+    return logprobs, old, advantages, old + draw(num_tokens, seed + 3, 0.4), draw(num_tokens, seed + 4).abs()
+
+
+@property_test
+@given(num_tokens=sizes, seed=seeds, clip_low=st.floats(0.05, 0.5), clip_high=st.floats(0.05, 0.5))
+def test_policy_loss_against_a_loop(num_tokens: int, seed: int, clip_low: float, clip_high: float) -> None:
+    logprobs, old, advantages, ref, entropies = policy_inputs(num_tokens, seed)
+    found = PolicyLoss(clip_low, clip_high, kl_coef=0.3, entropy_coef=0.2)(logprobs, old, advantages, ref, entropies)
+    expected = dict.fromkeys(found.stats, 0.0)
+    loss, gradient = 0.0, []
+    for lp, o, a, f, h in zip(*(x.tolist() for x in (logprobs, old, advantages, ref, entropies)), strict=True):
+        r = math.exp(lp) / math.exp(o)
+        kl = math.exp(f - lp) - 1 - (f - lp)
+        too_high, too_low = a > 0 and r > 1 + clip_high, a < 0 and r < 1 - clip_low
+        objective = (1 + clip_high) * a if too_high else (1 - clip_low) * a if too_low else r * a
+        loss += -objective + 0.3 * kl - 0.2 * h
+        gradient.append((0.0 if too_high or too_low else -r * a) + 0.3 * (1 - math.exp(f - lp)))
+        expected["policy/clip_fraction"] += too_high or too_low
+        expected["policy/clip_high_fraction"] += too_high
+        expected["policy/clip_low_fraction"] += too_low
+        expected["policy/approx_kl"] += (r - 1) - math.log(r)
+        expected["policy/ratio_mean"] += r
+        expected["policy/ref_kl"] += kl
+        expected["policy/entropy_mean"] += h
+    expected["policy/loss"] = loss
+    assert math.isclose(found.sum.item(), loss, rel_tol=1e-10, abs_tol=1e-10)
+    for name, value in found.stats.items():
+        assert math.isclose(value.item(), expected[name], rel_tol=1e-5, abs_tol=1e-5), name
+    (found_gradient,) = torch.autograd.grad(found.sum, logprobs)
+    assert torch.allclose(found_gradient, torch.tensor(gradient, dtype=torch.float64), atol=1e-10)
+
+
+@property_test
+@given(num_tokens=sizes, seed=seeds)
+def test_k2_as_a_loss_has_the_gradient_of_the_kl(num_tokens: int, seed: int) -> None:
+    """d/d log pi of (log pi - log ref)^2 / 2 is log pi - log ref: the score-function gradient of KL(pi || ref)."""
+    logprobs, old, advantages, ref, _ = policy_inputs(num_tokens, seed)
+    loss = PolicyLoss(kl_coef=0.5, kl_estimator="k2")(logprobs, old, 0 * advantages, ref)
+    (gradient,) = torch.autograd.grad(loss.sum, logprobs)
+    assert torch.allclose(gradient, 0.5 * (logprobs - ref).detach(), atol=1e-12)
+
+
+@property_test
+@given(num_tokens=st.integers(2, 30), seed=seeds)
+def test_micro_batches_add_up(num_tokens: int, seed: int) -> None:
+    inputs = policy_inputs(num_tokens, seed)
+    half = num_tokens // 2
+    loss = PolicyLoss(kl_coef=0.1, entropy_coef=0.1)
+    whole = loss(*inputs)
+    parts = [loss(*(x[:half] for x in inputs)), loss(*(x[half:] for x in inputs))]
+    assert torch.allclose(whole.sum, parts[0].sum + parts[1].sum, atol=1e-10)
+    for name, value in whole.stats.items():
+        assert torch.allclose(value, parts[0].stats[name] + parts[1].stats[name], atol=1e-4), name
+
+
+def test_stats_carry_no_gradient_and_only_what_was_given() -> None:
+    logprobs, old, advantages, ref, entropies = policy_inputs(8, 0)
+    plain = PolicyLoss()(logprobs, old, advantages)
+    assert "policy/ref_kl" not in plain.stats and "policy/entropy_mean" not in plain.stats
+    measured = PolicyLoss()(logprobs, old, advantages, ref, entropies)
+    assert torch.equal(measured.sum, plain.sum), "measuring changes no loss"
+    assert {"policy/ref_kl", "policy/entropy_mean"} < set(measured.stats)
+    for loss in (measured, ValueLoss()(logprobs, old, advantages)):
+        assert loss.sum.requires_grad and loss.sum.shape == ()
+        assert not any(value.requires_grad or value.shape != () for value in loss.stats.values())
+
+
+def test_the_entropy_bonus_raises_entropy() -> None:
+    logprobs, old, advantages, _, entropies = policy_inputs(8, 0)
+    entropies.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        PolicyLoss(entropy_coef=0.3)(logprobs, old, advantages, None, entropies).sum, entropies
+    )
+    assert torch.allclose(gradient, torch.full_like(gradient, -0.3))
+
+
+def test_far_ratios_stay_finite() -> None:
+    logprobs = torch.tensor([0.0, -200.0, 0.0], requires_grad=True)
+    old, ref = torch.tensor([-200.0, 0.0, -200.0]), torch.tensor([0.0, 0.0, -200.0])
+    loss = PolicyLoss(kl_coef=1.0)(logprobs, old, torch.tensor([-1.0, 1.0, 0.0]), ref)
+    (gradient,) = torch.autograd.grad(loss.sum, logprobs)
+    assert bool(gradient.isfinite().all() & loss.sum.isfinite())
+    assert all(bool(value.isfinite()) for value in loss.stats.values())
+
+
+@property_test
+@given(num_tokens=sizes, seed=seeds, value_clip=st.one_of(st.none(), st.floats(0.05, 1)))
+def test_value_loss_against_a_loop(num_tokens: int, seed: int, value_clip: float | None) -> None:
+    old, returns = draw(num_tokens, seed), draw(num_tokens, seed + 1)
+    values = (old + draw(num_tokens, seed + 2, 0.5)).requires_grad_()
+    found = ValueLoss(value_clip)(values, old, returns)
+    loss, gradient, clipped_tokens = 0.0, [], 0
+    for v, o, g in zip(values.tolist(), old.tolist(), returns.tolist(), strict=True):
+        near = v if value_clip is None else min(max(v, o - value_clip), o + value_clip)
+        clipped = abs(near - g) > abs(v - g)
+        loss += 0.5 * max((v - g) ** 2, (near - g) ** 2)
+        gradient.append(0.0 if clipped else v - g)
+        clipped_tokens += clipped
+    assert math.isclose(found.sum.item(), loss, rel_tol=1e-10)
+    assert found.stats["critic/clip_fraction"].item() == clipped_tokens
+    assert math.isclose(found.stats["critic/loss"].item(), loss, rel_tol=1e-5)
+    assert math.isclose(found.stats["critic/value_mean"].item(), sum(values.tolist()), rel_tol=1e-4, abs_tol=1e-5)
+    assert math.isclose(found.stats["critic/return_mean"].item(), sum(returns.tolist()), rel_tol=1e-4, abs_tol=1e-5)
+    (found_gradient,) = torch.autograd.grad(found.sum, values)
+    assert torch.allclose(found_gradient, torch.tensor(gradient, dtype=torch.float64), atol=1e-10)
+
+
+def test_missing_inputs_and_wrong_shapes() -> None:
+    logprobs, old, advantages, _, _ = policy_inputs(4, 0)
+    with pytest.raises(ValueError, match=r"PolicyLoss.kl_coef = 0.1, but ref_logprobs is None"):
+        PolicyLoss(kl_coef=0.1)(logprobs, old, advantages)
+    with pytest.raises(ValueError, match=r"PolicyLoss.entropy_coef = 0.1, but entropies is None"):
+        PolicyLoss(entropy_coef=0.1)(logprobs, old, advantages)
+    with pytest.raises(AssertionError, match="flat tensors of one length"):
+        PolicyLoss()(logprobs, old[:, None], advantages)
+    with pytest.raises(AssertionError, match="flat tensors of one length"):
+        ValueLoss()(logprobs, old[:3], advantages)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"clip_low": 1.2}, r"PolicyLoss.clip_low = 1.2, but it must be a number in \[0, 1\]"),
+        ({"clip_high": -0.1}, r"PolicyLoss.clip_high = -0.1"),
+        ({"kl_coef": math.nan}, r"PolicyLoss.kl_coef = nan"),
+        ({"kl_estimator": "k1"}, r"PolicyLoss.kl_estimator = 'k1', but it must be one of k2, k3"),
+        ({"entropy_coef": -1.0}, r"PolicyLoss.entropy_coef"),
+    ],
+)
+def test_bad_policy_knobs(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PolicyLoss(**knobs)
+
+
+@pytest.mark.parametrize("value_clip", [0.0, -1.0, math.inf])
+def test_bad_value_clip(value_clip: float) -> None:
+    with pytest.raises(ValueError, match=r"ValueLoss.value_clip = .*, but it must be a number in \(0, inf\)"):
+        ValueLoss(value_clip)
+
+
+def test_a_loss_sum_is_frozen() -> None:
+    with pytest.raises(AttributeError):
+        LossSum(torch.zeros(()), {}).sum = torch.ones(())  # type: ignore[misc]
