@@ -42,9 +42,7 @@ METRICS: dict[str, Metric] = {
     "mismatch/logprob_abs_mean": Metric("nats", "mean over tokens of |log pi_rollout - log pi_old|"),
     "mismatch/logprob_abs_max": Metric("nats", "max over tokens of |log pi_rollout - log pi_old|"),
     "mismatch/kl_mean": Metric("nats", "KL(pi_rollout || pi_old) per token, by k3"),
-    "sync/logprob_diff_max": Metric(
-        "nats", "largest |log pi_rollout - log pi_theta| on probes after a weight sync"
-    ),
+    "sync/logprob_diff_max": Metric("nats", "largest |log pi_rollout - log pi_theta| on probes after a weight sync"),
     # the policy's update; means over the tokens of all optimizer updates of the step
     "policy/loss": Metric("", "what the policy minimised, per token"),
     "policy/clip_fraction": Metric("fraction", "tokens where the clip binds: clip(r) A < r A", "clipped"),
@@ -74,9 +72,7 @@ METRICS: dict[str, Metric] = {
     "pretraining/explained_variance": Metric("", "1 - Var(G - V) / Var(G) over tokens of held-out prompts"),
     "pretraining/train_explained_variance": Metric("", "the same over the tokens it trains on"),
     # held-out prompts
-    "evaluation/success_mean": Metric(
-        "", "avg@k: mean over prompts and k samples of the reward", "held-out success"
-    ),
+    "evaluation/success_mean": Metric("", "avg@k: mean over prompts and k samples of the reward", "held-out success"),
     "evaluation/success_low": Metric("", "lower end of its 95 % bootstrap interval over prompts"),
     "evaluation/success_high": Metric("", "upper end of its 95 % bootstrap interval over prompts"),
     "evaluation/response_tokens_mean": Metric("tokens", "mean length of a response"),

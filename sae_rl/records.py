@@ -1,7 +1,7 @@
 """What a run leaves behind: metrics as JSONL, TensorBoard and wandb, rollouts as parquet, and what the console shows.
 
-Write-only: nothing in training reads it. A resumed run drops what the killed one wrote from `first_step` on, so every
-step is there once. The steps of the phase ``pretraining`` are epochs; they lie before step 0.
+Write-only: nothing in training reads it. A resumed run drops what it is going to write again, so every step is there
+once; a run from the start drops everything.
 """
 
 from __future__ import annotations
@@ -38,16 +38,28 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+def first_steps(first_step: int, resumed: bool) -> dict[Phase, float]:
+    """By phase the first step that this process writes; what lies before it is kept."""
+    if not resumed:
+        return {"train": 0, "evaluation": 0, "pretraining": 0}
+    # An evaluation of step s looks at the policy after s steps, so the checkpoint of step s already has it. The steps
+    # of pre-training are epochs, and all of them are done.
+    return {"train": first_step, "evaluation": first_step + 1, "pretraining": math.inf}
+
+
 class Records:
-    """Everything a run records, from ``first_step`` on: 0, or the step that a resumed run continues with.
+    """Everything a run records, from ``first_step`` on: the step that a resumed run continues with, or 0.
+
+    ``resumed`` matters at step 0 alone: a checkpoint of step 0 follows the critic's pre-training.
 
     with Records(config, run_dir, first_step=0) as records:
         records.note("training starts")
         records.log(0, {"rollout/reward_mean": 0.2})
     """
 
-    def __init__(self, config: Config, run_dir: Path, first_step: int) -> None:
+    def __init__(self, config: Config, run_dir: Path, first_step: int, *, resumed: bool = False) -> None:
         self._config, self._run_dir = config, run_dir
+        starts = first_steps(first_step, resumed or first_step > 0)
         run_dir.mkdir(parents=True, exist_ok=True)
         for step, file in rollout_files(run_dir):
             if step >= first_step:
@@ -58,9 +70,9 @@ class Records:
             self._sinks: list[Sink] = [self._terminal]
             logger = config.logger
             if logger.jsonl:
-                self._add(stack, Jsonl(run_dir / "metrics.jsonl", first_step))
+                self._add(stack, Jsonl(run_dir / "metrics.jsonl", starts))
             if logger.tensorboard:
-                self._add(stack, TensorBoard(run_dir / "tensorboard", first_step))
+                self._add(stack, TensorBoard(run_dir / "tensorboard", starts))
             if logger.wandb != "off":
                 self._add(stack, Wandb(config, run_dir, self.note))
             self._stack = stack.pop_all()
@@ -106,8 +118,9 @@ class Records:
 class Jsonl:
     """One line per call: ``{"step": 3, "phase": "train", "time": 1763820000.0, "rollout/reward_mean": 0.2, ...}``."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        kept = [row for row in read_jsonl(path) if _is_kept(row, first_step)] if path.exists() else []
+    def __init__(self, path: Path, starts: Mapping[Phase, float]) -> None:
+        rows = read_jsonl(path) if path.exists() else []
+        kept = [row for row in rows if row["step"] < starts[row["phase"]]]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(path)
@@ -121,11 +134,6 @@ class Jsonl:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _is_kept(row: Mapping[str, Any], first_step: int) -> bool:
-    # Pre-training counts epochs and is over before step 0: a resumed run does not repeat it.
-    return first_step > 0 if row["phase"] == "pretraining" else bool(row["step"] < first_step)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -149,25 +157,26 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """Event files; pre-training is a run of its own, since its steps are epochs."""
+    """Event files; evaluation and pre-training in folders of their own, since they count steps in another way."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self._first_step = first_step
-        self._folders = {"train": folder, "evaluation": folder, "pretraining": folder / "pretraining"}
-        if first_step == 0:
-            for file in folder.rglob("events.out.tfevents.*"):
+    def __init__(self, folder: Path, starts: Mapping[Phase, float]) -> None:
+        self._starts = starts
+        self._folders = {"train": folder, "evaluation": folder / "evaluation", "pretraining": folder / "pretraining"}
+        for phase, start in starts.items():
+            for file in self._folders[phase].glob("events.out.tfevents.*") if start == 0 else ():
                 file.unlink()
-        self._writers: dict[Path, SummaryWriter] = {}
+        self._writers: dict[Phase, SummaryWriter] = {}
 
     def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = self._folders[phase]
-        if folder not in self._writers:  # purge_step hides what a killed run wrote from there on
-            self._writers[folder] = SummaryWriter(str(folder), purge_step=self._first_step or None)
+        if phase not in self._writers:
+            start = self._starts[phase]  # TensorBoard hides what a killed run wrote from there on
+            purge_step = int(start) if 0 < start < math.inf else None
+            self._writers[phase] = SummaryWriter(str(self._folders[phase]), purge_step=purge_step)
         for name, value in metrics.items():
-            self._writers[folder].add_scalar(name, value, step)
-        self._writers[folder].flush()
+            self._writers[phase].add_scalar(name, value, step)
+        self._writers[phase].flush()
 
     def close(self) -> None:
         for writer in self._writers.values():

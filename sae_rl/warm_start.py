@@ -68,8 +68,8 @@ class ModelShape:
 class WarmStart:
     """Settings of supervised training; the defaults make a base policy for *Level* in 90 s of one core."""
 
-    steps: int = 1600
-    batch_size: int = 8  # small batches learn to copy in fewer tokens than large ones
+    steps: int = 2400
+    batch_size: int = 4  # small batches learn to copy in fewer tokens than large ones
     lr: float = 4e-3
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0

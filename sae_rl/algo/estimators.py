@@ -53,8 +53,9 @@ class SAE:
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
         check_tokens("opens", opens, batch)
-        if bool(((opens < 0) | (opens > 1)).any()):
-            raise ValueError(f"opens spans [{opens.min()}, {opens.max()}], but a segmenter's weights must be in [0, 1]")
+        lowest, highest = opens.aminmax()
+        if lowest < 0 or highest > 1:
+            raise ValueError(f"opens spans [{lowest}, {highest}], but a segmenter's weights must be in [0, 1]")
         next_opens = opens.double().roll(-1)  # w_{t+1}; what follows the last token of a response is never used
         lambdas, value_lambdas = self.lam**next_opens, self.value_lam**next_opens
         return td_targets(batch, scores, token_rewards, self.gamma, lambdas, value_lambdas)

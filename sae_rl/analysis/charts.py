@@ -1,4 +1,4 @@
-"""Small SVG charts as text: lines with a band, stacked bars, outlines of histograms. Colours are classes of the page's CSS."""
+"""Small SVG charts as text: lines with a band, stacked bars, histograms. Colours are classes of the page's CSS."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ def ticks(low: float, high: float, count: int, whole: bool = False) -> list[floa
     """About ``count`` round numbers within [low, high]."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * power for s in (1, 2, 5, 10) if s * power >= raw * 0.999)
-    step = max(step, 1.0) if whole else step
+    sizes = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(s * power for s in sizes if s * power >= raw * 0.8)
+    step = max(1.0, step) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -111,17 +112,18 @@ def line_chart(
     frame = Frame(x=x, y=y, width=size[0], height=size[1], y_ticks=y_ticks)
     bottom = frame.py(frame.y[0])
     body = [
-        f'<line class="mark" x1="{frame.px(x):.1f}" x2="{frame.px(x):.1f}" y1="{TOP:g}" y2="{bottom:.1f}"/>' for x in marks
+        f'<line class="mark" x1="{frame.px(x):.1f}" x2="{frame.px(x):.1f}" y1="{TOP:g}" y2="{bottom:.1f}"/>'
+        for x in marks
     ]
     for line in lines:
         if line.band:
             edge = [(x, top) for x, _, top in line.band] + [(x, base) for x, base, _ in reversed(line.band)]
             body.append(f'<path class="band {line.colour}" d="{_path(frame, edge)}Z"/>')
     for line in lines:
-        points = smooth(line.points) if smoothed else line.points
+        points, fine = (smooth(line.points), "") if smoothed else (line.points, " fine")
         if points != line.points:  # many noisy points: those faintly, their running mean clearly
             body.append(f'<path class="line faint {line.colour}" d="{_path(frame, line.points)}"/>')
-        body.append(f'<path class="line {line.colour}" d="{_path(frame, points)}"/>')
+        body.append(f'<path class="line{fine} {line.colour}" d="{_path(frame, points)}"/>')
         stride = 1 + len(line.points) // MAX_DOTS
         body += [_dot(frame, x, y, line, x_label, show) for x, y in line.points[::stride] if math.isfinite(y)]
     return frame.draw("".join(body), label=label, x_label=x_label)
@@ -130,7 +132,9 @@ def line_chart(
 def _dot(frame: Frame, x: float, y: float, line: Line, x_label: str, show: Callable[[float], str]) -> str:
     title = f"<title>{escape(line.label)}, {escape(x_label)} {x:g}: {escape(show(y))}</title>"
     kind = "dot" if line.dots else "hit"
-    return f'<circle class="{kind} {line.colour}" cx="{frame.px(x):.1f}" cy="{frame.py(y):.1f}" r="3.5">{title}</circle>'
+    return (
+        f'<circle class="{kind} {line.colour}" cx="{frame.px(x):.1f}" cy="{frame.py(y):.1f}" r="3.5">{title}</circle>'
+    )
 
 
 def smoothing_window(num_points: int) -> int:
@@ -167,9 +171,9 @@ def stacked_bars(
     x_label: str,
     unit: str,
 ) -> Markup:
-    """Columns of (title, one value per part); ``parts`` are (title, colour). ``x`` is what the columns span together."""
+    """Columns of (title, one value per part); ``parts`` are (title, colour); ``x`` is what all columns span."""
     top = max(sum(values) for _, values in columns)
-    frame = Frame(x=x, y=(0.0, top * 1.05 or 1.0), width=800, height=250)
+    frame = Frame(x=x, y=(0.0, top * 1.05 or 1.0), width=1080, height=270)
     width = (frame.px(x[1]) - frame.px(x[0])) / len(columns)
     gap, body = min(2.0, 0.2 * width), []
     for i, (title, values) in enumerate(columns):
@@ -194,7 +198,7 @@ def outlines(
     floor = min((share for _, _, shares in lines for share in shares if share > 0), default=1e-4)
     low = math.floor(math.log10(floor))
     y_ticks = [(float(n), f"{100 * 10.0**n:g} %") for n in range(low, 1)]
-    frame = Frame(x=(0.0, 1.0), y=(low - 0.15, 0.05), width=800, height=250, y_ticks=y_ticks)
+    frame = Frame(x=(0.0, 1.0), y=(low - 0.15, 0.05), width=1080, height=270, y_ticks=y_ticks)
     body = []
     if mark is not None:
         body.append(
@@ -209,8 +213,9 @@ def outlines(
         body.append(f'<path class="line {colour}" d="{_path(frame, corners)}"/>')
         for i, (share, height) in enumerate(zip(shares, heights, strict=True)):
             text = f"{escape(title)}: {100 * share:.2f} % of tokens between {i * width:.2f} and {(i + 1) * width:.2f}"
+            x = frame.px((i + 0.5) * width)
             body.append(
-                f'<circle class="hit {colour}" cx="{frame.px((i + 0.5) * width):.1f}" cy="{frame.py(height):.1f}" r="6">'
+                f'<circle class="hit {colour}" cx="{x:.1f}" cy="{frame.py(height):.1f}" r="6">'
                 f"<title>{text}</title></circle>"
             )
     return frame.draw("".join(body), label=label, x_label=x_label, whole_x=False)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import yaml
+import yaml  # type: ignore[import-untyped]
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
@@ -22,7 +22,6 @@ from sae_rl.rollout_table import flat_column, read_rollouts
 
 LEARNING = (
     "rollout/reward_mean",
-    "evaluation/success_mean",
     "rollout/tokens_mean",
     "policy/approx_kl",
     "policy/clip_fraction",
@@ -30,7 +29,6 @@ LEARNING = (
     "policy/entropy_mean",
 )
 SEGMENTS = ("segment/per_response_mean", "segment/tokens_mean", "segment/opens_fraction")
-FROM_ZERO = {"rollout/tokens_mean", "policy/approx_kl", "policy/clip_fraction", *SEGMENTS}
 NUM_BINS = 25
 MAX_COLUMNS = 60
 
@@ -42,6 +40,7 @@ class Chart:
     title: str
     caption: str
     svg: Markup
+    legend: tuple[tuple[str, str], ...] = ()  # (colour, text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +76,7 @@ def write_report(run_dir: Path, output: Path, title: str, decode: Decode) -> Non
         run=run,
         claim=claim(run),
         changes=run.changes(),
+        heldout=curve(run, "evaluation/success_mean", size=(540, 330)),
         learning=[chart for name in LEARNING if (chart := curve(run, name)) is not None],
         segments=[chart for name in SEGMENTS if (chart := curve(run, name)) is not None],
         smoothed=2 * smoothing_window(run.num_steps) + 1,
@@ -97,11 +97,12 @@ def final_table(run_dir: Path) -> Table:
     run = RunFiles(run_dir)
     n = run.averaged_steps
     table = Table(title=f"{run.num_steps} steps in {duration(run.seconds)}", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("before", justify="right")
     table.add_column("after", justify="right", style="bold")
     for change in run.changes():
-        table.add_row(change.label, change.before, change.after)
+        before, after = f"{change.before} {change.before_interval}", f"{change.after} {change.after_interval}"
+        table.add_row(change.label, before.strip(), after.strip())
     table.caption = f"training: means of the first and the last {n if n > 1 else ''} step{'s' if n > 1 else ''}"
     return table
 
@@ -110,9 +111,7 @@ def claim(run: RunFiles) -> str:
     """What the held-out evaluations allow to say, in one sentence."""
     if len(run.evaluations) < 2:
         reward = next((change for change in run.changes() if change.label == "training reward"), None)
-        return (
-            f"Mean training reward: {reward.before} at the start, {reward.after} at the end." if reward else "A run."
-        )
+        return f"Mean training reward: {reward.before} at the start, {reward.after} at the end." if reward else "A run."
     first, last = run.evaluations[0], run.evaluations[-1]
     numbers = f"from {show(first.success_mean)} to {show(last.success_mean)} in {last.step - first.step} steps"
     if last.success_low > first.success_high:
@@ -122,7 +121,7 @@ def claim(run: RunFiles) -> str:
     return f"No clear change: success on held-out prompts went {numbers}, and the two intervals overlap."
 
 
-def curve(run: RunFiles, name: str) -> Chart | None:
+def curve(run: RunFiles, name: str, size: tuple[float, float] = (380, 210)) -> Chart | None:
     """One metric over the steps; None where it was not recorded."""
     metric = METRICS[name]
     lines = [Line(label=metric.title, points=run.series(name))]
@@ -138,7 +137,8 @@ def curve(run: RunFiles, name: str) -> Chart | None:
         label=f"{metric.title} over the steps",
         x_label="step",
         show=partial(show, unit=metric.unit),
-        zero=name in FROM_ZERO,
+        zero=True,
+        size=size,
         percent=metric.unit == "fraction",
     )
     unit = f", {metric.unit}" if metric.unit not in ("", "fraction") else ""
@@ -161,7 +161,12 @@ def histogram(run: RunFiles) -> Chart | None:
         x_label="probability of the sampled token, exp(rollout_logprob)",
         mark=threshold(run),
     )
-    return Chart(title="Probability of sampled tokens", caption=" and ".join(title for title, *_ in lines), svg=svg)
+    return Chart(
+        title="Probability of sampled tokens",
+        caption="Share of the step's tokens, on a logarithmic axis",
+        svg=svg,
+        legend=tuple((colour, title) for title, colour, _ in lines),
+    )
 
 
 def threshold(run: RunFiles) -> float | None:

@@ -47,15 +47,15 @@ def pick_responses(rows: Any, decode: Decode) -> list[Response]:
     records: list[dict[str, Any]] = rows.to_pylist()
     rewards = [record["reward"] for record in records]
     best, worst = max(rewards), min(rewards)
-    wanted = [("the highest reward of the step", lambda r: r == best)]
-    if worst < best:
-        wanted.append(("the lowest reward of the step", lambda r: r == worst))
-    wanted.append(("of median length among the others", lambda _: True))
+    reasons: list[tuple[str, Callable[[float], bool]]] = [
+        ("the highest reward of the step", lambda reward: reward == best),
+        ("the lowest reward of the step", lambda reward: reward == worst),
+        ("of median length among the others", lambda _: True),
+    ]
     picked: list[int] = []
     responses = []
-    for reason, fits in wanted:
-        free = [i for i, reward in enumerate(rewards) if i not in picked and fits(reward)]
-        if free:
+    for reason, fits in reasons:
+        if free := [i for i, reward in enumerate(rewards) if i not in picked and fits(reward)]:
             free.sort(key=lambda i: (len(records[i]["token_ids"]), records[i]["prompt_id"], records[i]["sample"]))
             picked.append(free[len(free) // 2])
             responses.append(_response(records[picked[-1]], reason, decode))
@@ -64,7 +64,9 @@ def pick_responses(rows: Any, decode: Decode) -> list[Response]:
 
 def _response(record: dict[str, Any], reason: str, decode: Decode) -> Response:
     texts = decode(record["token_ids"])
-    assert len(texts) == len(record["token_ids"]), f"decode gave {len(texts)} strings for {len(record['token_ids'])} ids"
+    assert len(texts) == len(record["token_ids"]), (
+        f"decode gave {len(texts)} strings for {len(record['token_ids'])} ids"
+    )
     tokens = _tokens(record, texts)
     head, tail = SHOWN_TOKENS
     num_left_out = max(0, len(tokens) - head - tail)
@@ -108,10 +110,10 @@ def _charts(record: dict[str, Any], boundaries: Sequence[int]) -> list[tuple[str
         svg = line_chart(
             [line],
             label=f"{title} along the response",
-            x_label="token",
+            x_label="token" if key == "advantages" else "",
             show=show,
             zero=key == "advantages",
-            size=(1000.0, 130.0),
+            size=(1080.0, 120.0),
             marks=boundaries,
             smoothed=False,
         )

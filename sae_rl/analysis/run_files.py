@@ -29,8 +29,8 @@ class Evaluated:
     samples_per_prompt: int | None = None
 
     @property
-    def success(self) -> str:
-        return f"{show(self.success_mean)} [{show(self.success_low)}, {show(self.success_high)}]"
+    def interval(self) -> str:
+        return f"[{show(self.success_low)}, {show(self.success_high)}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,8 @@ class Change:
     label: str
     before: str
     after: str
+    before_interval: str = ""
+    after_interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,15 @@ class RunFiles:
         if len(self.evaluations) > 1:
             first, last = self.evaluations[0], self.evaluations[-1]
             changes += [
-                Change(label="held-out success [95 % interval]", before=first.success, after=last.success),
                 Change(
-                    label="held-out response length, tokens",
+                    label="held-out success",
+                    before=show(first.success_mean),
+                    after=show(last.success_mean),
+                    before_interval=first.interval,
+                    after_interval=last.interval,
+                ),
+                Change(
+                    label="held-out length, tokens",
                     before=show(first.response_tokens_mean),
                     after=show(last.response_tokens_mean),
                 ),
@@ -125,7 +133,7 @@ class RunFiles:
             "rollout/reward_mean": "training reward",
             "rollout/tokens_mean": "response length, tokens",
             "segment/per_response_mean": "segments per response",
-            "critic/explained_variance": "explained variance of the critic",
+            "critic/explained_variance": "explained variance",
             "time/step_s": "seconds per step",
         }
         for name, label in names.items():

@@ -56,7 +56,7 @@ class RolloutEngine:
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from sae_rl.backends import weight_transfer
+        from sae_rl.backends import weight_receiver
 
         options: dict[str, Any] = {}
         if device == "cpu":
@@ -79,8 +79,10 @@ class RolloutEngine:
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # no sampling defaults from the model's folder
                 seed=seed,
-                weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKENDS[device]),
-                worker_extension_cls=f"{weight_transfer.__name__}.{weight_transfer.WorkerExtension.__name__}",
+                weight_transfer_config=WeightTransferConfig(
+                    backend={"cpu": weight_receiver.GLOO, "cuda": "nccl"}[device]
+                ),
+                worker_extension_cls=f"{weight_receiver.__name__}.{weight_receiver.WorkerExtension.__name__}",
                 disable_log_stats=True,
                 **options,
             )

@@ -32,7 +32,7 @@ class Level:
     min_drift: int = 2
     max_drift: int = 7
     actions: tuple[int, ...] = (-8, -5, -3, -1, 1, 3, 5, 8)
-    random_fraction: float = 0.5  # of the demonstrated actions are uniform,
+    random_fraction: float = 0.4  # of the demonstrated actions are uniform,
     temperature: float = 4.0  # the others follow softmax(-|level after| / temperature)
 
     name = "level"

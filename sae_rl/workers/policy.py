@@ -68,7 +68,7 @@ class PolicyWorker(Process):
         self, engines: list[ActorHandle], workers_per_engine: int, address: str, port: int, timeout_s: float
     ) -> None:
         """Connects rank 0 with the worker processes of every engine; all ranks take part in gathering weights."""
-        from sae_rl.backends.weight_transfer import open_sender, trainer_init_info
+        from sae_rl.backends.weight_sender import open_sender, trainer_init_info
 
         self._client = EngineClient(engines, workers_per_engine, timeout_s)
         info = trainer_init_info(

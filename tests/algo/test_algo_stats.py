@@ -38,19 +38,19 @@ def test_segment_stats() -> None:
 
 def test_rollout_stats() -> None:
     batch = replace(
-        make_batch([5, 1, 2, 4, 3]),
-        rewards=torch.tensor([1.0, 0.0, -2.0, -2.0, 0.5]),
-        groups=torch.tensor([3, 3, 8, 8, 3]),
-        truncated=torch.tensor([True, False, False, False, True]),
+        make_batch([5, 1, 2, 4, 3, 3]),
+        rewards=torch.tensor([1.0, 0.0, -2.0, -2.0, 1.5, 1.5]),
+        groups=torch.tensor([3, 3, 8, 8, 5, 5]),
+        truncated=torch.tensor([True, False, False, False, True, True]),
     )
     stats = rollout_stats(batch)
-    assert stats.pop("rollout/reward_std") == pytest.approx(math.sqrt((1.5**2 + 0.5**2 + 2 * 1.5**2 + 1) / 5))
+    assert stats.pop("rollout/reward_std") == pytest.approx(math.sqrt((1**2 + 2 * 2**2 + 2 * 1.5**2) / 6))
     assert stats == {
-        "rollout/reward_mean": -0.5,
+        "rollout/reward_mean": 0.0,
         "rollout/tokens_mean": 3.0,
         "rollout/tokens_max": 5.0,
-        "rollout/truncated_fraction": 0.4,
-        "rollout/zero_variance_fraction": 0.5,
+        "rollout/truncated_fraction": 0.5,
+        "rollout/zero_variance_fraction": 2 / 3,
     }
 
 

@@ -1,0 +1,70 @@
+"""A clock with a hand-turned hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from sae_rl.clock import Clock
+
+
+class Hand:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_phases_add_up_and_the_driver_has_the_rest() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    hand.now += 1
+    for seconds in (2, 3):
+        with clock.phase("generate"):
+            hand.now += seconds
+    with clock.phase("update"):
+        hand.now += 4
+    hand.now += 0.5
+    assert clock.lap() == {"time/generate_s": 5, "time/update_s": 4, "time/step_s": 10.5, "time/driver_s": 1.5}
+    hand.now += 2
+    assert clock.lap() == {"time/step_s": 2, "time/driver_s": 2}, "a lap starts from nothing"
+
+
+def test_a_nested_phase_belongs_to_the_outer_one() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    with clock.phase("generate"):
+        hand.now += 1
+    with clock.phase("evaluate"):
+        hand.now += 2
+        with clock.phase("generate"):
+            hand.now += 30
+        with clock.phase("reward"), clock.phase("reward"):
+            hand.now += 4
+    lap = clock.lap()
+    assert lap == {"time/generate_s": 1, "time/evaluate_s": 36, "time/step_s": 37, "time/driver_s": 0}
+
+
+def test_parts_are_reported_and_not_summed() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    with clock.phase("update"):
+        with clock.phase("policy_update"):
+            hand.now += 3
+        with clock.phase("critic_update"):
+            hand.now += 2
+        hand.now += 1
+    lap = clock.lap()
+    assert (lap["time/policy_update_s"], lap["time/critic_update_s"], lap["time/update_s"]) == (3, 2, 6)
+    assert lap["time/driver_s"] == 0
+
+
+def test_a_failed_phase_counts_and_closes() -> None:
+    hand = Hand()
+    clock = Clock(hand)
+    with pytest.raises(KeyError), clock.phase("sync"):
+        hand.now += 3
+        raise KeyError
+    assert clock.lap()["time/sync_s"] == 3
+    with clock.phase("sync"), pytest.raises(AssertionError, match="sync"):
+        clock.lap()

@@ -1,0 +1,209 @@
+"""What a run writes, read back by others: json, TensorBoard's reader, pyarrow."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from sae_rl.records import Jsonl, Records, _wandb_mode, first_steps, read_jsonl
+from sae_rl.rollout_table import flat_column, read_rollouts, rollout_files, write_rollouts
+from sae_rl.types import Batch, Scores, Targets
+
+from .sample_run import make_config, sample_step, score
+
+
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "steps=5")
+    with Records(config, tmp_path, first_step=0) as records:
+        for epoch in range(4):
+            records.log(epoch, {"pretraining/loss": 1.0 / (epoch + 1)}, phase="pretraining")
+        for step in range(4):
+            records.log(step, {"rollout/reward_mean": float(step)})
+        for step in (0, 2, 4):
+            records.log(step, {"evaluation/success_mean": 0.5}, phase="evaluation")
+    with Records(config, tmp_path, first_step=2) as records:
+        for step in (2, 3, 4):
+            records.log(step, {"rollout/reward_mean": 10.0 + step})
+    rows = rows_of(tmp_path)
+    steps = [(row["step"], row["rollout/reward_mean"]) for row in rows if row["phase"] == "train"]
+    assert steps == [(0, 0.0), (1, 1.0), (2, 12.0), (3, 13.0), (4, 14.0)]
+    assert [row["step"] for row in rows if row["phase"] == "pretraining"] == [0, 1, 2, 3], "over before step 0"
+    evaluated = [row["step"] for row in rows if row["phase"] == "evaluation"]
+    assert evaluated == [0, 2], "the policy after 2 steps was evaluated before the checkpoint of step 2"
+    with Records(config, tmp_path, first_step=0, resumed=True):
+        kept = [(row["phase"], row["step"]) for row in rows_of(tmp_path)]
+        assert kept == [("pretraining", epoch) for epoch in range(4)] + [("evaluation", 0)], "a checkpoint of step 0"
+    with Records(config, tmp_path, first_step=0):
+        assert rows_of(tmp_path) == [], "a run from the start leaves nothing of the one before"
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = '{"step": 0, "phase": "train", "rollout/reward_mean": 0.5}\n'
+    path.write_text(whole + '{"step": 1, "phase": "train", "rollout/rew')
+    assert [row["step"] for row in read_jsonl(path)] == [0]
+    sink = Jsonl(path, first_steps(1, resumed=True))
+    sink.log(1, {"rollout/reward_mean": 1.0}, "train")
+    sink.close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [0, 1]
+    path.write_text("{\n" + whole)
+    with pytest.raises(ValueError, match="line 1 is no JSON"):
+        read_jsonl(path)
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    with Records(make_config(tmp_path), tmp_path, first_step=0) as records:
+        records.log(0, {"critic/explained_variance": math.nan, "critic/loss": math.inf, "rollout/tokens_max": 3})
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (row["critic/explained_variance"], row["critic/loss"], row["rollout/tokens_max"]) == (None, None, 3)
+    assert row["phase"] == "train" and row["time"] > 1.7e9
+
+
+def test_an_unknown_metric_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with Records(make_config(tmp_path), tmp_path, first_step=0) as records:
+        with pytest.raises(AssertionError, match="rollout/typo"):
+            records.log(0, {"rollout/typo": 1.0})
+        assert rows_of(tmp_path) == []
+
+
+def test_tensorboard_reads_the_same_numbers(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "logger.tensorboard=true", "steps=4")
+    with Records(config, tmp_path, first_step=0) as records:
+        records.log(7, {"pretraining/loss": 0.25}, phase="pretraining")
+        for step in range(3):
+            records.log(step, {"rollout/reward_mean": step / 4})
+        for step in (2, 3):
+            records.log(step, {"evaluation/success_mean": 0.5}, phase="evaluation")
+    with Records(config, tmp_path, first_step=2) as records:
+        for step in (2, 3):
+            records.log(step, {"rollout/reward_mean": 1 + step / 4})
+        records.log(4, {"evaluation/success_mean": 0.75}, phase="evaluation")
+
+    def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        return [(event.step, event.value) for event in events.Scalars(name)]
+
+    folder = tmp_path / "tensorboard"
+    assert scalars(folder, "rollout/reward_mean") == [(0, 0.0), (1, 0.25), (2, 1.5), (3, 1.75)]
+    assert scalars(folder / "evaluation", "evaluation/success_mean") == [(2, 0.5), (4, 0.75)]
+    assert scalars(folder / "pretraining", "pretraining/loss") == [(7, 0.25)]
+
+
+def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
+    rollouts, rewards = sample_step(3, num_prompts=3, skill=0.5, rng=random.Random(0))
+    batch = Batch.of(rollouts, rewards)
+    scores, targets, opens = score(batch, skill=0.5)
+    config = make_config(tmp_path, "steps=10", "logger.rollouts_every_steps=3")
+    with Records(config, tmp_path, first_step=0) as records:
+        for step in (1, 3, 9):
+            records.rollouts(step, rollouts, rewards, opens, scores, targets)
+    assert [step for step, _ in rollout_files(tmp_path)] == [3, 9], "every third step, and the last"
+    assert [file.name for file in (tmp_path / "rollouts").iterdir() if "tmp" in file.name] == []
+    rows = read_rollouts(tmp_path / "rollouts" / "step_000003.parquet").to_pylist()
+    assert scores.values is not None
+    for i, (row, rollout) in enumerate(zip(rows, rollouts, strict=True)):
+        part = slice(int(batch.offsets[i]), int(batch.offsets[i + 1]))
+        assert row["token_ids"] == rollout.token_ids.tolist()
+        assert row["opens"] == opens[part].tolist() and row["opens"][0] is True
+        for name, flat in (("values", scores.values), ("advantages", targets.advantages)):
+            assert row[name] == pytest.approx(flat[part].tolist(), rel=1e-6)
+        assert row["rollout_logprobs"] == rollout.rollout_logprobs.tolist()
+        assert row["old_logprobs"] == pytest.approx(scores.old_logprobs[part].tolist(), rel=1e-6)
+        assert (row["prompt_id"], row["prompt"], row["answer"]) == (
+            rollout.prompt.id,
+            rollout.prompt.text,
+            rollout.prompt.answer,
+        )
+        assert (row["step"], row["sample"], row["reward"], row["text"]) == (3, rollout.sample, rewards[i], rollout.text)
+        assert (row["finish_reason"], row["policy_version"], row["temperature"]) == (rollout.finish_reason, 3, 1.0)
+    with Records(config, tmp_path, first_step=9):
+        assert [step for step, _ in rollout_files(tmp_path)] == [3], "step 9 is sampled again"
+
+
+def test_parquet_without_a_critic_and_with_soft_segments(tmp_path: Path) -> None:
+    rollouts, rewards = sample_step(0, num_prompts=1, skill=0.5, rng=random.Random(0))
+    batch = Batch.of(rollouts, rewards)
+    scores = Scores(old_logprobs=batch.rollout_logprobs, values=None, ref_logprobs=None)
+    targets = Targets(advantages=torch.zeros(batch.num_tokens), returns=None)
+    opens = torch.full((batch.num_tokens,), 0.5)
+    rows = read_rollouts(write_rollouts(tmp_path, 0, rollouts, rewards, opens, scores, targets))
+    assert rows["values"].to_pylist() == [None, None] and rows["opens"].to_pylist()[1][0] == 0.5
+    assert flat_column(rows, "token_ids").tolist() == batch.token_ids.tolist()
+    assert flat_column(rows, "values").size == 0
+
+
+def test_plain_console_has_no_control_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Records(make_config(tmp_path, "logger.console=rich", "steps=20"), tmp_path, first_step=0) as records:
+        records.note("training starts [here]")
+        records.log(0, {"pretraining/loss": 0.5}, phase="pretraining")
+        records.log(9, {"rollout/reward_mean": 0.4123, "policy/approx_kl": math.nan, "time/step_s": 1.0})
+        records.log(10, {"evaluation/success_mean": 0.5}, phase="evaluation")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "training starts [here]\n" in out
+    assert "critic pre-training, epoch 0  loss 0.500" in out and "step  9  reward  0.412  kl     nan" in out
+    assert "1.0 s" in out and "step 10  held-out success 0.500" in out
+    with Records(make_config(tmp_path, "logger.console=off"), tmp_path, first_step=0) as records:
+        records.note("nothing")
+        records.log(0, {"rollout/reward_mean": 0.4})
+    assert capsys.readouterr().out == ""
+
+
+def test_wandb_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert _wandb_mode("auto") == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password none\n")
+    (tmp_path / "netrc").chmod(0o600)
+    assert _wandb_mode("auto") == "online" and _wandb_mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert _wandb_mode("auto") is None, "wandb's own variable decides"
+
+
+def test_a_failing_wandb_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Failing:
+        def define_metric(self, *_: object, **__: object) -> None: ...
+
+        def log(self, _: object) -> None:
+            raise wandb.errors.CommError("no route")
+
+        def finish(self) -> None:
+            raise AssertionError("not asked after it failed")
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings) or Failing())
+    config = make_config(tmp_path, "logger.wandb=offline", "logger.console=plain")
+    for _ in range(2):
+        with Records(config, tmp_path, first_step=0) as records:
+            records.log(0, {"rollout/reward_mean": 0.5})
+            records.log(1, {"rollout/reward_mean": 0.5})
+        assert capsys.readouterr().out.count("wandb failed and is off from here on") == 1
+        assert len(rows_of(tmp_path)) == 2
+        assert asked["id"] == (tmp_path / "wandb_id").read_text()
+    assert asked["mode"] == "offline" and asked["resume"] == "allow"
+    assert asked["config"]["algorithm"]["segmenter"] == {"name": "LowProbability", "p": 0.3}
+
+    class Foreign(Failing):
+        def log(self, _: object) -> None:
+            raise KeyError("not wandb's")
+
+        def finish(self) -> None: ...
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Foreign())
+    with pytest.raises(KeyError), Records(config, tmp_path, first_step=0) as records:
+        records.log(0, {"rollout/reward_mean": 0.5})

@@ -1,0 +1,179 @@
+"""The report is parsed as a browser would, and must hold the numbers that went in and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sae_rl.analysis.charts import Line, line_chart, span, ticks
+from sae_rl.analysis.report import final_table, write_report
+from sae_rl.analysis.responses import pick_responses
+from sae_rl.analysis.run_files import RunFiles
+from sae_rl.metrics import show
+from sae_rl.rollout_table import read_rollouts
+
+from .sample_run import decode, write_sample_run
+
+VOID = {"meta", "br", "wbr"}
+
+
+class Page(HTMLParser):
+    """Text by class of its element, attributes, and whether every tag was closed."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.stack: list[tuple[str, str]] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(html)
+        self.close()
+        assert self.stack == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.stack.append((tag, dict(attrs).get("class") or ""))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.stack and data.strip():
+            self.texts.append((self.stack[-1][1] or self.stack[-1][0], data))
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(data for _, data in self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_sample_run(folder, num_prompts=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(run_dir: Path) -> str:
+    write_report(run_dir, run_dir / "out" / "report.html", "A <b>title</b>", decode)
+    return (run_dir / "out" / "report.html").read_text()
+
+
+def test_the_values_are_there(run_dir: Path, html: str) -> None:
+    page = Page(html)
+    evaluations = [json.loads(line) for line in (run_dir / "evaluation.jsonl").read_text().splitlines()]
+    for row in (evaluations[0], evaluations[-1]):
+        assert show(row["success_mean"]) in page.text
+        assert f"[{show(row['success_low'])}, {show(row['success_high'])}]" in page.text
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert f"reward, step {row['step']}: {show(row['rollout/reward_mean'])}" in page.text
+        assert f"segments per response, step {row['step']}: {show(row['segment/per_response_mean'])}" in page.text
+        assert f"step {row['step']}, generate: {row['time/generate_s']:.2f} s" in page.text
+    assert "256 prompts" in page.text and "segments open below p = 0.3" in page.text
+    assert "{name: low_probability, p: 0.3}" in page.text
+    assert "A <b>title</b>" in page.text and "b" not in page.tags, "what comes in is escaped"
+
+
+def test_nothing_comes_from_elsewhere(html: str) -> None:
+    page = Page(html)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href", "srcset") or name.startswith("on")]
+    assert "http" not in html and "url(" not in html and "@import" not in html
+
+
+def test_the_responses_are_shown_token_by_token(run_dir: Path, html: str) -> None:
+    responses = pick_responses(read_rollouts(RunFiles(run_dir).rollouts[-1][1]), decode)
+    shown = [(kind, data) for kind, data in Page(html).texts if kind.startswith("t s")]
+    expected = [
+        (f"t s{token.segment % 2}" + (" o" if token.opens else ""), token.text) for r in responses for token in r.head
+    ]
+    assert shown == expected and len(responses) == 3
+    assert [r.head[0].opens for r in responses] == [True] * 3
+    titles = [value for name, value in Page(html).attributes if name == "title"]
+    assert titles == [token.tip for r in responses for token in r.head]
+    assert "probability" in titles[0] and "value" in titles[0] and "advantage" in titles[0]
+
+
+def test_a_long_response_is_shown_in_part(run_dir: Path) -> None:
+    rows = read_rollouts(RunFiles(run_dir).rollouts[-1][1]).slice(0, 1).to_pylist()
+    for name in ("token_ids", "rollout_logprobs", "old_logprobs", "values", "advantages", "opens"):
+        rows[0][name] = rows[0][name] * 20
+    table = read_rollouts(RunFiles(run_dir).rollouts[-1][1]).from_pylist(rows)
+    (response,) = pick_responses(table, decode)
+    total = len(rows[0]["token_ids"])
+    assert (len(response.head), len(response.tail), response.num_left_out) == (1200, 300, total - 1500)
+
+
+def test_a_bare_run_still_gives_a_page(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no metrics\.jsonl"):
+        write_report(tmp_path, tmp_path / "report.html", "none", decode)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no training step"):
+        write_report(tmp_path, tmp_path / "report.html", "none", decode)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "phase": "train", "time": 1.0, "rollout/reward_mean": 0.25, "critic/explained_variance": null}\n'
+    )
+    write_report(tmp_path, tmp_path / "report.html", "one step", decode)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Mean training reward: 0.250 at the start, 0.250 at the end." in page.text
+    assert "Explained variance" not in page.text, "a curve of nan alone is no curve"
+
+
+@pytest.mark.parametrize(("low", "words"), [(0.3, "The policy learns"), (0.2, "No clear change"), (-1.0, "fell")])
+def test_it_claims_no_more_than_the_intervals(tmp_path: Path, low: float, words: str) -> None:
+    write_sample_run(tmp_path, num_steps=1, num_prompts=1)
+    rows = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()][:2]
+    first, last = rows
+    first |= {"success_mean": 0.2, "success_low": 0.1, "success_high": 0.25}
+    last |= {"success_mean": low + 0.1, "success_low": low, "success_high": low + 0.2}
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(tmp_path, tmp_path / "report.html", "claims", decode)
+    assert words in Page((tmp_path / "report.html").read_text()).text
+
+
+def test_final_table(run_dir: Path) -> None:
+    console = Console(width=120, record=True, file=(run_dir / "console").open("w"))
+    console.print(final_table(run_dir))
+    text = console.export_text()
+    evaluations = RunFiles(run_dir).evaluations
+    for wanted in (
+        "held-out success",
+        f"{show(evaluations[-1].success_mean)} {evaluations[-1].interval}",
+        "training reward",
+        "segments per response",
+        "seconds per step",
+        "response length",
+    ):
+        assert wanted in text
+
+
+def test_evaluations_are_read_from_the_metrics_where_their_file_is_absent(tmp_path: Path) -> None:
+    values = {"success_mean": 0.5, "success_low": 0.4, "success_high": 0.6, "response_tokens_mean": 3.0}
+    row = {f"evaluation/{name}": value for name, value in values.items()} | {"evaluation/truncated_fraction": 0.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4, "phase": "evaluation", "time": 1.0, **row}) + "\n")
+    (evaluated,) = RunFiles(tmp_path).evaluations
+    assert (evaluated.step, evaluated.success_mean, evaluated.num_prompts) == (4, 0.5, None)
+
+
+def test_axes() -> None:
+    assert ticks(0, 1, count=4) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(0, 3, count=8, whole=True) == [0, 1, 2, 3]
+    assert span([math.nan]) == pytest.approx((-0.06, 1.06)) and span([2.0, 2.0]) == pytest.approx((1.8, 2.2))
+    low, high = span([1e-9, 2e-9], zero=True)
+    assert low == 0 and 2e-9 < high < 3e-9
+    svg = line_chart(
+        [Line(label="a", points=[(0, 1.0), (1, math.nan), (2, 3.0)])], label="gap", x_label="step", show=show
+    )
+    path = svg.split(' d="')[1].split('"')[0]
+    assert path.count("M") == 2 and "nan" not in svg, "a gap, not a line through it"
