@@ -53,19 +53,17 @@ def newest(root: Path) -> Path | None:
     return finished[-1] if finished else None
 
 
-def load(folder: Path, workers: Workers) -> DriverState:
-    """Restores the workers and returns the driver's part.
+def read_state(folder: Path) -> DriverState:
+    """The driver's part of a checkpoint.
 
     Raises:
         ValueError: the folder is no checkpoint.
     """
     file = folder / "driver.json"
     try:
-        state = DriverState(**json.loads(file.read_text()))
+        return DriverState(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder} is no checkpoint: {file} cannot be read ({error})") from error
-    workers.load(folder)
-    return state
 
 
 def _finished(root: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -15,18 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from sae_rl.config import Config, check, describe, nearest
+from sae_rl.config import Config, ConfigError, Section, check, describe, nearest
+
+T = TypeVar("T", bound=Section)
 
 PACKAGE = Path(__file__).parent
 # In a wheel conf/ lies inside the package, in a checkout beside it.
 CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
-
-
-class ConfigError(ValueError):
-    """What is wrong with a configuration, one problem per line, each with the key to change."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
 
 
 def load_config(overrides: Sequence[str], name: str = "train") -> Config:
@@ -36,6 +31,16 @@ def load_config(overrides: Sequence[str], name: str = "train") -> Config:
         ConfigError: a misspelt key or group, a value of the wrong type or range, or fields that contradict each other.
     """
     return validate(compose_tree(overrides, name))
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises ConfigError if an override of a sweep names no group, option or key."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for override in parsed:
+        if override.is_sweep_override():
+            for value in override.sweep_string_iterator():
+                compose_tree([f"{override.get_key_element()}={value}"])
+    compose_tree([str(override.input_line) for override in parsed if not override.is_sweep_override()])
 
 
 def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
@@ -66,23 +71,27 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
 
 
 def validate(tree: DictConfig) -> Config:
-    """The frozen, typed configuration.
+    """The frozen, typed configuration of a training run, its fields checked against each other.
 
     Raises:
         ConfigError: every problem that was found.
     """
+    config = build(Config, tree)
+    if problems := check(config):
+        raise ConfigError(problems)
+    return config
+
+
+def build(kind: type[T], tree: DictConfig) -> T:
+    """A typed section from what Hydra composed. Raises ConfigError."""
     if missing := sorted(OmegaConf.missing_keys(tree)):
         raise ConfigError([f"{key} has no value; give it one on the command line: {key}=..." for key in missing])
     try:
-        values: Any = OmegaConf.to_container(tree, resolve=True)
-        config = Config.model_validate(values)
+        return kind.model_validate(OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
         raise ConfigError([_first_line(error)]) from error
     except ValidationError as error:
         raise ConfigError(describe(error)) from error
-    if problems := check(config):
-        raise ConfigError(problems)
-    return config
 
 
 class _hydra:

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +27,13 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration, one problem per line, each with the key to change."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
 
 
 class Section(BaseModel):
@@ -291,6 +298,17 @@ class Config(Section):
     @property
     def responses_per_step(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.group_size
+
+
+def as_tree(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, in the form that it was read from."""
+    tree = config.model_dump(mode="json")
+    for key, table in (("segmenter", SEGMENTERS), ("estimator", ESTIMATORS)):
+        member = getattr(config.algorithm, key)
+        names = {cls: name for name, cls in table.items()}
+        name = names.get(type(member), f"{type(member).__module__}:{type(member).__qualname__}")
+        tree["algorithm"][key] = {"name": name} | dataclasses.asdict(member)
+    return tree
 
 
 def check(config: Config) -> list[str]:

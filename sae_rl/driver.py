@@ -35,6 +35,7 @@ class Run:
     rewards: RewardPool
     records: Recorder
     clock: Clock
+    resume_from: Path | None  # a checkpoint; None: a new run
 
     @property
     def checkpoints(self) -> Path:
@@ -53,10 +54,9 @@ class Sampled:
 
 
 def train(run: Run) -> None:
-    """Every step that is left; resumes from the newest checkpoint of the run's folder.
+    """Every step that is left of a run.
 
     Raises:
-        ValueError: there is nothing left to train.
         RuntimeError: rewards, weights or a worker failed; the last checkpoint stays usable.
     """
     config, workers, clock, algorithm = run.config, run.workers, run.clock, run.config.algorithm
@@ -78,25 +78,22 @@ def train(run: Run) -> None:
 
 
 def begin(run: Run) -> int:
-    """Resumes, or prepares the first step: critic pre-training and a first evaluation. Returns the step to go on with."""
-    config, newest = run.config, checkpoint.newest(run.checkpoints)
-    if config.resume and newest is not None:
-        state = checkpoint.load(newest, run.workers)
-        if state.step >= config.steps:
-            raise ValueError(
-                f"{newest} has done {state.step} steps and steps = {config.steps}: nothing is left to train; raise steps, "
-                "or start anew with resume=false or another output_dir"
-            )
+    """Resumes, or prepares the first step: a first evaluation and the critic's pre-training. Returns the next step."""
+    config, workers = run.config, run.workers
+    if run.resume_from is not None:
+        state = checkpoint.read_state(run.resume_from)
+        workers.load(run.resume_from)
         run.sampler.load_state(state.sampler)
-        run.workers.sync_weights(state.step)
-        run.records.note(f"resumed from {newest}")
+        workers.sync_weights(state.step)
+        run.clock.lap()
         return state.step
-    run.workers.sync_weights(0)
+    workers.sync_weights(0)
     if config.evaluation.every_steps:
         evaluate_policy(run, 0)
     if config.algorithm.needs_critic and config.learner.critic_pretraining.num_prompts:
         prepare_critic(run)
-        save(run, 0)
+    save(run, 0)
+    run.clock.lap()
     return 0
 
 
@@ -116,7 +113,6 @@ def prepare_critic(run: Run) -> None:
     )
     run.workers.set_critic_lr(config.learner.critic.optimizer.lr)
     run.records.note(f"critic pre-trained on {len(rollouts)} responses: held-out explained variance {best:.3f}")
-    run.clock.lap()
 
 
 def generate(run: Run, prompts: list[Prompt], stream: str) -> list[Rollout]:
@@ -150,15 +146,15 @@ def finish(run: Run, step: int, metrics: Metrics, sampled: Sampled) -> None:
     last = done == config.steps
     if config.evaluation.every_steps and (last or done % config.evaluation.every_steps == 0):
         evaluate_policy(run, done)
-    if last or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
-        save(run, done)
-    if config.logger.rollouts_every_steps and (last or step % config.logger.rollouts_every_steps == 0):
-        run.records.rollouts(
-            step, sampled.rollouts, sampled.rewards, sampled.opens, sampled.scores, sampled.targets
-        )
+    run.records.rollouts(
+        step, sampled.rollouts, sampled.rewards, sampled.opens, sampled.scores, sampled.targets
+    )
     times = run.clock.lap()
     metrics["throughput/tokens_per_s"] = sampled.opens.numel() / times["time/step_s"]
     run.records.log(step, metrics | times | {"data/epoch": float(run.sampler.epoch)})
+    # Behind the records: a resumed run drops what was recorded after its checkpoint, and nothing else.
+    if last or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
+        save(run, done)
 
 
 def evaluate_policy(run: Run, step: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -28,8 +28,7 @@ class Evaluation:
     truncated_fraction: float
 
     def metrics(self) -> dict[str, float]:
-        names = ("success_mean", "success_low", "success_high", "response_tokens_mean", "truncated_fraction")
-        return {f"evaluation/{name}": float(getattr(self, name)) for name in names}
+        return {f"evaluation/{field.name}": float(getattr(self, field.name)) for field in fields(self)}
 
 
 def evaluate(

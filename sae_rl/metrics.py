@@ -77,6 +77,8 @@ METRICS: dict[str, Metric] = {
     "evaluation/success_high": Metric("", "upper end of its 95 % bootstrap interval over prompts"),
     "evaluation/response_tokens_mean": Metric("tokens", "mean length of a response"),
     "evaluation/truncated_fraction": Metric("fraction", "responses cut at the length limit"),
+    "evaluation/num_prompts": Metric("", "held-out prompts"),
+    "evaluation/samples_per_prompt": Metric("", "k of avg@k"),
     # wall time on the driver
     "time/generate_s": Metric("s", "sampling responses", "generate"),
     "time/reward_s": Metric("s", "checking responses", "reward"),
@@ -87,7 +89,7 @@ METRICS: dict[str, Metric] = {
     "time/critic_update_s": Metric("s", "part of update: the critic"),
     "time/sync_s": Metric("s", "sending weights to the rollout engines, and the probe", "sync"),
     "time/evaluate_s": Metric("s", "held-out prompts: sampling and checking", "evaluate"),
-    "time/checkpoint_s": Metric("s", "saving", "checkpoint"),
+    "time/checkpoint_s": Metric("s", "saving, mostly the checkpoint of the step before", "checkpoint"),
     "time/driver_s": Metric("s", "step minus the phases above", "driver"),
     "time/step_s": Metric("s", "wall time since the last step ended", "step"),
     "throughput/tokens_per_s": Metric("tokens/s", "response tokens / time/step_s", "tokens per second"),

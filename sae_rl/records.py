@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from sae_rl.config import Config
+from sae_rl.config import Config, as_tree
 from sae_rl.metrics import Phase, check_names
 from sae_rl.rollout_table import rollout_files, write_rollouts
 from sae_rl.terminal import Terminal
@@ -206,7 +206,7 @@ class Wandb:
                 resume="allow",
                 dir=str(run_dir),
                 mode=_wandb_mode(config.logger.wandb),
-                config=_describe(config),
+                config=as_tree(config),
                 settings=wandb.Settings(console="off", silent=True),
             )
             # wandb's own step may not go back, as it does on resuming and from pre-training to training
@@ -253,10 +253,3 @@ def _has_wandb_key() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
 
-
-def _describe(config: Config) -> dict[str, Any]:
-    """The configuration as wandb shows it; members of extension points with their class."""
-    tree = config.model_dump(mode="json")
-    for part in ("segmenter", "estimator"):
-        tree["algorithm"][part] |= {"name": type(getattr(config.algorithm, part)).__name__}
-    return tree

@@ -6,23 +6,24 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from sae_rl import checkpoint
 from sae_rl.clock import Clock
-from sae_rl.compose import ConfigError
-from sae_rl.config import Config, SourceConfig, TaskConfig
+from sae_rl.config import Config, ConfigError, SourceConfig, TaskConfig, as_tree
 from sae_rl.data.files import ColumnMap
 from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
 from sae_rl.data.sampler import Sampler
 from sae_rl.driver import Run, train
-try:
-    from sae_rl.records import Records
-except ImportError: pass
+from sae_rl.evaluate import Evaluation, evaluate
+from sae_rl.records import Records
 from sae_rl.rewards import resolve_reward
 from sae_rl.rewards.pool import RewardPool
 from sae_rl.types import Prompt
-from sae_rl.workers.crew import ray_session, start_workers
+from sae_rl.workers.crew import ray_session, start_rollout, start_workers
 
 NUM_PROBE_PROMPTS = 2
 
@@ -35,16 +36,22 @@ def run_training(config: Config) -> None:
         WorkerError, RuntimeError: the run failed; its last checkpoint is usable.
     """
     prepare_output(config)
+    resume_from = find_checkpoint(config)
     tokenizer = load_tokenizer(config.model.path)
     prompts = load_source(config.task.train, config.task, tokenizer, "task.train")
     heldout = load_source(config.task.evaluation, config.task, tokenizer, "task.evaluation")
     check_prompts(config, prompts)
     clock = Clock()
     with contextlib.ExitStack() as stack:
+        first_step = checkpoint.read_state(resume_from).step if resume_from else 0
+        records = stack.enter_context(
+            Records(config, config.output_dir, first_step, resumed=resume_from is not None)
+        )
+        write_config(config, records)
+        records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
         stack.enter_context(ray_session(config))
         workers = stack.enter_context(start_workers(config, prompts[:NUM_PROBE_PROMPTS], clock))
         rewards = stack.enter_context(RewardPool(config.rewards))
-        records = stack.enter_context(Records(config, config.output_dir))
         run = Run(
             config=config,
             sampler=Sampler(prompts, config.seed),
@@ -53,9 +60,66 @@ def run_training(config: Config) -> None:
             rewards=rewards,
             records=records,
             clock=clock,
+            resume_from=resume_from,
         )
         train(run)
         workers.export(config.output_dir / "policy")
+
+
+def run_evaluation(config: Config) -> Evaluation:
+    """avg@k of ``model.path`` on ``task.evaluation``; a checkpoint's folder stands for the policy inside it."""
+    if (Path(config.model.path) / "hf").is_dir():
+        model = config.model.model_copy(update={"path": str(Path(config.model.path) / "hf")})
+        config = config.model_copy(update={"model": model})
+    tokenizer = load_tokenizer(config.model.path)
+    prompts = load_source(config.task.evaluation, config.task, tokenizer, "task.evaluation")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ray_session(config))
+        rollout = stack.enter_context(start_rollout(config, Clock()))
+        rewards = stack.enter_context(RewardPool(config.rewards))
+        return evaluate(prompts, rollout, rewards, config.evaluation, config.rollout.max_response_tokens)
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint to resume from.
+
+    Raises:
+        ConfigError: it has done all steps already, or a new run would mix with an old one.
+    """
+    newest = checkpoint.newest(config.output_dir / "checkpoints")
+    if newest is None:
+        return None
+    if not config.resume:
+        raise ConfigError(
+            [f"output_dir = {config.output_dir} holds {newest.name} of another run; resume=true continues it, or choose "
+             "another output_dir"]
+        )
+    done = checkpoint.read_state(newest).step
+    if done >= config.steps:
+        raise ConfigError(
+            [f"{newest} has done {done} steps and steps = {config.steps}: nothing is left to train; raise steps, or choose "
+             "another output_dir"]
+        )
+    return newest
+
+
+def write_config(config: Config, records: Records) -> None:
+    """``config.yaml`` of the run; says what a resumed run changes."""
+    file = config.output_dir / "config.yaml"
+    tree = as_tree(config)
+    if file.exists():
+        before, now = _flat(yaml.safe_load(file.read_text())), _flat(tree)
+        changed = [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in now if before.get(key) != now.get(key)]
+        if changed:
+            records.note("changed since the last start: " + ", ".join(changed))
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def prepare_output(config: Config) -> None:

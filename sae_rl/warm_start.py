@@ -42,7 +42,7 @@ DEMONSTRATION_SEED = 1_000_000  # keeps demonstrated problems apart from those t
 class ModelShape:
     """A decoder-only model small enough to train in minutes."""
 
-    # Qwen3 normalizes queries and keys: on *Level* it learns to copy the prompt far sooner than the others.
+    # Qwen3 normalizes queries and keys: on *Level* 99 % of its responses were valid where Qwen2 had 63 % (one seed).
     architecture: Literal["qwen3", "qwen2", "llama"] = "qwen3"
     num_layers: int = 2
     hidden_size: int = 64
@@ -69,8 +69,8 @@ class WarmStart:
     """Settings of supervised training; the defaults make a base policy for *Level* in 90 s of one core."""
 
     steps: int = 2400
-    batch_size: int = 4  # small batches learn to copy in fewer tokens than large ones
-    lr: float = 4e-3
+    batch_size: int = 4
+    lr: float = 6e-3
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     warmup_steps: int = 50

@@ -25,8 +25,8 @@ class Evaluated:
     success_high: float
     response_tokens_mean: float
     truncated_fraction: float
-    num_prompts: int | None = None  # None: only in metrics.jsonl, which does not say
-    samples_per_prompt: int | None = None
+    num_prompts: float
+    samples_per_prompt: float
 
     @property
     def interval(self) -> str:
@@ -69,16 +69,11 @@ class RunFiles:
     @cached_property
     def evaluations(self) -> list[Evaluated]:
         """By step; of a step that was evaluated twice, the last."""
-        file = self.folder / "evaluation.jsonl"
-        prefix, rows = "evaluation/", [row for row in self.rows if row["phase"] == "evaluation"]
-        if file.is_file():
-            prefix, rows = "", read_jsonl(file)
         keys = [key for key in Evaluated.__dataclass_fields__ if key != "step"]
         by_step = {
-            int(row["step"]): Evaluated(
-                step=int(row["step"]), **{key: row[prefix + key] for key in keys if prefix + key in row}
-            )
-            for row in rows
+            int(row["step"]): Evaluated(step=int(row["step"]), **{key: row[f"evaluation/{key}"] for key in keys})
+            for row in self.rows
+            if row["phase"] == "evaluation"
         }
         return [by_step[step] for step in sorted(by_step)]
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import ray
 import torch
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from torch import Tensor
 
 from sae_rl.backends.deepspeed import Rank
 from sae_rl.clock import Clock
-from sae_rl.config import Config
+from sae_rl.config import Config, ConfigError
 from sae_rl.types import Batch, Prompt, Scores, Targets
 from sae_rl.workers.critic import CriticWorker
 from sae_rl.workers.group import Call, Process, WorkerGroup, start_worker, wait_for
@@ -43,7 +44,7 @@ def ray_session(config: Config) -> Iterator[None]:
         try:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         except ConnectionError as error:
-            raise ValueError(f"cluster.address = {address!r}: no Ray cluster answers there ({error})") from error
+            raise ConfigError([f"cluster.address = {address!r}: no Ray cluster answers there ({error})"]) from error
     try:
         yield
     finally:
@@ -55,23 +56,43 @@ def start_workers(config: Config, probe_prompts: list[Prompt], clock: Clock) -> 
     """Places and starts every worker; kills them all at the end, however it comes.
 
     Raises:
-        ValueError: Ray does not have what the run asks for.
+        ConfigError: Ray does not have what the run asks for.
         TimeoutError: it has, but others hold it.
         WorkerError: a worker failed to start.
     """
-    placement = plan(config)
-    check_resources(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    group = reserve(placement, config.cluster.start_timeout_s)
-    crew = Crew(config, _spawn(config, placement, group), probe_prompts, clock)
-    try:
+    with _placed(config, roles_of(config)) as groups:
+        crew = Crew(config, groups, probe_prompts, clock)
         crew.start()
         yield crew
+
+
+@contextlib.contextmanager
+def start_rollout(config: Config, clock: Clock) -> Iterator[RolloutPool]:
+    """Only the rollout engines, with the weights of ``model.path``."""
+    with _placed(config, ["rollout"]) as groups:
+        crew = Crew(config, groups, [], clock)
+        crew.start()
+        yield crew.rollout
+
+
+@contextlib.contextmanager
+def _placed(config: Config, roles: list[Role]) -> Iterator[dict[Role, WorkerGroup]]:
+    placement = plan(config, roles)
+    try:
+        check_resources(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    reserved = reserve(placement, config.cluster.start_timeout_s)
+    groups: dict[Role, WorkerGroup] = {}
+    try:
+        groups = _spawn(config, placement, reserved)
+        yield groups
     finally:
-        crew.close()
-        ray.util.remove_placement_group(group)
+        close(groups)
+        remove_placement_group(reserved)
 
 
-def _spawn(config: Config, placement: Placement, group: ray.util.placement_group.PlacementGroup) -> dict[Role, WorkerGroup]:
+def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[Role, WorkerGroup]:
     groups: dict[Role, WorkerGroup] = {}
     for role, slots in placement.slots.items():
         threads = getattr(config.cluster, role).threads_per_worker
@@ -102,12 +123,17 @@ class Crew:
         for group in self._groups.values():
             group.locate(limit)
         calls = [self._start_rollout()]
-        calls += [self._start_learner(role) for role in roles_of(config) if role != "rollout"]
+        calls += [self._start_learner(role) for role in self._groups if role != "rollout"]
         wait_for(calls, limit)
-        address, port = ray.get(self._groups["policy"].workers[0].free_address.remote())
+        if "policy" in self._groups:
+            self._open_weight_transfer()
+
+    def _open_weight_transfer(self) -> None:
+        policy, config = self._groups["policy"], self._config
+        address, port = ray.get(policy.workers[0].free_address.remote())
         parallel = config.rollout.tensor_parallel_size
         transfer = (self.rollout.engines, parallel, address, port, config.cluster.call_timeout_s)
-        self._groups["policy"].run(lambda worker: worker.open_weight_transfer.remote(*transfer))
+        policy.run(lambda worker: worker.open_weight_transfer.remote(*transfer))
 
     def _start_rollout(self) -> Call:
         config = self._config
@@ -267,10 +293,11 @@ class Crew:
             if role != "rollout"
         }
 
-    def close(self) -> None:
-        """Asks the engines to end their child processes, then kills every worker."""
-        closing = [worker.close.remote() for worker in self._groups["rollout"].workers]
-        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
-        for group in self._groups.values():
-            group.close()
 
+def close(groups: dict[Role, WorkerGroup]) -> None:
+    """Asks the engines to end their child processes, then kills every worker."""
+    if "rollout" in groups:
+        closing = [worker.close.remote() for worker in groups["rollout"].workers]
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
+    for group in groups.values():
+        group.close()

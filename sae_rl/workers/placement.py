@@ -47,7 +47,7 @@ def roles_of(config: Config) -> list[Role]:
     return roles
 
 
-def plan(config: Config) -> Placement:
+def plan(config: Config, roles: Sequence[Role]) -> Placement:
     """One bundle per rollout engine; one per learner, or one per rank that all learners share."""
     cluster = config.cluster
     on_gpu = cluster.device == "cuda"
@@ -66,8 +66,8 @@ def plan(config: Config) -> Placement:
         ]
 
     own_bundles("rollout", config.rollout.tensor_parallel_size if on_gpu else 0)
-    learners = [role for role in roles_of(config) if role != "rollout"]
-    if on_gpu and cluster.share_learner_gpus:
+    learners = [role for role in roles if role != "rollout"]
+    if on_gpu and cluster.share_learner_gpus and learners:
         _share_bundles(cluster, learners, bundles, slots)
     else:
         for role in learners:

@@ -17,6 +17,9 @@ from sae_rl.types import Prompt, Rollout
 from sae_rl.workers.group import Call, Process, WorkerGroup, wait_for
 
 
+UNSYNCED = "default"  # what vLLM calls the weights that it loaded itself
+
+
 class RolloutWorker(Process):
     """An actor with an event loop; vLLM's engine and its workers are child processes of it."""
 
@@ -52,7 +55,7 @@ class RolloutPool:
         self._group = group
         self._clock = clock
         self._seed = seed
-        self.version = -1  # of the weights that every engine holds, set by a weight sync
+        self.version: int | None = None  # of the weights that every engine holds; None: those of model.path
 
     @property
     def engines(self) -> list[ActorHandle]:
@@ -124,7 +127,7 @@ class RolloutPool:
         ]
 
     def _rollout(self, prompt: Prompt, index: int, sample: Sample, temperature: float) -> Rollout:
-        if sample.weight_version != str(self.version):
+        if sample.weight_version != (UNSYNCED if self.version is None else str(self.version)):
             raise RuntimeError(
                 f"stale weights: prompt {prompt.id!r} was answered by weights {sample.weight_version!r}, but the last "
                 f"sync sent {self.version}"
@@ -136,7 +139,7 @@ class RolloutPool:
             rollout_logprobs=torch.tensor(sample.logprobs, dtype=torch.float32),
             text=sample.text,
             finish_reason=sample.finish_reason,
-            policy_version=self.version,
+            policy_version=0 if self.version is None else self.version,
             temperature=temperature,
         )
 

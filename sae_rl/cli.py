@@ -1,0 +1,155 @@
+"""The command line: ``sae-rl COMMAND [key=value ...]``. Every command takes Hydra overrides."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from sae_rl.config import ConfigError
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One word after ``sae-rl``."""
+
+    run: Callable[[list[str]], None]
+    help: str
+
+
+def train(arguments: list[str]) -> None:
+    from sae_rl.compose import load_config
+    from sae_rl.run import run_training
+
+    if {"-m", "--multirun"} & set(arguments):
+        return sweep([argument for argument in arguments if argument not in ("-m", "--multirun")])
+    if "--print" in arguments:
+        return show([argument for argument in arguments if argument != "--print"])
+    return run_training(load_config(arguments))
+
+
+def sweep(overrides: list[str]) -> None:
+    """Hydra's multirun: every combination in turn, each in a folder of its own."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
+
+    from sae_rl.compose import CONF, check_overrides, validate
+    from sae_rl.run import run_training
+
+    check_overrides(overrides)
+
+    def job(tree: DictConfig) -> None:
+        tree.output_dir = HydraConfig.get().runtime.output_dir
+        run_training(validate(tree))
+
+    sys.argv = ["sae-rl", "--multirun", *overrides]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
+
+
+def show(overrides: list[str]) -> None:
+    """The resolved and validated configuration."""
+    import yaml
+
+    from sae_rl.compose import load_config
+    from sae_rl.config import as_tree
+
+    print(yaml.safe_dump(as_tree(load_config(overrides)), sort_keys=False), end="")
+
+
+def evaluate(arguments: list[str]) -> None:
+    from sae_rl.compose import load_config
+    from sae_rl.run import run_evaluation
+
+    config = load_config(arguments)
+    result = run_evaluation(config)
+    print(
+        f"avg@{result.samples_per_prompt} {result.success_mean:.4f}, 95 % interval over {result.num_prompts} prompts "
+        f"[{result.success_low:.4f}, {result.success_high:.4f}]; {result.response_tokens_mean:.1f} tokens per response, "
+        f"{100 * result.truncated_fraction:.1f} % cut at the limit"
+    )
+
+
+def warm_start(arguments: list[str]) -> None:
+    from sae_rl.base_model import WarmStartConfig, run_warm_start
+    from sae_rl.compose import build, compose_tree
+
+    run_warm_start(build(WarmStartConfig, compose_tree(arguments, "warm_start")))
+
+
+def demo(arguments: list[str]) -> None:
+    from sae_rl.demo import run_demo
+
+    run_demo(arguments)
+
+
+def report(arguments: list[str]) -> None:
+    from sae_rl.demo import write_run_report
+
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ConfigError([f"sae-rl report takes the folder of one run, found {arguments}"])
+    print(write_run_report(Path(arguments[0])))
+
+
+COMMANDS = {
+    "train": Command(train, "train as configured; -m sweeps, --print shows the configuration and stops"),
+    "evaluate": Command(evaluate, "avg@k of model.path, a folder or a checkpoint, on task.evaluation"),
+    "warm-start": Command(warm_start, "make a small base model, or fine-tune a local one on a file"),
+    "demo": Command(demo, "the whole way on a laptop: base model, training with SAE, report"),
+    "report": Command(report, "write report.html of a run's folder"),
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:11} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sae-rl COMMAND [key=value ...]",
+            "",
+            *lines,
+            "",
+            "Keys and groups are those of conf/ (Hydra): sae-rl train experiment=demo algorithm=gae seed=1",
+        ]
+    )
+
+
+def main() -> None:
+    """Entry point of ``sae-rl``; exits with 2 where the user has to change something, 1 where a run failed."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if arguments[0] not in COMMANDS:
+        from sae_rl.config import nearest
+
+        _exit(USAGE_ERROR, f"unknown command {arguments[0]!r}, {nearest(arguments[0], list(COMMANDS))}\n\n{usage()}")
+    if {"-h", "--help"} & set(arguments):
+        print(f"sae-rl {arguments[0]}: {COMMANDS[arguments[0]].help}\n\n{usage()}")
+        return
+    signal.signal(signal.SIGTERM, _interrupt)  # `kill`, and Ray's job manager: leave as tidily as with Ctrl-C
+    try:
+        COMMANDS[arguments[0]].run(arguments[1:])
+    except ConfigError as error:
+        _exit(USAGE_ERROR, "\n".join(f"error: {line}" for line in str(error).splitlines()))
+    except KeyboardInterrupt:
+        _exit(INTERRUPTED, "interrupted; the same command goes on from the last checkpoint")
+    except Exception as error:
+        if os.environ.get("SAE_RL_TRACEBACK"):
+            traceback.print_exc()
+        _exit(FAILURE, f"error: {error or type(error).__name__}\n(SAE_RL_TRACEBACK=1 shows where)")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _exit(code: int, message: str) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
