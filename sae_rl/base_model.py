@@ -39,7 +39,11 @@ def run_warm_start(config: WarmStartConfig) -> None:
     except (TypeError, ValueError) as error:
         raise ConfigError([f"knobs = {config.knobs}: {error}"]) from error
     console = Console(file=sys.stdout)
-    columns = (TextColumn("supervised steps"), BarColumn(), TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.3f}"))
+    columns = (
+        TextColumn("supervised steps"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.3f}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=config.training.steps, loss=float("nan"))
         try:

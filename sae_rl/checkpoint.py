@@ -13,8 +13,8 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from sae_rl.data.sampler import SamplerState
 from sae_rl.protocols import Workers
 
 PREFIX = "step_"
@@ -25,7 +25,7 @@ class DriverState:
     """The driver's part of a checkpoint."""
 
     step: int  # steps that are done
-    sampler: dict[str, Any]
+    sampler: SamplerState
 
 
 def save(root: Path, state: DriverState, workers: Workers, keep_last: int) -> Path:

@@ -15,11 +15,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, TypeAdapter, ValidationError
 
-from sae_rl.algo.estimators import ESTIMATORS
+from sae_rl.algo.estimators import ESTIMATORS, Estimator
 from sae_rl.algo.losses import PolicyLoss, ValueLoss
-from sae_rl.algo.segmenters import SEGMENTERS
+from sae_rl.algo.segmenters import SEGMENTERS, Segmenter
 from sae_rl.algo.shaping import TokenRewards
 
 Positive = Annotated[int, Field(ge=1)]
@@ -41,7 +41,7 @@ class Section(BaseModel):
 
 
 def nearest(word: str, allowed: list[str]) -> str:
-    """", did you mean 'x'?" or the list of what is allowed."""
+    """ ", did you mean 'x'?" or the list of what is allowed."""
     match = get_close_matches(word, allowed, n=1, cutoff=0.6)
     return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(sorted(allowed))}"
 
@@ -54,7 +54,7 @@ def member_of(table: Mapping[str, type[Any]]) -> Callable[[object], object]:
 
     def build(node: object) -> object:
         if not isinstance(node, Mapping):
-            return node
+            raise ValueError(f"found {node!r}, but it must be a mapping with a name")
         knobs = dict(node)
         name = knobs.pop("name", None)
         if not isinstance(name, str):
@@ -107,8 +107,8 @@ def describe(error: ValidationError) -> list[str]:
 
 
 class AlgorithmConfig(Section):
-    segmenter: Annotated[InstanceOf[Callable[..., Any]], BeforeValidator(member_of(SEGMENTERS))]
-    estimator: Annotated[InstanceOf[Callable[..., Any]], BeforeValidator(member_of(ESTIMATORS))]
+    segmenter: Annotated[SkipValidation[Segmenter], BeforeValidator(member_of(SEGMENTERS))]
+    estimator: Annotated[SkipValidation[Estimator], BeforeValidator(member_of(ESTIMATORS))]
     token_rewards: TokenRewards
     policy_loss: PolicyLoss
     value_loss: ValueLoss
@@ -116,7 +116,7 @@ class AlgorithmConfig(Section):
 
     @property
     def needs_critic(self) -> bool:
-        return bool(self.estimator.needs_critic)
+        return self.estimator.needs_critic
 
     @property
     def needs_reference(self) -> bool:
@@ -151,7 +151,9 @@ class ModelConfig(Section):
                 "in model.context_tokens"
             )
         if not Path(self.path).is_dir():
-            raise ValueError(f"model.path: no folder {self.path!r}; make one with `sae-rl warm-start`, or correct the path")
+            raise ValueError(
+                f"model.path: no folder {self.path!r}; make one with `sae-rl warm-start`, or correct the path"
+            )
         file = Path(self.path) / "config.json"
         try:
             return int(json.loads(file.read_text())["max_position_embeddings"])
@@ -167,6 +169,7 @@ class SourceConfig(Section):
     split: Literal["train", "held_out"] = "train"
     seed: NonNegative = 0  # of procedural problems
     num_prompts: Positive | None = None  # procedural: how many to generate; file: the first so many (null: all)
+    duplicates: Literal["error", "drop"] = "error"  # rows of a file whose id was there before
     columns: dict[str, str] = {}  # our column -> the file's, for example {answer: reward_model.ground_truth}
     reward: str | None = None  # name in sae_rl.rewards or package.module:function; null: the task's own
     knobs: dict[str, Any] = {}  # of the procedural task
@@ -307,7 +310,7 @@ def as_tree(config: Config) -> dict[str, Any]:
         member = getattr(config.algorithm, key)
         names = {cls: name for name, cls in table.items()}
         name = names.get(type(member), f"{type(member).__module__}:{type(member).__qualname__}")
-        tree["algorithm"][key] = {"name": name} | dataclasses.asdict(member)
+        tree["algorithm"][key] = {"name": name} | dataclasses.asdict(member)  # type: ignore[call-overload]
     return tree
 
 
@@ -353,7 +356,9 @@ def _check_batches(config: Config) -> list[str]:
                 f"cannot be divided by cluster.{role}.num_workers = {ranks}"
             )
     if not config.algorithm.needs_critic and config.rollout.group_size < 2:
-        problems.append("rollout.group_size is 1, but a critic-free estimator compares responses of a group: at least 2")
+        problems.append(
+            "rollout.group_size is 1, but a critic-free estimator compares responses of a group: at least 2"
+        )
     return problems
 
 
@@ -380,5 +385,7 @@ def _check_workers(config: Config) -> list[str]:
             f"rollout.tensor_parallel_size = {config.rollout.tensor_parallel_size}: on cluster.device=cpu use 1"
         )
     if config.cluster.device == "cpu" and config.rollout.kv_cache_gb is None:
-        problems.append("rollout.kv_cache_gb = null: on cluster.device=cpu state the size of the KV cache, for example 1")
+        problems.append(
+            "rollout.kv_cache_gb = null: on cluster.device=cpu state the size of the KV cache, for example 1"
+        )
     return problems

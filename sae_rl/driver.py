@@ -146,9 +146,7 @@ def finish(run: Run, step: int, metrics: Metrics, sampled: Sampled) -> None:
     last = done == config.steps
     if config.evaluation.every_steps and (last or done % config.evaluation.every_steps == 0):
         evaluate_policy(run, done)
-    run.records.rollouts(
-        step, sampled.rollouts, sampled.rewards, sampled.opens, sampled.scores, sampled.targets
-    )
+    run.records.rollouts(step, sampled.rollouts, sampled.rewards, sampled.opens, sampled.scores, sampled.targets)
     times = run.clock.lap()
     metrics["throughput/tokens_per_s"] = sampled.opens.numel() / times["time/step_s"]
     run.records.log(step, metrics | times | {"data/epoch": float(run.sampler.epoch)})
@@ -171,5 +169,5 @@ def evaluate_policy(run: Run, step: int) -> None:
 
 def save(run: Run, step: int) -> None:
     with run.clock.phase("checkpoint"):
-        state = checkpoint.DriverState(step=step, sampler=dict(run.sampler.state()))
+        state = checkpoint.DriverState(step=step, sampler=run.sampler.state())
         checkpoint.save(run.checkpoints, state, run.workers, run.config.checkpoint.keep_last)

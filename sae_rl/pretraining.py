@@ -70,7 +70,7 @@ def split_by_prompt(batch: Batch, heldout_fraction: float, seed: int) -> tuple[B
     Raises:
         ValueError: fewer than two prompts.
     """
-    groups = batch.groups.unique()
+    groups = torch.unique(batch.groups)
     if len(groups) < 2:
         raise ValueError(f"learner.critic_pretraining.num_prompts = {len(groups)}: holding some out needs at least 2")
     order = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))]

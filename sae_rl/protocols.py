@@ -82,7 +82,9 @@ class Recorder(Protocol):
         """A message for the reader of the console."""
         ...
 
-    def log(self, step: int, metrics: Metrics, phase: Literal["train", "pretraining", "evaluation"] = "train") -> None: ...
+    def log(
+        self, step: int, metrics: Metrics, phase: Literal["train", "pretraining", "evaluation"] = "train"
+    ) -> None: ...
 
     def rollouts(
         self,

@@ -252,4 +252,3 @@ def _has_wandb_key() -> bool:
         return netrc.netrc(file).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-

@@ -44,9 +44,7 @@ def run_training(config: Config) -> None:
     clock = Clock()
     with contextlib.ExitStack() as stack:
         first_step = checkpoint.read_state(resume_from).step if resume_from else 0
-        records = stack.enter_context(
-            Records(config, config.output_dir, first_step, resumed=resume_from is not None)
-        )
+        records = stack.enter_context(Records(config, config.output_dir, first_step, resumed=resume_from is not None))
         write_config(config, records)
         records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
         stack.enter_context(ray_session(config))
@@ -91,14 +89,18 @@ def find_checkpoint(config: Config) -> Path | None:
         return None
     if not config.resume:
         raise ConfigError(
-            [f"output_dir = {config.output_dir} holds {newest.name} of another run; resume=true continues it, or choose "
-             "another output_dir"]
+            [
+                f"output_dir = {config.output_dir} holds {newest.name} of another run; resume=true continues it, or choose "
+                "another output_dir"
+            ]
         )
     done = checkpoint.read_state(newest).step
     if done >= config.steps:
         raise ConfigError(
-            [f"{newest} has done {done} steps and steps = {config.steps}: nothing is left to train; raise steps, or choose "
-             "another output_dir"]
+            [
+                f"{newest} has done {done} steps and steps = {config.steps}: nothing is left to train; raise steps, or "
+                "choose another output_dir"
+            ]
         )
     return newest
 
@@ -140,9 +142,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_source(
-    source: SourceConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, key: str
-) -> list[Prompt]:
+def load_source(source: SourceConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> list[Prompt]:
     """The prompts of ``task.train`` or ``task.evaluation``; ``key`` is what messages call it."""
     try:
         prompts = load_prompts(_source_of(source), tokenizer, task.max_prompt_tokens, task.overlong_prompts)
@@ -159,7 +159,9 @@ def _source_of(source: SourceConfig) -> Problems | File:
             raise ValueError("name is 'file', so path must name a JSONL or parquet file")
         if source.reward is None:
             raise ValueError("name is 'file', so reward must name a verifier, for example math")
-        return File(path=source.path, reward=source.reward, task=Path(source.path).stem, columns=ColumnMap(**source.columns))
+        return File(
+            path=source.path, reward=source.reward, task=Path(source.path).stem, columns=ColumnMap(**source.columns)
+        )
     if source.name not in TASKS:
         raise ValueError(f"name {source.name!r} is unknown, allowed: file, {', '.join(sorted(TASKS))}")
     if source.num_prompts is None:
@@ -174,7 +176,9 @@ def check_prompts(config: Config, prompts: list[Prompt]) -> None:
     if config.algorithm.needs_critic:
         wanted["learner.critic_pretraining.num_prompts"] = config.learner.critic_pretraining.num_prompts
     problems = [
-        f"{key} = {count}, but task.train has {len(prompts)} prompts" for key, count in wanted.items() if count > len(prompts)
+        f"{key} = {count}, but task.train has {len(prompts)} prompts"
+        for key, count in wanted.items()
+        if count > len(prompts)
     ]
     if problems:
         raise ConfigError(problems)

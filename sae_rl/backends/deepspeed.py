@@ -94,7 +94,9 @@ class Learner:
             if self._clips_itself:
                 self._optimizer.register_step_pre_hook(self._clip)
             warmup = max(1, options.warmup_updates)
-            schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda update: min(1.0, (update + 1) / warmup))
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                self._optimizer, lambda update: min(1.0, (update + 1) / warmup)
+            )
             self.engine, *_ = deepspeed.initialize(
                 model=network, optimizer=self._optimizer, lr_scheduler=schedule, config=ds_config
             )

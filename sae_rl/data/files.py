@@ -95,7 +95,8 @@ def parse_rows(path: str, parse: Callable[[dict[str, Any], str], T]) -> list[T]:
     parsed: list[T] = []
     broken: list[str] = []
     num_rows = 0
-    for num_rows, (where, row) in enumerate(kinds[file.suffix](file), start=1):
+    for where, row in kinds[file.suffix](file):
+        num_rows += 1
         try:
             if isinstance(row, BrokenRow):
                 raise row

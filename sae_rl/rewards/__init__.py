@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from difflib import get_close_matches
+from typing import cast
 
 from sae_rl.data.countdown import countdown
 from sae_rl.data.level import level
@@ -49,4 +50,4 @@ def _imported(path: str) -> Reward:
         raise ValueError(f"reward: module {module_name!r} has no {function_name!r}{hint}")
     if not callable(function):
         raise ValueError(f"reward: {path!r} is {type(function).__name__}, not a function (prompt, response, answer)")
-    return function
+    return cast(Reward, function)

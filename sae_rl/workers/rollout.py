@@ -16,7 +16,6 @@ from sae_rl.config import Device, ModelConfig, RolloutConfig
 from sae_rl.types import Prompt, Rollout
 from sae_rl.workers.group import Call, Process, WorkerGroup, wait_for
 
-
 UNSYNCED = "default"  # what vLLM calls the weights that it loaded itself
 
 
@@ -108,7 +107,9 @@ class RolloutPool:
             for (prompt, index), sample in zip(owners, samples, strict=True)
         ]
 
-    def generate_on_each(self, prompts: Sequence[Prompt], *, max_tokens: int, temperature: float) -> list[list[Rollout]]:
+    def generate_on_each(
+        self, prompts: Sequence[Prompt], *, max_tokens: int, temperature: float
+    ) -> list[list[Rollout]]:
         """One response to each prompt from every engine, by engine: what a weight sync is checked with."""
         requests = [
             Request(

@@ -24,9 +24,7 @@ class EngineClient:
         first = int(init_info["rank_offset"])
         self._wait(
             [
-                engine.init_weight_transfer.remote(
-                    {**init_info, "rank_offset": first + i * self._workers_per_engine}
-                )
+                engine.init_weight_transfer.remote({**init_info, "rank_offset": first + i * self._workers_per_engine})
                 for i, engine in enumerate(self._engines)
             ]
         )

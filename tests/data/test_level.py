@@ -87,7 +87,7 @@ def test_damaged_traces_score_0() -> None:
             i = rng.randrange(len(words))
             for damaged in (
                 words[:i] + words[i + 1 :],
-                words[:i] + [words[i]] + words[i:],
+                [*words[:i], words[i], *words[i:]],
                 words[:i],
                 words + words[: i + 1],
                 [*words[:i], rng.choice([w for w in TASK.words() if w != words[i]]), *words[i + 1 :]],

@@ -121,7 +121,7 @@ def test_dapo_style_rows(tmp_path: Path, kind: str) -> None:
     assert (prompts[0].answer, prompts[0].task, prompts[0].reward) == ("34", "math_dapo", "math")
     assert prompts[0].text == "user one plus one ? assistant"
     assert list(prompts[0].token_ids) == [8, 4, 6, 4, 7, 9]  # no BOS: a template writes its own
-    with pytest.raises(ValueError, match="id 'x1' was used in (line|row) 1 already"):
+    with pytest.raises(ValueError, match=r"id 'x1' was used in (line|row) 1 already"):
         load_prompts(File(path=path, reward="math", task="t", columns=DAPO_MATH), TOKENIZER, 10)
     wrong = ColumnMap(answer="reward_model.truth")
     with pytest.raises(ValueError, match=r"no column 'reward_model.truth': found 'ground_truth', 'style'"):

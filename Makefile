@@ -1,0 +1,55 @@
+# Everything a newcomer needs: `make demo` and `make test` set up their own environment in .venv.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+TORCH := torch==2.13.0+cpu
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+INSTALLED := .venv/.installed
+# Strictly typed: everything but the bridges to libraries that have no types.
+TYPED := $(filter-out sae_rl/backends sae_rl/workers sae_rl/run.py sae_rl/demo.py sae_rl/warm_start.py sae_rl/base_model.py, \
+         $(wildcard sae_rl/*.py) sae_rl/algo sae_rl/analysis sae_rl/data sae_rl/rewards)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast check format setup bench-iteration clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(INSTALLED)  ## a small model learns a verifiable task with SAE on this machine, about ten minutes
+	$(BIN)/sae-rl demo
+
+test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 15 minutes on two cores
+	@echo "Running every test, with the real Ray, vLLM and DeepSpeed: about 15 minutes on two cores."
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)  ## the tests that start no engine; about two minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(INSTALLED)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(TYPED)
+
+format: $(INSTALLED)  ## lays out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-iteration: $(INSTALLED)  ## one whole PPO iteration in tokens/s, by phase
+	$(BIN)/python -m benchmarks.iteration
+
+setup: $(INSTALLED)  ## the environment in .venv, from locks/cpu.txt; about three minutes when it is not there
+
+$(INSTALLED): locks/cpu.txt pyproject.toml Makefile
+	@echo "Setting up .venv from locks/cpu.txt: about three minutes, 3 GB on disk; done once."
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"Python 3.11 is needed, found {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# The CPU build of torch comes from where pip is configured to look, and otherwise from PyTorch's own index.
+	@$(BIN)/python -m pip install --quiet --no-deps "$(TORCH)" 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --no-deps "$(TORCH)" --index-url $(TORCH_CPU_INDEX)
+	@$(BIN)/python -m pip install --quiet --no-deps -r locks/cpu.txt
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:  ## removes what tests, benchmarks and linters leave; not .venv, not outputs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis benchmarks/results dist build
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
