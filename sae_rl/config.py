@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from sae_rl.algo.estimators import ESTIMATORS, Estimator
 from sae_rl.algo.losses import PolicyLoss, ValueLoss
@@ -107,8 +107,8 @@ def describe(error: ValidationError) -> list[str]:
 
 
 class AlgorithmConfig(Section):
-    segmenter: Annotated[SkipValidation[Segmenter], BeforeValidator(member_of(SEGMENTERS))]
-    estimator: Annotated[SkipValidation[Estimator], BeforeValidator(member_of(ESTIMATORS))]
+    segmenter: Annotated[Segmenter, PlainValidator(member_of(SEGMENTERS))]
+    estimator: Annotated[Estimator, PlainValidator(member_of(ESTIMATORS))]
     token_rewards: TokenRewards
     policy_loss: PolicyLoss
     value_loss: ValueLoss

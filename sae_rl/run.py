@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,8 @@ def load_source(source: SourceConfig, task: TaskConfig, tokenizer: PreTrainedTok
     """The prompts of ``task.train`` or ``task.evaluation``; ``key`` is what messages call it."""
     try:
         prompts = load_prompts(_source_of(source), tokenizer, task.max_prompt_tokens, task.overlong_prompts)
+        if source.name != "file" and source.reward is not None:
+            prompts = [replace(prompt, reward=source.reward) for prompt in prompts]
         for reward in {prompt.reward for prompt in prompts}:
             resolve_reward(reward)
     except ValueError as error:

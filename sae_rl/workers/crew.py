@@ -67,6 +67,15 @@ def start_workers(config: Config, probe_prompts: list[Prompt], clock: Clock) -> 
 
 
 @contextlib.contextmanager
+def start_learners(config: Config, clock: Clock) -> Iterator[Crew]:
+    """Everything but the rollout engines: scores and updates on rollouts that are there already."""
+    with _placed(config, [role for role in roles_of(config) if role != "rollout"]) as groups:
+        crew = Crew(config, groups, [], clock)
+        crew.start()
+        yield crew
+
+
+@contextlib.contextmanager
 def start_rollout(config: Config, clock: Clock) -> Iterator[RolloutPool]:
     """Only the rollout engines, with the weights of ``model.path``."""
     with _placed(config, ["rollout"]) as groups:
@@ -114,7 +123,7 @@ class Crew:
         self._groups = groups
         self._probe_prompts = probe_prompts
         self._clock = clock
-        self.rollout = RolloutPool(groups["rollout"], config.seed, clock)
+        self._rollout = RolloutPool(groups["rollout"], config.seed, clock) if "rollout" in groups else None
 
     def start(self) -> None:
         """Loads all models at the same time, and connects the policy with the engines."""
@@ -122,11 +131,15 @@ class Crew:
         limit = config.cluster.start_timeout_s
         for group in self._groups.values():
             group.locate(limit)
-        calls = [self._start_rollout()]
-        calls += [self._start_learner(role) for role in self._groups if role != "rollout"]
+        calls = [self._start_rollout() if role == "rollout" else self._start_learner(role) for role in self._groups]
         wait_for(calls, limit)
-        if "policy" in self._groups:
+        if "policy" in self._groups and "rollout" in self._groups:
             self._open_weight_transfer()
+
+    @property
+    def rollout(self) -> RolloutPool:
+        assert self._rollout is not None, "these workers were started without rollout engines"
+        return self._rollout
 
     def _open_weight_transfer(self) -> None:
         policy, config = self._groups["policy"], self._config

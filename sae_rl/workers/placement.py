@@ -65,7 +65,8 @@ def plan(config: Config, roles: Sequence[Role]) -> Placement:
             for _ in range(workers.num_workers)
         ]
 
-    own_bundles("rollout", config.rollout.tensor_parallel_size if on_gpu else 0)
+    if "rollout" in roles:
+        own_bundles("rollout", config.rollout.tensor_parallel_size if on_gpu else 0)
     learners = [role for role in roles if role != "rollout"]
     if on_gpu and cluster.share_learner_gpus and learners:
         _share_bundles(cluster, learners, bundles, slots)
