@@ -3,63 +3,61 @@
 It imports nothing of ``sae_rl``, so that a peer's environment can read it too.
 
 The section "End to end on CPU" of our notes on peers gives the size of the model and of the batch, not the shape. This is
-our reading of it: 4 layers of width 128, 4 heads of 32, a SwiGLU of 256, and 1,024 tied word embeddings, which makes
-788,608 parameters.
+our reading of it: 4 layers of width 128, 4 heads of 32, a SwiGLU of 256, and 1,024 tied token embeddings, which makes
+789,120 parameters.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import string
 from pathlib import Path
 from typing import Any
 
 NUM_PROMPTS, GROUP_SIZE, RESPONSE_TOKENS = 64, 4, 128
 NUM_RESPONSES = NUM_PROMPTS * GROUP_SIZE
 NUM_TOKENS = NUM_RESPONSES * RESPONSE_TOKENS
-PROMPT_TOKENS = (16, 32)  # shortest and longest
+PROMPT_WORDS = (8, 16)  # fewest and most; 15 to 31 tokens
 MICRO_BATCH_RESPONSES = 64
 LR = 1e-5
 
-WORDS = [f"w{i}" for i in range(1024)]
-SPECIALS = ["<pad>", "<eos>", "<unk>"]
+FIRST, SECOND = string.ascii_letters[:32], string.ascii_letters[:24]
+PAIRS = [(a, b) for a in FIRST for b in SECOND]
+VOCAB_SIZE = 256 + len(PAIRS)
 
 
 def make(folder: Path, num_steps: int, seed: int = 0) -> None:
     """Writes ``folder/model``, a Hugging Face folder, and ``folder/prompts.jsonl`` with the prompts of ``num_steps``."""
-    tokenizer = build_tokenizer()
-    model = build_model(seed)
+    model, tokenizer = build_model(seed), build_tokenizer()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rng = random.Random(seed)
     with (folder / "prompts.jsonl").open("w") as file:
         for i in range(num_steps * NUM_PROMPTS):
-            words = rng.choices(WORDS, k=rng.randint(*PROMPT_TOKENS))
+            words = ["".join(pair) for pair in rng.choices(PAIRS, k=rng.randint(*PROMPT_WORDS))]
             file.write(json.dumps({"id": str(i), "prompt": " ".join(words), "answer": "even"}) + "\n")
 
 
 def build_tokenizer() -> Any:
-    """One word, one token. The end token has an id that the model does not have, so no response ends before its limit."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """Qwen2's byte-level BPE with 256 bytes and 768 pairs of letters.
 
-    vocabulary = {word: i for i, word in enumerate((*WORDS, *SPECIALS))}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-        padding_side="left",
+    The end token has an id that the model does not have, so no response ends before its limit.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    tokens = [*sorted(ByteLevel.alphabet()), *(a + b for a, b in PAIRS)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return Qwen2Tokenizer(
+        vocab=vocabulary, merges=PAIRS, unk_token=None, eos_token="<eos>", pad_token="<pad>", padding_side="left"
     )
 
 
 def shape() -> dict[str, Any]:
     """Of the Qwen2 model; there is no end token among its ids."""
     return {
-        "vocab_size": len(WORDS),
+        "vocab_size": VOCAB_SIZE,
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 4,
@@ -82,5 +80,5 @@ def build_model(seed: int) -> Any:
 
 
 def parity(prompt: str, response: str, answer: str) -> float:
-    """1 if the number of the last word is even: half of all responses, so that advantages differ."""
-    return float(int(response.split()[-1].removeprefix("w")) % 2 == 0)
+    """1 if the response has an even number of characters, as about half of them do, so that advantages differ."""
+    return float(len(response) % 2 == 0)

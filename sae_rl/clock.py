@@ -6,15 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Parts of a phase that are worth their own number. They never count towards the sum.
-PARTS = frozenset({"policy_update", "critic_update"})
-
 
 class Clock:
     """Adds up the phases of a step.
 
     The phases of a step do not overlap: what runs inside another phase belongs to that one, so that generating for an
-    evaluation is `evaluate` and not `generate`. Only `PARTS` are reported from inside a phase too.
+    evaluation is `evaluate` and not `generate`.
 
         clock = Clock()
         with clock.phase("generate"):
@@ -37,7 +34,7 @@ class Clock:
             yield
         finally:
             self._open.pop()
-            if not self._open or name in PARTS:
+            if not self._open:
                 self._totals[name] = self._totals.get(name, 0.0) + self._now() - started
 
     def lap(self) -> dict[str, float]:
@@ -46,7 +43,7 @@ class Clock:
         ended = self._now()
         step_s, totals = ended - self._started, self._totals
         self._started, self._totals = ended, {}
-        driver_s = step_s - sum(seconds for name, seconds in totals.items() if name not in PARTS)
+        driver_s = step_s - sum(totals.values())
         return {f"time/{name}_s": seconds for name, seconds in totals.items()} | {
             "time/step_s": step_s,
             "time/driver_s": driver_s,

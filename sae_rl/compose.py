@@ -113,14 +113,14 @@ def _group_of(override: Override) -> str:
 
 
 def _check_choice(override: Override) -> str | None:
-    """A group's option must be a file; null leaves a group out."""
+    """A group's option must be a file; ``~group`` leaves a group out."""
     option = override.value()
-    if option is None or override.is_sweep_override():
+    if override.is_delete() or override.is_sweep_override():
         return None
     options = [file.stem for file in (CONF / override.key_or_group).glob("*.yaml")]
     if str(option) in options:
         return None
-    return f"{override.key_or_group}={option}: no such option, {nearest(str(option), options)}"
+    return f"{override.input_line}: no such option, {nearest(str(option), options)}"
 
 
 def _check_key(override: Override, tree: DictConfig, groups: set[str]) -> str | None:

@@ -85,8 +85,8 @@ METRICS: dict[str, Metric] = {
     "time/score_s": Metric("s", "values and logprobs before the update", "score"),
     "time/advantage_s": Metric("s", "segments, advantages and returns", "advantage"),
     "time/update_s": Metric("s", "optimizer updates of policy and critic", "update"),
-    "time/policy_update_s": Metric("s", "part of update: the policy"),
-    "time/critic_update_s": Metric("s", "part of update: the critic"),
+    "time/policy_update_s": Metric("s", "part of update, by the slowest rank: the policy"),
+    "time/critic_update_s": Metric("s", "part of update, by the slowest rank: the critic"),
     "time/sync_s": Metric("s", "sending weights to the rollout engines, and the probe", "sync"),
     "time/evaluate_s": Metric("s", "held-out prompts: sampling and checking", "evaluate"),
     "time/checkpoint_s": Metric("s", "saving, mostly the checkpoint of the step before", "checkpoint"),
@@ -95,7 +95,6 @@ METRICS: dict[str, Metric] = {
     "throughput/tokens_per_s": Metric("tokens/s", "response tokens / time/step_s", "tokens per second"),
     "memory/policy_peak_gb": Metric("GiB", "peak memory of the largest rank"),
     "memory/critic_peak_gb": Metric("GiB", "peak memory of the largest rank"),
-    "memory/reference_peak_gb": Metric("GiB", "peak memory of the largest rank"),
 }
 
 # Phases of a step that do not overlap and add up to time/step_s, in the order of the loop.

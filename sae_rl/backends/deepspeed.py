@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,10 +138,6 @@ class Learner:
         """Norm of the last update's gradient, before clipping."""
         return self._grad_norm if self._clips_itself else float(self.engine.get_global_grad_norm())
 
-    @property
-    def lr(self) -> float:
-        return float(self.engine.get_lr()[0])
-
     def set_lr(self, lr: float) -> None:
         """Another peak learning rate, kept by the warm-up schedule."""
         schedule = self.engine.lr_scheduler
@@ -192,8 +189,10 @@ class Learner:
         The gradient is that of ``sum over tokens / tokens of all ranks``, whatever the ranks and micro-batches.
 
         Returns:
-            sums over this rank's tokens: the statistics of ``loss``, and their number as ``tokens``.
+            sums over this rank's tokens: the statistics of ``loss`` by metric name, and their number as ``tokens``; and
+            ``grad_norm``, ``lr``, ``seconds`` and ``peak_memory_gb``.
         """
+        started = time.perf_counter()
         self.engine.train()
         num_tokens = int(batch.lengths[rows].sum())
         totals: dict[str, float] = {"tokens": 0.0}
@@ -206,17 +205,24 @@ class Learner:
                 totals["tokens"] += micro.token_ids.numel()
                 for name, value in summed.stats.items():
                     totals[name] = totals.get(name, 0.0) + float(value)
+        lr = float(self.engine.get_lr()[0])  # the schedule moves on with the step
         self.engine.step()
         if not math.isfinite(self.grad_norm):
             raise FloatingPointError(
                 f"the gradient's norm is {self.grad_norm} after {self.engine.global_steps} updates; lower "
                 "learner.*.optimizer.lr, or look for non-finite rewards and values in the metrics of the last steps"
             )
-        return totals
+        return totals | {
+            "grad_norm": self.grad_norm,
+            "lr": lr,
+            "seconds": time.perf_counter() - started,
+            "peak_memory_gb": self.peak_memory_gb(),
+        }
 
     def save(self, folder: Path) -> None:
-        """Weights, optimizer and schedule, each rank its own shard."""
+        """Weights, optimizer, schedule and random state, each rank its own shard."""
         self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        torch.save(_random_state(self.rank.device), folder / f"random_state_{self.rank.index}.pt")
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote.
@@ -227,6 +233,10 @@ class Learner:
         path, _ = self.engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint that {self.rank.size} ranks can load")
+        state = torch.load(folder / f"random_state_{self.rank.index}.pt")
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter of the network by name, gathered one at a time; a collective on all ranks under ZeRO 3.
@@ -262,3 +272,9 @@ class Learner:
 def _enable_activation_checkpointing(module: nn.Module) -> None:
     if hasattr(module, "gradient_checkpointing_enable"):
         module.gradient_checkpointing_enable()
+
+
+def _random_state(device: Device) -> dict[str, Tensor]:
+    """Models without dropout draw nothing while they train; those with it go on as if never stopped."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if device == "cuda" else state

@@ -298,14 +298,6 @@ class Crew:
     def _export(self, folder: Path) -> None:
         self._groups["policy"].run(lambda worker: worker.export.remote(folder.absolute()))
 
-    def peak_memory(self) -> dict[str, float]:
-        """GiB of the largest rank of each learner."""
-        return {
-            f"memory/{role}_peak_gb": max(group.run(lambda worker: worker.peak_memory_gb.remote()))
-            for role, group in self._groups.items()
-            if role != "rollout"
-        }
-
 
 def close(groups: dict[Role, WorkerGroup]) -> None:
     """Asks the engines to end their child processes, then kills every worker."""

@@ -54,7 +54,7 @@ class CriticWorker(Process):
             return self._loss(values, old_values[at].to(values.device), returns[at].to(values.device))
 
         return [
-            self._learner.update(batch, rows, loss) | {"grad_norm": self._learner.grad_norm, "lr": self._learner.lr}
+            self._learner.update(batch, rows, loss)
             for rows in draw_mini_batches(batch.num_responses, num_mini_batches, seed)
         ]
 
@@ -66,9 +66,6 @@ class CriticWorker(Process):
 
     def load(self, folder: Path) -> None:
         self._learner.load(folder)
-
-    def peak_memory_gb(self) -> float:
-        return self._learner.peak_memory_gb()
 
     def close(self) -> None:
         self._learner.close()

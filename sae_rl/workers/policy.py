@@ -58,11 +58,8 @@ class PolicyWorker(Process):
         updates = []
         for epoch in range(self._config.num_epochs):
             for rows in draw_mini_batches(batch.num_responses, self._config.num_mini_batches, seed + epoch):
-                updates.append(self._learner.update(batch, rows, loss) | self.state())
+                updates.append(self._learner.update(batch, rows, loss))
         return updates
-
-    def state(self) -> dict[str, float]:
-        return {"grad_norm": self._learner.grad_norm, "lr": self._learner.lr}
 
     def open_weight_transfer(
         self, engines: list[ActorHandle], workers_per_engine: int, address: str, port: int, timeout_s: float
@@ -101,9 +98,6 @@ class PolicyWorker(Process):
             for _ in weights:
                 pass
 
-    def peak_memory_gb(self) -> float:
-        return self._learner.peak_memory_gb()
-
     def close(self) -> None:
         self._learner.close()
 
@@ -127,4 +121,6 @@ def summarize(ranks: list[list[dict[str, float]]], role: str) -> dict[str, float
     metrics[f"{role}/grad_norm"] = sum(update["grad_norm"] for update in first) / len(first)
     metrics[f"{role}/lr"] = first[-1]["lr"]
     metrics[f"{role}/num_updates"] = float(len(first))
+    metrics[f"time/{role}_update_s"] = max(sum(update["seconds"] for update in updates) for updates in ranks)
+    metrics[f"memory/{role}_peak_gb"] = max(updates[-1]["peak_memory_gb"] for updates in ranks)
     return metrics

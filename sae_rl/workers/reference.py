@@ -22,8 +22,5 @@ class ReferenceWorker(Process):
         """Which of the N tokens this rank answers for, and their logprobs."""
         return self._learner.score(batch, lambda micro: self._learner.engine(micro, batch.temperature, False)[:1])
 
-    def peak_memory_gb(self) -> float:
-        return self._learner.peak_memory_gb()
-
     def close(self) -> None:
         self._learner.close()

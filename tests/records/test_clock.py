@@ -45,20 +45,6 @@ def test_a_nested_phase_belongs_to_the_outer_one() -> None:
     assert lap == {"time/generate_s": 1, "time/evaluate_s": 36, "time/step_s": 37, "time/driver_s": 0}
 
 
-def test_parts_are_reported_and_not_summed() -> None:
-    hand = Hand()
-    clock = Clock(hand)
-    with clock.phase("update"):
-        with clock.phase("policy_update"):
-            hand.now += 3
-        with clock.phase("critic_update"):
-            hand.now += 2
-        hand.now += 1
-    lap = clock.lap()
-    assert (lap["time/policy_update_s"], lap["time/critic_update_s"], lap["time/update_s"]) == (3, 2, 6)
-    assert lap["time/driver_s"] == 0
-
-
 def test_a_failed_phase_counts_and_closes() -> None:
     hand = Hand()
     clock = Clock(hand)

@@ -1,0 +1,70 @@
+"""What every test shares: an offline, single-threaded process, a tiny model folder, and the command line."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one call of ``sae-rl`` ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.stderr.splitlines()
+
+
+CommandLine = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained one-layer model that knows the words of the task Level, with a context of 512 tokens."""
+    from sae_rl.data.level import Level
+    from sae_rl.data.tokenizer import build_tokenizer
+    from sae_rl.warm_start import ModelShape, build_model, save
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = build_tokenizer(Level().words())
+    save(build_model(ModelShape(num_layers=1, max_position_embeddings=512), tokenizer, seed=0), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def sae_rl(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[CommandLine]:
+    """``sae_rl("train", "seed=1")``: the real command line, in this process and in an empty folder."""
+    from sae_rl.cli import main
+
+    terminate = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RAY_ADDRESS", "SAE_RL_TRACEBACK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sae-rl", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            assert isinstance(end.code, int), end.code
+            code = end.code
+        return Outcome(code, *capsys.readouterr())
+
+    yield call
+    signal.signal(signal.SIGTERM, terminate)

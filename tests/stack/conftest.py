@@ -1,0 +1,77 @@
+"""Tiny models and configurations for runs of the real Ray, vLLM and DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sae_rl.compose import load_config
+from sae_rl.config import Config
+from sae_rl.data.level import Level
+from sae_rl.data.tokenizer import build_tokenizer
+from sae_rl.warm_start import ModelShape, build_model, save
+
+Configure = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "untied", tied=False)
+
+
+@pytest.fixture(scope="session")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tied", tied=True)
+
+
+def write_model(folder: Path, tied: bool) -> Path:
+    """A model with random weights, large enough that its distributions are far from uniform."""
+    tokenizer = build_tokenizer(Level().words())
+    shape = ModelShape(
+        hidden_size=64, num_heads=2, intermediate_size=64, initializer_range=0.3, tie_word_embeddings=tied
+    )
+    save(build_model(shape, tokenizer, seed=0), tokenizer, folder)
+    return folder
+
+
+def overrides(model: Path, output: Path, *more: str) -> list[str]:
+    """A run of seconds: 4 prompts x 4 responses of at most 24 tokens, rewarded for the parity of their ids."""
+    return [
+        f"model.path={model}",
+        f"output_dir={output}",
+        "steps=2",
+        "task.train.num_prompts=16",
+        "task.train.reward=tests.stack.rewards:parity",
+        "task.evaluation.num_prompts=4",
+        "task.evaluation.reward=tests.stack.rewards:parity",
+        "rollout.prompts_per_step=4",
+        "rollout.max_response_tokens=24",
+        "rollout.kv_cache_gb=0.25",
+        "learner.policy.num_mini_batches=2",
+        "learner.critic.num_mini_batches=2",
+        "learner.policy.optimizer.lr=1e-2",
+        "learner.critic_pretraining.num_prompts=0",
+        "checkpoint.every_steps=0",
+        "logger=off",
+        *more,
+    ]
+
+
+@pytest.fixture
+def configure(tiny_model: Path, tmp_path: Path) -> Configure:
+    def configured(*more: str, model: Path = tiny_model, output: Path = tmp_path / "run") -> Config:
+        return load_config(overrides(model, output, *more))
+
+    return configured
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_process() -> Iterator[None]:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    children = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive, f"still running: {[process.cmdline()[:3] for process in alive]}"

@@ -1,0 +1,75 @@
+"""vLLM's processed logprobs are the policy's own, at any temperature, before and after a weight sync."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_rl.clock import Clock
+from sae_rl.run import load_source, load_tokenizer
+from sae_rl.types import Batch, Prompt, Targets
+from sae_rl.workers.crew import Crew, ray_session, start_workers
+from tests.stack.conftest import Configure
+
+pytestmark = pytest.mark.slow
+
+
+def worst_difference(crew: Crew, prompts: list[Prompt], temperature: float) -> tuple[float, Batch]:
+    rollouts = crew.rollout.generate(prompts, group_size=4, max_tokens=24, temperature=temperature, stream="test")
+    batch = Batch.of(rollouts, [0.0] * len(rollouts))
+    return float((batch.rollout_logprobs - crew.score(batch).old_logprobs).abs().max()), batch
+
+
+def test_untied_weights_arrive_and_logprobs_agree(configure: Configure) -> None:
+    check_agreement(configure, [])
+
+
+def test_tied_weights_arrive_under_zero_3_and_a_missing_head_is_noticed(configure: Configure, tied_model: Path) -> None:
+    check_agreement(configure, ["learner.policy.zero_stage=3"], model=tied_model)
+
+
+def check_agreement(configure: Configure, more: list[str], model: Path | None = None) -> None:
+    config = configure(*more) if model is None else configure(*more, model=model)
+    prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")[:4]
+    with ray_session(config), start_workers(config, prompts[:2], Clock()) as crew:
+        crew.sync_weights(0)
+        before = {}
+        for temperature in (1.0, 0.7):
+            difference, before[temperature] = worst_difference(crew, prompts, temperature)
+            assert difference < 1e-4, f"before a sync, at temperature {temperature}"
+
+        batch = before[1.0]
+        scores = crew.score(batch)
+        assert scores.values is not None
+        advantages = torch.linspace(-1, 1, batch.num_tokens)
+        crew.update(batch, scores, Targets(advantages=advantages, returns=scores.values), seed=0)
+        moved = float((crew.score(batch).old_logprobs - scores.old_logprobs).abs().max())
+        assert moved > 0.01, "the update must be large enough for stale weights to show"
+        stale = float((worst_difference(crew, prompts, 1.0)[1].rollout_logprobs - batch.rollout_logprobs).abs().max())
+        assert stale == 0.0, "the engine samples the same responses until weights are sent"
+
+        assert crew.sync_weights(1)["sync/logprob_diff_max"] < 1e-4
+        for temperature in (1.0, 0.7):
+            difference, after = worst_difference(crew, prompts, temperature)
+            assert difference < 1e-4, f"after a sync, at temperature {temperature}"
+            assert not torch.equal(after.token_ids, before[temperature].token_ids)
+        if model is not None:
+            check_missing_head(crew, batch, scores)
+
+
+def check_missing_head(crew: Crew, batch: Batch, scores: object) -> None:
+    """Leaves the tied output layer out of what is sent, which is what ``named_parameters()`` would do."""
+    crew.update(batch, scores, Targets(advantages=batch.rollout_logprobs, returns=scores.values), seed=1)  # type: ignore
+    for worker in crew._groups["policy"].workers:
+        import ray
+
+        ray.get(worker.__ray_call__.remote(forget_head))
+    with pytest.raises(RuntimeError, match="differ by .* nats"):
+        crew.sync_weights(2)
+
+
+def forget_head(worker: object) -> None:
+    """Runs inside the policy's process."""
+    worker._send.__self__.source._tied = False  # type: ignore[attr-defined]

@@ -1,0 +1,70 @@
+"""The processes of a run are real and separate, hold the engines they should, and are missed when they die."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import psutil
+import pytest
+import ray
+
+from sae_rl.clock import Clock
+from sae_rl.run import load_source, load_tokenizer
+from sae_rl.types import Batch, Prompt, Targets
+from sae_rl.workers.crew import Crew, ray_session, start_workers
+from sae_rl.workers.group import WorkerError, WorkerGroup
+from tests.stack.conftest import Configure
+
+pytestmark = pytest.mark.slow
+
+
+def engine_of(worker: object) -> str:
+    """Runs inside a learner's process: which class holds its network."""
+    engine = worker._learner.engine  # type: ignore[attr-defined]
+    return f"{type(engine).__module__}.{type(engine).__name__}"
+
+
+def only_worker(crew: Crew, role: str) -> tuple[WorkerGroup, int]:
+    group = crew._groups[role]  # type: ignore[index]
+    return group, ray.get(group.workers[0].whereabouts.remote()).pid
+
+
+def sample(crew: Crew, prompts: list[Prompt]) -> Batch:
+    rollouts = crew.rollout.generate(prompts, group_size=2, max_tokens=8, temperature=1.0, stream="test")
+    return Batch.of(rollouts, [float(i % 2) for i in range(len(rollouts))])
+
+
+def test_every_role_is_a_process_of_its_own_and_none_can_be_missed(configure: Configure) -> None:
+    config = configure()
+    prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")[:2]
+    with ray_session(config), start_workers(config, prompts, Clock()) as crew:
+        crew.sync_weights(0)
+        pids = {role: only_worker(crew, role)[1] for role in ("rollout", "policy", "critic")}
+        assert len({os.getpid(), *pids.values()}) == 4
+        for role in ("policy", "critic"):
+            engine = ray.get(only_worker(crew, role)[0].workers[0].__ray_call__.remote(engine_of))
+            assert engine == "deepspeed.runtime.engine.DeepSpeedEngine"
+        children = psutil.Process(pids["rollout"]).children(recursive=True)
+        names = [child.name() + " ".join(child.cmdline()) for child in children]
+        assert any("EngineCore" in name for name in names), names
+
+        batch = sample(crew, prompts)
+        scores = crew.score(batch)
+        assert scores.values is not None
+        targets = Targets(advantages=batch.rollout_logprobs, returns=scores.values)
+        crew.update(batch, scores, targets, seed=0)
+
+        deaths: list[tuple[str, Callable[[], object]]] = [
+            ("critic", lambda: crew.score(batch)),
+            ("policy", lambda: crew.sync_weights(1)),
+            ("rollout", lambda: sample(crew, prompts)),
+        ]
+        for role, call in deaths:
+            os.kill(pids[role], signal.SIGKILL)
+            with pytest.raises(WorkerError, match=f"{role} worker 0 died") as died:
+                call()
+            assert f"process {pids[role]}" in str(died.value)
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive, "vLLM's processes outlive their worker"

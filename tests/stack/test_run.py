@@ -1,0 +1,160 @@
+"""Whole runs through the command line: every record, resume to the bit, interruption, and a KL against the reference."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from sae_rl import checkpoint
+from sae_rl.records import read_jsonl
+from sae_rl.rollout_table import read_rollouts, rollout_files
+from tests.stack.conftest import overrides
+
+pytestmark = pytest.mark.slow
+KL = ["algorithm.token_rewards.kl_coef=0.05", "algorithm.policy_loss.kl_coef=0.1"]
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "sae_rl", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps with everything switched on."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    more = [
+        *KL,
+        "steps=4",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep_last=3",
+        "evaluation.every_steps=2",
+        "logger.rollouts_every_steps=1",
+        "logger.tensorboard=true",
+        "learner.critic_pretraining.num_prompts=8",
+        "learner.critic_pretraining.max_epochs=2",
+    ]
+    done = run("train", *overrides(tiny_model, output, *more))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def train_rows(folder: Path) -> dict[int, dict[str, float]]:
+    return {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl") if row["phase"] == "train"}
+
+
+def test_records_of_a_run(finished: Path) -> None:
+    rows = read_jsonl(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["phase"] == "train"] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows if row["phase"] == "evaluation"] == [0, 2, 4]
+    assert [row["step"] for row in rows if row["phase"] == "pretraining"] == [1, 2]
+    last = train_rows(finished)[3]
+    assert last["policy/num_updates"] == 2 and last["critic/num_updates"] == 2
+    assert last["policy/ref_kl"] > 0, "the policy has moved away from the reference, which was asked"
+    assert last["mismatch/logprob_abs_max"] < 1e-4 and last["sync/logprob_diff_max"] < 1e-4
+    phases = sum(value for name, value in last.items() if name.startswith("time/") and name.count("_update") == 0)
+    assert phases == pytest.approx(2 * last["time/step_s"], rel=1e-3), "phases and driver add up to the step"
+    table = read_rollouts(rollout_files(finished)[-1][1])
+    assert table.num_rows == 16
+    assert set(table.column("policy_version").to_pylist()) == {3}
+    assert list((finished / "tensorboard").rglob("events.*"))
+
+
+def test_export_loads_in_transformers_and_is_the_trained_policy(finished: Path, tiny_model: Path) -> None:
+    policy = AutoModelForCausalLM.from_pretrained(finished / "policy").state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    saved = AutoModelForCausalLM.from_pretrained(finished / "checkpoints" / "step_000004" / "hf").state_dict()
+    assert policy.keys() == base.keys() == saved.keys()
+    assert all(torch.equal(policy[name], saved[name]) for name in policy)
+    assert any(not torch.equal(policy[name], base[name]) for name in policy)
+
+
+def test_evaluate_reads_a_checkpoint(finished: Path, tiny_model: Path) -> None:
+    folder = finished / "checkpoints" / "step_000004"
+    more = [f"model.path={folder}", "evaluation.samples_per_prompt=2"]
+    done = run("evaluate", *overrides(tiny_model, finished / "unused", *more))
+    assert done.returncode == 0, done.stderr
+    assert "avg@2" in done.stdout and "over 4 prompts" in done.stdout
+
+
+def test_resume_equals_the_straight_run_to_the_bit(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
+    resumed = tmp_path / "resumed"
+    shutil.copytree(finished, resumed)
+    for later in ("step_000004",):
+        shutil.rmtree(resumed / "checkpoints" / later)
+    shutil.rmtree(resumed / "policy")
+    more = [*KL, "steps=4", "checkpoint.every_steps=2", "evaluation.every_steps=2", "logger.rollouts_every_steps=1"]
+    done = run("train", *overrides(tiny_model, resumed, *more, "logger.console=plain"))
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout and "step_000002" in done.stdout
+    for step, row in train_rows(finished).items():
+        again = train_rows(resumed)[step]
+        for name in row:
+            if not name.startswith(("time", "throughput")):
+                assert again[name] == row[name], f"step {step}: {name}"
+    first, second = (load_file(folder / "policy" / "model.safetensors") for folder in (finished, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_nothing_left_to_train_is_said(finished: Path, tiny_model: Path) -> None:
+    done = run("train", *overrides(tiny_model, finished, "steps=4"))
+    assert done.returncode == 2
+    assert "nothing is left to train" in done.stderr and "Traceback" not in done.stderr
+
+
+def start_and_wait_for_a_step(model: Path, output: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    arguments = overrides(model, output, "steps=500", "checkpoint.every_steps=1")
+    process = subprocess.Popen(
+        command("train", *arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not (output / "checkpoints" / "step_000002").is_dir():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline, "no step within 200 s"
+        time.sleep(0.2)
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_leaves_no_process_and_goes_on(
+    tiny_model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "run"
+    process, children = start_and_wait_for_a_step(tiny_model, output)
+    assert len(children) >= 6  # Ray, the three workers, vLLM's two, the reward pool
+    started = time.monotonic()
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive, [child.cmdline()[:3] for child in alive]
+    assert time.monotonic() - started < 10
+    if number != signal.SIGKILL:
+        assert process.returncode == 130 and "the same command goes on" in errors, errors
+        assert "Traceback" not in errors
+    newest = checkpoint.newest(output / "checkpoints")
+    assert newest is not None
+    steps = checkpoint.read_state(newest).step + 1
+    if number == signal.SIGKILL:
+        done = run("train", *overrides(tiny_model, output, f"steps={steps}", "checkpoint.every_steps=1"))
+        assert done.returncode == 0, done.stderr
+        assert json.loads((output / "checkpoints" / f"step_{steps:06d}" / "driver.json").read_text())["step"] == steps

@@ -1,0 +1,233 @@
+"""Who may import what, how long things may be, and what importing the pure parts costs: the rules of DESIGN.md."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import sae_rl.types
+
+PACKAGE = Path(sae_rl.types.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
+
+HEAVY = {  # library: the only places that import it
+    "ray": ["workers/"],
+    "vllm": ["backends/vllm.py", "backends/weight_receiver.py", "backends/weight_sender.py"],
+    "deepspeed": ["backends/deepspeed.py"],
+}
+LIGHT = {"torch", "numpy", "numba"}  # beside the standard library
+# Part of the package: what else of the package it may import. Parts that are not named put things together: cli, run,
+# demo, base_model and the tools that only read what a run left.
+MAY_IMPORT = {
+    "types": [],
+    "clock": [],
+    "metrics": [],
+    "algo": ["types"],
+    "config": ["algo"],
+    "compose": ["config"],
+    "data": ["types"],
+    "rewards": ["types", "config", "data"],
+    "protocols": ["types"],
+    "checkpoint": ["protocols"],
+    "evaluate": ["config", "protocols", "rewards", "types"],
+    "pretraining": ["algo", "config", "protocols", "types"],
+    "driver": [
+        *("algo", "checkpoint", "clock", "config", "data", "evaluate"),
+        *("metrics", "pretraining", "protocols", "rewards", "types"),
+    ],
+    "backends": ["algo", "config", "types"],
+    "workers": ["algo", "backends", "clock", "config", "types"],
+    "rollout_table": ["types"],
+    "records": ["config", "metrics", "rollout_table", "terminal", "types"],
+    "terminal": ["config", "metrics"],
+    "warm_start": ["data"],
+    "analysis": ["analysis", "metrics", "records", "rollout_table"],
+}
+EMPTY_NAMES = {"utils", "common", "helpers", "base", "misc", "core"}
+
+
+@cache
+def tree_of(name: str) -> ast.Module:
+    return ast.parse((PACKAGE / name).read_text())
+
+
+def imports_of(name: str) -> Iterator[str]:
+    """Dotted names of everything that a file imports, at the top or inside a function."""
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{name}:{node.lineno}: imports are absolute here"
+            is_package = node.module == "sae_rl"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names) if is_package else (node.module,)
+
+
+def part_of(dotted: str) -> str:
+    return dotted.removeprefix("sae_rl.").split(".")[0]
+
+
+def ours(name: str) -> set[str]:
+    return {part_of(dotted) for dotted in imports_of(name) if dotted.startswith("sae_rl.")}
+
+
+@pytest.mark.parametrize("library", HEAVY)
+def test_a_heavy_library_lives_in_one_place(library: str) -> None:
+    users = [name for name in NAMES if library in {dotted.split(".")[0] for dotted in imports_of(name)}]
+    assert users, f"nothing imports {library}"
+    assert [name for name in users if not any(name.startswith(place) for place in HEAVY[library])] == []
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_a_part_imports_only_what_it_may(part: str) -> None:
+    names = [name for name in NAMES if name == f"{part}.py" or name.startswith(f"{part}/")]
+    assert names, f"sae_rl has no {part}"
+    for name in names:
+        assert ours(name) - {part} <= set(MAY_IMPORT[part]), name
+
+
+def test_algo_and_types_need_nothing_but_torch_numpy_and_numba() -> None:
+    for name in NAMES:
+        if name == "types.py" or name.startswith("algo/"):
+            top = {dotted.split(".")[0] for dotted in imports_of(name)} - {"sae_rl"}
+            assert top - sys.stdlib_module_names <= (LIGHT if name != "types.py" else {"torch"}), name
+
+
+def test_the_driver_and_what_it_is_made_of_know_no_process() -> None:
+    for name in ("driver.py", "pretraining.py", "evaluate.py", "checkpoint.py", "protocols.py"):
+        assert not ours(name) & {"workers", "backends", "run", "records", "cli"}, name
+
+
+def test_arrows_never_turn_back() -> None:
+    """No cycle among the parts of the package."""
+    arrows = {part_of(name.replace("/", ".").removesuffix(".py")): set[str]() for name in NAMES}
+    for name in NAMES:
+        part = part_of(name.replace("/", ".").removesuffix(".py"))
+        arrows[part] |= ours(name) - {part}
+    while arrows:
+        free = [part for part, targets in arrows.items() if not targets & arrows.keys()]
+        assert free, f"a cycle among {sorted(arrows)}"
+        for part in free:
+            del arrows[part]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_named_after_a_concept_and_fits_400_lines(name: str) -> None:
+    assert not EMPTY_NAMES & set(Path(name).with_suffix("").parts)
+    assert len((PACKAGE / name).read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_function_fits_60_lines(name: str) -> None:
+    long = [
+        f"{name}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(tree_of(name))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > 60
+    ]
+    assert long == []
+
+
+def test_the_loop_fits_one_screen() -> None:
+    loop = next(n for n in tree_of("driver.py").body if isinstance(n, ast.FunctionDef) and n.name == "train")
+    assert loop.end_lineno is not None and loop.end_lineno - loop.lineno + 1 <= 40
+
+
+def default_lookups(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Lines of ``getattr(config, x, default)`` and ``config.get(x, default)``; a config is what is called one."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id == "getattr" and len(node.args) == 3:
+            subject: ast.expr = node.args[0]
+        elif isinstance(node.func, ast.Attribute) and node.func.attr == "get" and len(node.args) == 2:
+            subject = node.func.value
+        else:
+            continue
+        text = ast.unparse(subject).lower()
+        if any(word in text for word in ("config", "cfg", "settings", "options", "knobs")):
+            yield node.lineno, ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_default_has_one_home(name: str) -> None:
+    assert list(default_lookups(tree_of(name))) == []
+
+
+def test_the_rule_about_defaults_sees_what_it_forbids() -> None:
+    bad = "getattr(self.config.a, 'b', 1)\ncfg.get('b', True)\nother.get('b', True)\ngetattr(config, 'b')"
+    assert [line for line, _ in default_lookups(ast.parse(bad))] == [1, 2]
+
+
+FRESH = """
+import importlib, sys
+for name in {parts}:
+    importlib.import_module("sae_rl." + name)
+    print(name, *sorted({{"ray", "vllm", "deepspeed"}} & sys.modules.keys()))
+"""
+
+
+def run_python(source: str) -> list[str]:
+    ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
+
+
+def test_pure_parts_leave_heavy_libraries_alone() -> None:
+    parts = ["types", "algo", "config", "compose", "data.prompts", "rewards", "rewards.pool", "protocols", "driver"]
+    parts += ["cli", "records", "backends.packing"]
+    assert run_python(FRESH.format(parts=parts)) == parts
+
+
+ONLY_TORCH = """
+import sys
+from importlib.metadata import packages_distributions, requires
+import re
+
+allowed, todo = set(), ["torch", "numpy", "numba", "llvmlite"]
+while todo:  # torch's own requirements may be imported too
+    name = todo.pop()
+    if name not in allowed:
+        allowed.add(name)
+        needed = [r for r in (requires(name) or []) if "extra ==" not in r]
+        todo += [re.match(r"[\\w.-]+", r)[0].lower() for r in needed if not r.lower().startswith("nvidia")]
+norm = lambda text: re.sub(r"[-_.]+", "-", text).lower()
+allowed = {norm(name) for name in allowed}
+modules = {m for m, owners in packages_distributions().items() if {norm(o) for o in owners} & allowed} | {"sae_rl"}
+
+
+class Gate:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top not in modules and top not in sys.stdlib_module_names:
+            raise ModuleNotFoundError(f"not here: {name}", name=name)
+
+
+sys.meta_path.insert(0, Gate())
+before = set(sys.modules)
+import sae_rl.types, sae_rl.algo
+
+for name in ("pydantic", "hydra", "omegaconf", "transformers", "ray", "vllm", "deepspeed", "yaml", "rich", "pyarrow"):
+    assert name not in set(sys.modules) - before, name
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        pass
+    else:
+        assert name in before, f"{name} can be imported, so this proves nothing"
+print("ok")
+"""
+
+
+def test_the_algorithm_is_imported_where_there_is_only_torch_numpy_and_numba() -> None:
+    try:
+        assert run_python(ONLY_TORCH) == ["ok"]
+    except subprocess.TimeoutExpired:
+        pytest.fail("importing the algorithm took minutes")
