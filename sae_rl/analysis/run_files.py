@@ -25,8 +25,8 @@ class Evaluated:
     success_high: float
     response_tokens_mean: float
     truncated_fraction: float
-    num_prompts: float
-    samples_per_prompt: float
+    num_prompts: int
+    samples_per_prompt: int
 
     @property
     def interval(self) -> str:
@@ -69,13 +69,20 @@ class RunFiles:
     @cached_property
     def evaluations(self) -> list[Evaluated]:
         """By step; of a step that was evaluated twice, the last."""
-        keys = [key for key in Evaluated.__dataclass_fields__ if key != "step"]
-        by_step = {
-            int(row["step"]): Evaluated(step=int(row["step"]), **{key: row[f"evaluation/{key}"] for key in keys})
-            for row in self.rows
-            if row["phase"] == "evaluation"
-        }
-        return [by_step[step] for step in sorted(by_step)]
+        rows = {int(row["step"]): row for row in self.rows if row["phase"] == "evaluation"}
+        return [
+            Evaluated(
+                step=step,
+                success_mean=row["evaluation/success_mean"],
+                success_low=row["evaluation/success_low"],
+                success_high=row["evaluation/success_high"],
+                response_tokens_mean=row["evaluation/response_tokens_mean"],
+                truncated_fraction=row["evaluation/truncated_fraction"],
+                num_prompts=int(row["evaluation/num_prompts"]),
+                samples_per_prompt=int(row["evaluation/samples_per_prompt"]),
+            )
+            for step, row in sorted(rows.items())
+        ]
 
     @cached_property
     def rollouts(self) -> list[tuple[int, Path]]:

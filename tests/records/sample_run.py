@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from pathlib import Path
@@ -14,6 +13,7 @@ from sae_rl.algo.shaping import TokenRewards
 from sae_rl.compose import load_config
 from sae_rl.config import Config
 from sae_rl.data.level import Level
+from sae_rl.evaluate import Evaluation
 from sae_rl.records import Records
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
@@ -121,7 +121,7 @@ def write_sample_run(run_dir: Path, num_steps: int = 3, num_prompts: int = 2, ev
             records.rollouts(step, rollouts, rewards, opens, scores, targets)
             records.log(step, metrics)
             logged.append(metrics)
-    _write_evaluations(run_dir, num_steps)
+        _log_evaluations(records, num_steps)
     (run_dir / "config.yaml").write_text(
         "name: sample\nalgorithm:\n  segmenter: {name: low_probability, p: 0.3}\n  estimator: {name: sae, lam: 0.8}\n"
     )
@@ -131,20 +131,16 @@ def write_sample_run(run_dir: Path, num_steps: int = 3, num_prompts: int = 2, ev
 SECONDS = {"generate": 4.1, "reward": 0.2, "score": 0.9, "advantage": 0.05, "update": 3.2, "sync": 0.8, "driver": 0.3}
 
 
-def _write_evaluations(run_dir: Path, num_steps: int) -> None:
-    rows = []
+def _log_evaluations(records: Records, num_steps: int) -> None:
     for step in sorted({0, *range(0, num_steps, 10), num_steps}):
         mean = 0.2109375 + 0.6 * (1 - math.exp(-3 * step / num_steps))
-        rows.append(
-            {
-                "step": step,
-                "success_mean": mean,
-                "success_low": mean - 0.045,
-                "success_high": mean + 0.045,
-                "num_prompts": 256,
-                "samples_per_prompt": 2,
-                "response_tokens_mean": 258.4 - step / 10,
-                "truncated_fraction": 0.0117,
-            }
+        result = Evaluation(
+            success_mean=mean,
+            success_low=mean - 0.045,
+            success_high=mean + 0.045,
+            num_prompts=256,
+            samples_per_prompt=2,
+            response_tokens_mean=258.4 - step / 10,
+            truncated_fraction=0.0117,
         )
-    (run_dir / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records.log(step, result.metrics(), phase="evaluation")

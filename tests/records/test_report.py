@@ -71,12 +71,12 @@ def html(run_dir: Path) -> str:
 
 def test_the_values_are_there(run_dir: Path, html: str) -> None:
     page = Page(html)
-    evaluations = [json.loads(line) for line in (run_dir / "evaluation.jsonl").read_text().splitlines()]
-    for row in (evaluations[0], evaluations[-1]):
-        assert show(row["success_mean"]) in page.text
-        assert f"[{show(row['success_low'])}, {show(row['success_high'])}]" in page.text
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
+    evaluations = [row for row in rows if row["phase"] == "evaluation"]
+    for row in (evaluations[0], evaluations[-1]):
+        assert show(row["evaluation/success_mean"]) in page.text
+        assert f"[{show(row['evaluation/success_low'])}, {show(row['evaluation/success_high'])}]" in page.text
+    for row in (row for row in rows if row["phase"] == "train"):
         assert f"reward, step {row['step']}: {show(row['rollout/reward_mean'])}" in page.text
         assert f"segments per response, step {row['step']}: {show(row['segment/per_response_mean'])}" in page.text
         assert f"step {row['step']}, generate: {row['time/generate_s']:.2f} s" in page.text
@@ -133,11 +133,16 @@ def test_a_bare_run_still_gives_a_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("low", "words"), [(0.3, "The policy learns"), (0.2, "No clear change"), (-1.0, "fell")])
 def test_it_claims_no_more_than_the_intervals(tmp_path: Path, low: float, words: str) -> None:
     write_sample_run(tmp_path, num_steps=1, num_prompts=1)
-    rows = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()][:2]
-    first, last = rows
-    first |= {"success_mean": 0.2, "success_low": 0.1, "success_high": 0.25}
-    last |= {"success_mean": low + 0.1, "success_low": low, "success_high": low + 0.2}
-    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    first, last = (row for row in rows if row["phase"] == "evaluation")
+    first |= {"evaluation/success_mean": 0.2, "evaluation/success_low": 0.1, "evaluation/success_high": 0.25}
+    last |= {
+        "evaluation/success_mean": low + 0.1,
+        "evaluation/success_low": low,
+        "evaluation/success_high": low + 0.2,
+    }
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_report(tmp_path, tmp_path / "report.html", "claims", decode)
     assert words in Page((tmp_path / "report.html").read_text()).text
 
@@ -156,14 +161,6 @@ def test_final_table(run_dir: Path) -> None:
         "response length",
     ):
         assert wanted in text
-
-
-def test_evaluations_are_read_from_the_metrics_where_their_file_is_absent(tmp_path: Path) -> None:
-    values = {"success_mean": 0.5, "success_low": 0.4, "success_high": 0.6, "response_tokens_mean": 3.0}
-    row = {f"evaluation/{name}": value for name, value in values.items()} | {"evaluation/truncated_fraction": 0.0}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4, "phase": "evaluation", "time": 1.0, **row}) + "\n")
-    (evaluated,) = RunFiles(tmp_path).evaluations
-    assert (evaluated.step, evaluated.success_mean, evaluated.num_prompts) == (4, 0.5, None)
 
 
 def test_axes() -> None:
