@@ -1,0 +1,46 @@
+"""The documentation describes what is there."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_page_of_metrics_is_the_table_of_the_code() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "generate_metrics.py"))["page"]()
+    assert (ROOT / "docs" / "metrics.md").read_text() == page, "run python docs/generate_metrics.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """Every `sae-rl train` and `sae-rl evaluate` command line of a page, without its comment."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = re.findall(r"^sae-rl ((?:train|evaluate) .*)$", text, flags=re.MULTILINE)
+    return [line.split("#")[0].split() for line in lines]
+
+
+@pytest.mark.parametrize("words", commands_of(ROOT / "README.md"), ids=lambda words: " ".join(words[:3]))
+def test_commands_of_the_readme_compose(words: list[str]) -> None:
+    from sae_rl.compose import check_overrides
+
+    overrides = [word for word in words[1:] if not word.startswith("-")]
+    assert overrides
+    check_overrides(overrides)
+
+
+def test_experiments_and_groups_that_the_readme_names_exist() -> None:
+    text = (ROOT / "README.md").read_text()
+    for group, option in re.findall(r"`(algorithm|algorithm/segmenter|cluster|experiment|task)=(\w+)", text):
+        assert (ROOT / "conf" / group / f"{option}.yaml").is_file(), f"{group}={option}"
