@@ -37,7 +37,7 @@ case $command in
     head=$1
     shift
     if [[ $RAY_AUTH_MODE == token ]] && ! ray get-auth-token >/dev/null 2>&1; then
-      fail "no token here: put what \`launch/cluster.sh token\` prints on the head into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+      fail "no token here: put what \`$0 token\` prints on the head into ~/.ray/auth_token or RAY_AUTH_TOKEN"
     fi
     ulimit -Sn "$(ulimit -Hn)"
     exec ray start --address="$head:$port" "$@"

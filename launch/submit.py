@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -28,7 +29,7 @@ STOP_WAIT_S = 60  # Ray's own 3 s are less than the driver takes to close its en
 RETRY_S, MAX_RETRIES = 5.0, 60
 # Besides what .gitignore names, which Ray reads itself.
 EXCLUDES = (
-    ".git/", ".venv/", "/outputs/", "/multirun/", "/wandb/", "/benchmarks/results/", "/dist/", "/build/",
+    ".git/", ".venv/", "venv/", "/outputs/", "/multirun/", "/wandb/", "/benchmarks/results/", "/dist/", "/build/",
     "__pycache__/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/",
 )  # fmt: skip
 
@@ -157,6 +158,9 @@ def connect(address: str) -> JobSubmissionClient:
     if "RAY_AUTH_MODE" not in os.environ and _has_token():
         # `ray start` does so itself, Ray's HTTP client does not. Ray reads it when it is imported.
         os.environ["RAY_AUTH_MODE"] = "token"
+    # EXCLUDES has them; Ray warns of each. Below a warning Ray tells every file it leaves out.
+    os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
+    logging.disable(logging.INFO)
     import requests
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, field_validator
 
 from sae_rl.algo.estimators import ESTIMATORS, Estimator
 from sae_rl.algo.losses import PolicyLoss, ValueLoss
@@ -128,10 +128,16 @@ class AlgorithmConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str  # a local Hugging Face folder, or a hub name such as Qwen/Qwen3-8B-Base
+    path: str  # a local Hugging Face folder, one of our checkpoints, or a hub name such as Qwen/Qwen3-8B-Base
     precision: Precision  # of weights and activations; DeepSpeed keeps fp32 master weights beside bfloat16
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     context_tokens: Positive | None = None  # null: max_position_embeddings of the model's config.json
+
+    @field_validator("path")
+    @classmethod
+    def _policy_of_a_checkpoint(cls, path: str) -> str:
+        inside = Path(path) / "hf"
+        return str(inside) if inside.is_dir() else path
 
     @property
     def is_hub_name(self) -> bool:

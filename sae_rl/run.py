@@ -66,10 +66,7 @@ def run_training(config: Config) -> None:
 
 
 def run_evaluation(config: Config) -> Evaluation:
-    """avg@k of ``model.path`` on ``task.evaluation``; a checkpoint's folder stands for the policy inside it."""
-    if (Path(config.model.path) / "hf").is_dir():
-        model = config.model.model_copy(update={"path": str(Path(config.model.path) / "hf")})
-        config = config.model_copy(update={"model": model})
+    """avg@k of ``model.path`` on ``task.evaluation``."""
     tokenizer = load_tokenizer(config.model.path)
     prompts = load_source(config.task.evaluation, config.task, tokenizer, "task.evaluation")
     with contextlib.ExitStack() as stack:

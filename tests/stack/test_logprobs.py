@@ -66,7 +66,7 @@ def check_missing_head(crew: Crew, batch: Batch, scores: object) -> None:
         import ray
 
         ray.get(worker.__ray_call__.remote(forget_head))
-    with pytest.raises(RuntimeError, match="differ by .* nats"):
+    with pytest.raises(RuntimeError, match=r"differ by .* nats"):
         crew.sync_weights(2)
 
 
