@@ -19,6 +19,7 @@ NUM_PROMPTS, GROUP_SIZE, RESPONSE_TOKENS = 64, 4, 128
 NUM_RESPONSES = NUM_PROMPTS * GROUP_SIZE
 NUM_TOKENS = NUM_RESPONSES * RESPONSE_TOKENS
 PROMPT_WORDS = (8, 16)  # fewest and most; 15 to 31 tokens
+MAX_PROMPT_TOKENS = 32
 MICRO_BATCH_RESPONSES = 64
 LR = 1e-5
 
@@ -49,7 +50,8 @@ def build_tokenizer() -> Any:
 
     tokens = [*sorted(ByteLevel.alphabet()), *(a + b for a, b in PAIRS)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    return Qwen2Tokenizer(
+    make_tokenizer: Any = Qwen2Tokenizer  # its annotations deny pairs
+    return make_tokenizer(
         vocab=vocabulary, merges=PAIRS, unk_token=None, eos_token="<eos>", pad_token="<pad>", padding_side="left"
     )
 
@@ -73,10 +75,10 @@ def shape() -> dict[str, Any]:
 
 def build_model(seed: int) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(Qwen2Config(**shape()), dtype=torch.float32)
+    return Qwen2ForCausalLM(Qwen2Config(**shape()))
 
 
 def parity(prompt: str, response: str, answer: str) -> float:

@@ -26,13 +26,15 @@ class Command:
 
 def train(arguments: list[str]) -> None:
     from sae_rl.compose import load_config
-    from sae_rl.run import run_training
 
     if {"-m", "--multirun"} & set(arguments):
         return sweep([argument for argument in arguments if argument not in ("-m", "--multirun")])
     if "--print" in arguments:
         return show([argument for argument in arguments if argument != "--print"])
-    return run_training(load_config(arguments))
+    config = load_config(arguments)  # before Ray and torch's companions are imported, which takes seconds
+    from sae_rl.run import run_training
+
+    return run_training(config)
 
 
 def sweep(overrides: list[str]) -> None:
@@ -41,10 +43,10 @@ def sweep(overrides: list[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from sae_rl.compose import CONF, check_overrides, validate
+    from sae_rl.compose import CONF, check_sweep, validate
     from sae_rl.run import run_training
 
-    check_overrides(overrides)
+    check_sweep(overrides)
 
     def job(tree: DictConfig) -> None:
         tree.output_dir = HydraConfig.get().runtime.output_dir
@@ -66,9 +68,10 @@ def show(overrides: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     from sae_rl.compose import load_config
-    from sae_rl.run import run_evaluation
 
     config = load_config(arguments)
+    from sae_rl.run import run_evaluation
+
     result = run_evaluation(config)
     print(
         f"avg@{result.samples_per_prompt} {result.success_mean:.4f}, 95 % interval over {result.num_prompts} prompts "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,14 +34,17 @@ def load_config(overrides: Sequence[str], name: str = "train") -> Config:
     return validate(compose_tree(overrides, name))
 
 
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Raises ConfigError if an override of a sweep names no group, option or key."""
+def check_sweep(overrides: Sequence[str]) -> None:
+    """Raises ConfigError if any job of a sweep would be refused, before the first one starts."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    for override in parsed:
-        if override.is_sweep_override():
-            for value in override.sweep_string_iterator():
-                compose_tree([f"{override.get_key_element()}={value}"])
-    compose_tree([str(override.input_line) for override in parsed if not override.is_sweep_override()])
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [str(override.input_line)]
+        for override in parsed
+    ]
+    for job in itertools.product(*choices):
+        validate(compose_tree(job))
 
 
 def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
@@ -53,7 +57,8 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError([f"cannot read an override: {_first_line(error)}"]) from error
-    groups = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir()}
+    in_groups = name == "train"  # the other commands have keys alone
+    groups = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir()} if in_groups else set()
     choices = [override for override in parsed if _group_of(override) in groups]
     problems = [problem for override in choices if (problem := _check_choice(override)) is not None]
     if problems:
@@ -84,12 +89,12 @@ def validate(tree: DictConfig) -> Config:
 
 def build(kind: type[T], tree: DictConfig) -> T:
     """A typed section from what Hydra composed. Raises ConfigError."""
-    if missing := sorted(OmegaConf.missing_keys(tree)):
-        raise ConfigError([f"{key} has no value; give it one on the command line: {key}=..." for key in missing])
     try:
+        if missing := sorted(OmegaConf.missing_keys(tree)):
+            raise ConfigError([f"{key} has no value; give it one on the command line: {key}=..." for key in missing])
         return kind.model_validate(OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
-        raise ConfigError([_first_line(error)]) from error
+        raise ConfigError([f"{error.full_key}: {_first_line(error)}"]) from error
     except ValidationError as error:
         raise ConfigError(describe(error)) from error
 

@@ -43,7 +43,7 @@ class Section(BaseModel):
 def nearest(word: str, allowed: list[str]) -> str:
     """ ", did you mean 'x'?" or the list of what is allowed."""
     match = get_close_matches(word, allowed, n=1, cutoff=0.6)
-    return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(sorted(allowed))}"
+    return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(sorted(set(allowed)))}"
 
 
 def member_of(table: Mapping[str, type[Any]]) -> Callable[[object], object]:
@@ -361,6 +361,8 @@ def _check_batches(config: Config) -> list[str]:
                 f"a mini-batch of {total // updates} responses ({size} / learner.{role}.num_mini_batches = {updates}) "
                 f"cannot be divided by cluster.{role}.num_workers = {ranks}"
             )
+    if config.algorithm.needs_critic and config.learner.critic_pretraining.num_prompts == 1:
+        problems.append("learner.critic_pretraining.num_prompts = 1: some are held out, so use 0 or at least 2")
     if not config.algorithm.needs_critic and config.rollout.group_size < 2:
         problems.append(
             "rollout.group_size is 1, but a critic-free estimator compares responses of a group: at least 2"

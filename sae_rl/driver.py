@@ -21,6 +21,7 @@ from sae_rl.evaluate import evaluate
 from sae_rl.pretraining import pretrain_critic
 from sae_rl.protocols import Metrics, Recorder, Workers
 from sae_rl.rewards.pool import RewardPool, Rewards
+from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
 
@@ -71,7 +72,9 @@ def train(run: Run) -> None:
             opens = algorithm.segmenter(batch, scores)  # pi(a_t | s_t) < p opens a segment
             targets = algorithm.estimator(batch, scores, token_rewards, opens)  # A_t = delta_t + gamma lambda_t A_{t+1}
             advantages = whiten(targets.advantages) if algorithm.whiten_advantages else targets.advantages
-        metrics = workers.update(batch, scores, replace(targets, advantages=advantages), seed=config.seed + step)
+            targets = replace(targets, advantages=advantages)
+        seed = derive_seed(config.seed, "update", step)
+        metrics = workers.update(batch, scores, targets, seed=seed)  # PPO epochs of policy and critic
         metrics |= workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
         metrics |= measure(batch, rewards, scores, targets, opens)
         finish(run, step, metrics, Sampled(rollouts, rewards.scores, opens, scores, targets))
@@ -100,7 +103,7 @@ def begin(run: Run) -> int:
 def prepare_critic(run: Run) -> None:
     """Pre-trains the critic on rollouts of the initial policy; its prompts come in an order of their own."""
     config, pretraining = run.config, run.config.learner.critic_pretraining
-    prompts = Sampler(run.sampler.prompts, config.seed + 1).next(pretraining.num_prompts)
+    prompts = Sampler(run.sampler.prompts, derive_seed(config.seed, "pretraining")).next(pretraining.num_prompts)
     rollouts = generate(run, prompts, "pretraining")
     best = pretrain_critic(
         Batch.of(rollouts, score(run, rollouts).scores),
@@ -108,7 +111,7 @@ def prepare_critic(run: Run) -> None:
         config.algorithm,
         pretraining,
         scratch=config.output_dir / ".best_critic",
-        seed=config.seed,
+        seed=derive_seed(config.seed, "pretraining"),
         log=lambda epoch, metrics: run.records.log(epoch, metrics, phase="pretraining"),
     )
     run.workers.set_critic_lr(config.learner.critic.optimizer.lr)

@@ -70,10 +70,6 @@ class Workers(Protocol):
 
     def load_critic(self, folder: Path) -> None: ...
 
-    def export(self, folder: Path) -> None:
-        """The policy as a Hugging Face folder."""
-        ...
-
 
 class Recorder(Protocol):
     """Where a run's numbers and responses go. Nothing in training reads them back."""

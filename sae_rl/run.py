@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_rl import checkpoint
 from sae_rl.clock import Clock
-from sae_rl.config import Config, ConfigError, SourceConfig, TaskConfig, as_tree
+from sae_rl.config import Config, ConfigError, SourceConfig, TaskConfig, as_tree, nearest
 from sae_rl.data.files import ColumnMap
 from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
 from sae_rl.data.sampler import Sampler
@@ -62,7 +63,7 @@ def run_training(config: Config) -> None:
             resume_from=resume_from,
         )
         train(run)
-        workers.export(config.output_dir / "policy")
+    publish_policy(config)
 
 
 def run_evaluation(config: Config) -> Evaluation:
@@ -94,6 +95,7 @@ def find_checkpoint(config: Config) -> Path | None:
         )
     done = checkpoint.read_state(newest).step
     if done >= config.steps:
+        publish_policy(config)  # a kill may have come between the last checkpoint and this
         raise ConfigError(
             [
                 f"{newest} has done {done} steps and steps = {config.steps}: nothing is left to train; raise steps, or "
@@ -101,6 +103,17 @@ def find_checkpoint(config: Config) -> Path | None:
             ]
         )
     return newest
+
+
+def publish_policy(config: Config) -> None:
+    """``output_dir/policy``: the policy of the newest checkpoint, for transformers and vLLM."""
+    newest, target = checkpoint.newest(config.output_dir / "checkpoints"), config.output_dir / "policy"
+    assert newest is not None, "a run ends with a checkpoint"
+    partial = target.with_name(".partial_policy")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(newest / "hf", partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
 
 
 def write_config(config: Config, records: Records) -> None:
@@ -137,6 +150,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError([f"model.path = {path}: no tokenizer can be loaded from there ({error})"]) from error
+    if len(tokenizer) < 2:  # what transformers makes of a folder without tokenizer files
+        raise ConfigError(
+            [f"model.path = {path}: the folder has no tokenizer; add tokenizer.json and its configuration"]
+        )
     return tokenizer
 
 
@@ -145,7 +162,7 @@ def load_source(source: SourceConfig, task: TaskConfig, tokenizer: PreTrainedTok
     try:
         prompts = load_prompts(_source_of(source), tokenizer, task.max_prompt_tokens, task.overlong_prompts)
         if source.name != "file" and source.reward is not None:
-            prompts = [replace(prompt, reward=source.reward) for prompt in prompts]
+            prompts = [dataclasses.replace(prompt, reward=source.reward) for prompt in prompts]
         for reward in {prompt.reward for prompt in prompts}:
             resolve_reward(reward)
     except ValueError as error:
@@ -159,6 +176,10 @@ def _source_of(source: SourceConfig) -> Problems | File:
             raise ValueError("name is 'file', so path must name a JSONL or parquet file")
         if source.reward is None:
             raise ValueError("name is 'file', so reward must name a verifier, for example math")
+        fields = [field.name for field in dataclasses.fields(ColumnMap)]
+        for column in source.columns:
+            if column not in fields:
+                raise ValueError(f"columns.{column} is no column of ours, {nearest(column, fields)}")
         return File(
             path=source.path, reward=source.reward, task=Path(source.path).stem, columns=ColumnMap(**source.columns)
         )
@@ -166,7 +187,10 @@ def _source_of(source: SourceConfig) -> Problems | File:
         raise ValueError(f"name {source.name!r} is unknown, allowed: file, {', '.join(sorted(TASKS))}")
     if source.num_prompts is None:
         raise ValueError("num_prompts is null, but a procedural task needs a number of problems")
-    task = TASKS[source.name](**source.knobs)
+    try:
+        task = TASKS[source.name](**source.knobs)
+    except TypeError as error:
+        raise ValueError(f"knobs = {source.knobs}: {error}") from error
     return Problems(task=task, num_prompts=source.num_prompts, split=source.split, seed=source.seed)
 
 

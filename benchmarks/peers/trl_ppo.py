@@ -135,6 +135,8 @@ def run_grpo(workload: Path, steps: int, folder: str, times: Times) -> None:
     def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
         return [work.parity(p, c, "even") for p, c in zip(prompts, completions, strict=True)]
 
+    tokenizer = AutoTokenizer.from_pretrained(workload / "model")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # GRPO lets the model read the padding
     args = GRPOConfig(
         **common(folder),
         max_steps=steps,
@@ -147,7 +149,7 @@ def run_grpo(workload: Path, steps: int, folder: str, times: Times) -> None:
         reward_funcs=reward,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": prompts(workload)}),
-        processing_class=AutoTokenizer.from_pretrained(workload / "model"),
+        processing_class=tokenizer,
         callbacks=[times],
     )
     # Once per iteration both; the second calls the first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as CheckTimeout
@@ -28,7 +29,10 @@ class Rewards:
 
 
 def _check(reward: str, prompt: str, response: str, answer: str) -> float:
-    return float(resolve_reward(reward)(prompt, response, answer))
+    score = float(resolve_reward(reward)(prompt, response, answer))
+    if not math.isfinite(score):
+        raise ValueError(f"returned {score}")
+    return score
 
 
 class RewardPool:

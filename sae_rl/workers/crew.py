@@ -37,14 +37,15 @@ CLOSE_TIMEOUT_S = 4.0
 def ray_session(config: Config) -> Iterator[None]:
     """Starts a Ray of its own, or joins ``cluster.address``; leaves it as it was found."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        cpus = max(os.cpu_count() or 1, 1)
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    else:
-        try:
-            ray.init(address=address, log_to_driver=False, configure_logging=False)
-        except ConnectionError as error:
-            raise ConfigError([f"cluster.address = {address!r}: no Ray cluster answers there ({error})"]) from error
+    options = {"log_to_driver": False, "configure_logging": False}
+    try:
+        if address is None:
+            # "local": without it Ray joins whatever cluster it finds running on this machine.
+            ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
+        else:
+            ray.init(address=address, **options)
+    except ConnectionError as error:
+        raise ConfigError([f"cluster.address = {address!r}: no Ray cluster answers there ({error})"]) from error
     try:
         yield
     finally:
@@ -263,7 +264,7 @@ class Crew:
     def save(self, folder: Path) -> None:
         with self._clock.phase("checkpoint"):
             self._save(folder, self._learners())
-            self._export(folder / "hf")
+            self._groups["policy"].run(lambda worker: worker.export.remote(folder.absolute() / "hf"))
 
     def load(self, folder: Path) -> None:
         self._load(folder, self._learners())
@@ -273,10 +274,6 @@ class Crew:
 
     def load_critic(self, folder: Path) -> None:
         self._load(folder, ["critic"])
-
-    def export(self, folder: Path) -> None:
-        with self._clock.phase("checkpoint"):
-            self._export(folder)
 
     def _learners(self) -> list[Role]:
         return [role for role in roles_of(self._config) if role in ("policy", "critic")]
@@ -294,9 +291,6 @@ class Crew:
             self._groups[role].start(lambda worker, role=role: worker.load.remote(folder / role)) for role in roles
         ]
         wait_for(calls, self._config.cluster.call_timeout_s)
-
-    def _export(self, folder: Path) -> None:
-        self._groups["policy"].run(lambda worker: worker.export.remote(folder.absolute()))
 
 
 def close(groups: dict[Role, WorkerGroup]) -> None:

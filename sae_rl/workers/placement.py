@@ -103,14 +103,15 @@ def check_resources(placement: Placement, nodes: Sequence[Mapping[str, float]]) 
         ValueError: the sum is too large, or one worker fits on no single node.
     """
     has = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-    for name, wanted in placement.total.items():
-        if wanted > has[name]:
-            counts = ", ".join(f"{len(slots)} {role}" for role, slots in placement.slots.items())
-            raise ValueError(
-                f"the run needs {wanted:g} {name}s for its workers ({counts}), but Ray has {has[name]:g} on "
-                f"{len(nodes)} node(s); lower cluster.*.num_workers or cpus_per_worker, or join a larger cluster with "
-                "cluster.address"
-            )
+    short = [name for name, wanted in placement.total.items() if wanted > has[name]]
+    if short:
+        counts = ", ".join(f"{len(slots)} {role}" for role, slots in placement.slots.items())
+        needs = " and ".join(f"{placement.total[name]:g} {name}s" for name in short)
+        found = " and ".join(f"{has[name]:g} {name}s" for name in short)
+        raise ValueError(
+            f"the run needs {needs} for its workers ({counts}), but Ray has {found} on {len(nodes)} node(s); lower "
+            "cluster.*.num_workers or cpus_per_worker, or join a larger cluster with cluster.address"
+        )
     for bundle in placement.bundles:
         if not any(all(node.get(name, 0.0) >= amount for name, amount in bundle.items()) for node in nodes):
             wanted_text = ", ".join(f"{amount:g} {name}s" for name, amount in bundle.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -13,6 +12,7 @@ from ray.actor import ActorHandle
 from sae_rl.backends.vllm import Request, RolloutEngine, Sample, prepare_environment
 from sae_rl.clock import Clock
 from sae_rl.config import Device, ModelConfig, RolloutConfig
+from sae_rl.seeds import derive_seed
 from sae_rl.types import Prompt, Rollout
 from sae_rl.workers.group import Call, Process, WorkerGroup, wait_for
 
@@ -86,7 +86,7 @@ class RolloutPool:
                     max_tokens=max_tokens,
                     temperature=temperature,
                     top_p=top_p,
-                    seed=request_seed(self._seed, stream, prompt.id, sample),
+                    seed=derive_seed(self._seed, stream, prompt.id, sample),
                 )
                 for sample in range(group_size)
             ]
@@ -117,7 +117,7 @@ class RolloutPool:
                 max_tokens=max_tokens,
                 temperature=temperature,
                 top_p=1.0,
-                seed=request_seed(self._seed, f"probe {self.version}", prompt.id, 0),
+                seed=derive_seed(self._seed, "probe", self.version, prompt.id),
             )
             for prompt in prompts
         ]
@@ -143,12 +143,6 @@ class RolloutPool:
             policy_version=0 if self.version is None else self.version,
             temperature=temperature,
         )
-
-
-def request_seed(run_seed: int, stream: str, prompt_id: str, sample: int) -> int:
-    """A 31-bit seed; vLLM takes one per request."""
-    digest = hashlib.blake2b(f"{run_seed}/{stream}/{prompt_id}/{sample}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 def _chunks(samples: list[Sample], size: int) -> list[list[Sample]]:

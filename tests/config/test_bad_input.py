@@ -15,7 +15,7 @@ from ..conftest import CommandLine, Outcome
 
 HUB = ("model.path=nobody/nothing", "model.context_tokens=1024")
 ROW = {"prompt": "I0 D+3", "reward_model": {"ground_truth": "1"}, "extra_info": {"index": "a"}}
-PLUGIN = '''
+PLUGIN = """
 from dataclasses import dataclass
 
 
@@ -29,7 +29,7 @@ class EveryNth:
 
     def __call__(self, batch, scores):
         raise NotImplementedError
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -132,27 +132,12 @@ CONFIGURATION = {
     "interpolation of a variable": (["output_dir=${oc.env:SAE_RL_NOWHERE}"], ["output_dir", "SAE_RL_NOWHERE"]),
     "interpolation of a key": (["output_dir=${nowhere}"], ["output_dir", "nowhere"]),
 }
-# Mistakes of ours that these tests found; an entry goes when it is mended, and until then its test must fail.
-KNOWN = {
-    "interpolation": "build() asks OmegaConf.missing_keys outside of its try",
-    "free mapping": "load_source() lets the TypeError of ColumnMap(**columns) and TASKS[name](**knobs) pass",
-    "one prompt": "split_by_prompt() finds out after sampling what check() could have known",
-    "tokenizer": "load_tokenizer() takes the empty tokenizer that transformers makes of a folder without one",
-    "imports": "cli.train() imports sae_rl.run, and Ray with it, before it reads the configuration",
-    "warm start": "compose_tree() takes the key task of conf/warm_start.yaml for the group conf/task",
-}
-
-
-def known(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(reason=KNOWN[name], strict=True)
 
 
 @pytest.mark.parametrize("mistake", CONFIGURATION)
 def test_a_configuration_is_refused(
-    mistake: str, sae_rl: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    mistake: str, sae_rl: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if mistake.startswith("interpolation"):
-        request.applymarker(known("interpolation"))
     (tmp_path / "bad_plugin.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
     arguments, fragments = CONFIGURATION[mistake]
@@ -173,7 +158,11 @@ def test_all_wrong_values_are_named_at_once(sae_rl: CommandLine) -> None:
 def train(sae_rl: CommandLine, tiny_model: Path) -> Callable[..., Outcome]:
     """``sae-rl train`` with a model that is there, and small settings."""
     small = ["rollout.prompts_per_step=2", "rollout.group_size=2", "learner.critic_pretraining.num_prompts=2"]
-    small += ["learner.policy.num_mini_batches=1", "learner.critic.num_mini_batches=1", "rollout.max_response_tokens=64"]
+    small += [
+        "learner.policy.num_mini_batches=1",
+        "learner.critic.num_mini_batches=1",
+        "rollout.max_response_tokens=64",
+    ]
     small += ["task.train.num_prompts=4", "task.evaluation.num_prompts=2", "logger=off", "steps=2"]
 
     def call(*overrides: str) -> Outcome:
@@ -203,7 +192,6 @@ def test_a_folder_without_a_model(train: Callable[..., Outcome], tmp_path: Path)
     assert_refused(train(f"model.path={tmp_path}"), "model.path", str(tmp_path), "config.json")
 
 
-@known("tokenizer")
 def test_a_model_without_a_tokenizer(train: Callable[..., Outcome], tiny_model: Path, tmp_path: Path) -> None:
     """transformers makes an empty tokenizer where it finds none, and every prompt would have no tokens."""
     (tmp_path / "bare").mkdir()
@@ -247,7 +235,6 @@ def test_an_unknown_reward(train: Callable[..., Outcome], tmp_path: Path) -> Non
     assert_refused(outcome, "task.train", "reward", "'maths'", "allowed", "did you mean 'math'?")
 
 
-@known("free mapping")
 @pytest.mark.parametrize("key", ["task.train.columns", "task.train.knobs"])
 def test_an_unknown_name_in_a_free_mapping(key: str, train: Callable[..., Outcome], tmp_path: Path) -> None:
     file = write_rows(tmp_path, ROW)
@@ -273,7 +260,6 @@ def test_more_prompts_than_there_are(train: Callable[..., Outcome]) -> None:
     assert_refused(train("task.train.num_prompts=1"), *wanted, lines=2)
 
 
-@known("one prompt")
 def test_one_prompt_to_pretrain_on_cannot_be_held_out(train: Callable[..., Outcome]) -> None:
     outcome = train("learner.critic_pretraining.num_prompts=1")
     assert_refused(outcome, "learner.critic_pretraining.num_prompts", "1", "at least 2")
@@ -366,7 +352,6 @@ def test_other_commands(arguments: list[str], fragments: list[str], sae_rl: Comm
     assert_refused(sae_rl(*arguments), *fragments)
 
 
-@known("warm start")
 def test_warm_start_of_another_task(sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[Any] = []
     monkeypatch.setattr("sae_rl.base_model.run_warm_start", configs.append)
@@ -391,7 +376,6 @@ finally:
 """
 
 
-@known("imports")
 def test_a_mistake_in_a_process_of_its_own_costs_no_import_of_ray(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", REAL], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert_refused(Outcome(ended.returncode, ended.stdout, ended.stderr), "steps: found 'many'", "integer")

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from sae_rl.algo import ESTIMATORS, SEGMENTERS
-from sae_rl.compose import CONF, check_overrides, load_config
+from sae_rl.compose import CONF, check_sweep, load_config
 from sae_rl.config import Config, ConfigError, as_tree, check
 from sae_rl.types import Batch, Prompt, Rollout, Scores
 
@@ -21,8 +21,8 @@ FILES = ("task.train.path=/no/train.parquet", "task.evaluation.path=/no/heldout.
 NEEDED = {  # what an option leaves for the user to say
     "task=dapo_math": ("task.max_prompt_tokens=32", *FILES),
     "algorithm/segmenter=delimiter": ("algorithm.segmenter.token_ids=[198,271]",),
+    "task=file": ("task.max_prompt_tokens=32", *FILES),
     "rollout=paper": ("rollout.max_response_tokens=448", "rollout.kv_cache_gb=1"),
-    "learner=paper": (),
 }
 PAPER = {"paper_4b": 8, "paper_8b": 16, "paper_14b": 32}
 
@@ -257,6 +257,7 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(
     [
         ("algorithm=sae,gea", ("algorithm=gea", "did you mean 'gae'?")),
         ("algorithm.estimator.lamb=0.5,0.9", ("algorithm.estimator.lamb", "did you mean 'lam'?")),
+        ("algorithm.estimator.lam=0.5,1.5", ("lam = 1.5", "[0, 1]")),
         ("algorithm/segmenter=random,fixd_length", ("fixd_length", "did you mean 'fixed_length'?")),
     ],
 )
@@ -271,8 +272,7 @@ def test_a_sweep_with_a_mistake_does_not_begin(
         assert fragment in outcome.stderr
 
 
-def test_check_overrides_takes_a_good_sweep() -> None:
-    check_overrides([*MODEL, "algorithm=sae,gae", "rollout.group_size=4,8"])
+def test_check_sweep_takes_a_good_sweep() -> None:
+    check_sweep([*MODEL, "algorithm=sae,gae", "rollout.group_size=4,8"])
     with pytest.raises(ConfigError, match="did you mean 'group_size'"):
-        check_overrides([*MODEL, "rollout.group_sze=4,8"])
-
+        check_sweep([*MODEL, "rollout.group_sze=4,8"])

@@ -65,7 +65,9 @@ def train_twice(crew: Crew, batch: Batch) -> Outcome:
         targets = SAE(0.9)(batch, scores, TokenRewards()(batch, scores), opens)
         targets = Targets(advantages=whiten(targets.advantages), returns=targets.returns)
         update = crew.update(batch, scores, targets, seed=step)
-        metrics |= {f"{step} {name}": value for name, value in update.items() if not name.startswith(("time/", "memory/"))}
+        metrics |= {
+            f"{step} {name}": value for name, value in update.items() if not name.startswith(("time/", "memory/"))
+        }
     weights = {}
     for role in ("policy", "critic"):
         ranks = ray.get([worker.__ray_call__.remote(weights_of) for worker in crew._groups[role].workers])  # type: ignore

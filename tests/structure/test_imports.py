@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "data": ["types"],
     "rewards": ["types", "config", "data"],
     "protocols": ["types"],
-    "checkpoint": ["protocols"],
+    "checkpoint": ["data", "protocols"],
     "evaluate": ["config", "protocols", "rewards", "types"],
     "pretraining": ["algo", "config", "protocols", "types"],
     "driver": [

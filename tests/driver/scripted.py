@@ -1,0 +1,215 @@
+"""Workers, rewards and records that live in memory and write down what the driver asks of them, in order.
+
+They train nothing. What they answer is a plain function of what they are asked, so that a test can compute it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sae_rl.clock import Clock
+from sae_rl.compose import load_config
+from sae_rl.config import Config
+from sae_rl.data.sampler import Sampler
+from sae_rl.driver import Run
+from sae_rl.protocols import Metrics
+from sae_rl.rewards.pool import RewardPool, Rewards
+from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+
+NUM_PROMPTS = 10
+
+
+def make_config(folder: Path, *overrides: str) -> Config:
+    """Two prompts x two responses a step, six steps; no evaluation and no pre-training unless a test asks for them."""
+    return load_config(
+        [
+            f"output_dir={folder}",
+            "model.path=nobody/nothing",
+            "model.context_tokens=1024",
+            "steps=6",
+            "seed=100",
+            "rollout.prompts_per_step=2",
+            "rollout.group_size=2",
+            "rollout.max_response_tokens=8",
+            "learner.policy.num_mini_batches=1",
+            "learner.critic.num_mini_batches=1",
+            "learner.critic_pretraining.num_prompts=0",
+            "checkpoint.every_steps=2",
+            "checkpoint.keep_last=100",
+            *overrides,
+        ]
+    )
+
+
+def make_prompts(count: int = NUM_PROMPTS) -> list[Prompt]:
+    return [
+        Prompt(id=f"p{i}", text=f"question {i}", token_ids=(1000 + i, 7), answer="a", task="t", reward="exact")
+        for i in range(count)
+    ]
+
+
+def make_rollout(prompt: Prompt, sample: int, version: int, temperature: float) -> Rollout:
+    """1 to 5 tokens that depend on the prompt, the sample and the weights."""
+    draw = torch.Generator().manual_seed(hash((prompt.token_ids, sample, version)) % 2**31)
+    length = int(torch.randint(1, 6, (1,), generator=draw))
+    return Rollout(
+        prompt=prompt,
+        sample=sample,
+        token_ids=torch.randint(0, 50, (length,), generator=draw),
+        rollout_logprobs=torch.rand(length, generator=draw).mul(0.99).add(0.005).log(),
+        text=f"{prompt.id}/{sample}/{version}",
+        finish_reason="stop",
+        policy_version=version,
+        temperature=temperature,
+    )
+
+
+def reward_of(rollout: Rollout) -> float:
+    return float(int(rollout.token_ids.sum()) % 2)
+
+
+@dataclass
+class Asked:
+    """One call: its name and what it was given."""
+
+    name: str
+    of: dict[str, Any]
+
+
+@dataclass
+class ScriptedWorkers:
+    """Implements `sae_rl.protocols.Workers`, and its own `RolloutEngines`."""
+
+    log: list[Asked] = field(default_factory=list)
+    qualities: Sequence[float] = ()  # of the critic after each pass of pre-training
+    fail_in_update: int | None = None  # the update with this seed raises
+    version: int | None = None
+    passes: int = 0
+    quality: float = 0.0
+
+    @property
+    def rollout(self) -> ScriptedWorkers:
+        return self
+
+    def _write(self, name: str, **of: Any) -> None:
+        self.log.append(Asked(name, of))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        group_size: int,
+        max_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        stream: str,
+    ) -> list[Rollout]:
+        assert self.version is not None, "nothing is sampled before the first sync"
+        self._write("generate", prompts=[p.id for p in prompts], stream=stream, version=self.version, top_p=top_p)
+        return [make_rollout(p, i, self.version, temperature) for p in prompts for i in range(group_size)]
+
+    def score(self, batch: Batch) -> Scores:
+        scores = Scores(
+            old_logprobs=batch.rollout_logprobs - 0.01,
+            values=torch.linspace(-1, 1, batch.num_tokens),
+            ref_logprobs=None,
+        )
+        self._write("score", batch=batch, scores=scores)
+        return scores
+
+    def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:
+        self._write("update", batch=batch, scores=scores, targets=targets, seed=seed)
+        if seed == self.fail_in_update:
+            raise RuntimeError("a worker died")
+        return {"policy/loss": 0.5}
+
+    def update_critic(
+        self, batch: Batch, scores: Scores, targets: Targets, *, responses_per_update: int, seed: int
+    ) -> Metrics:
+        self._write("update_critic", batch=batch, targets=targets, seed=seed, responses=responses_per_update)
+        self.quality = self.qualities[self.passes]
+        self.passes += 1
+        return {"critic/loss": 1.0}
+
+    def values(self, batch: Batch) -> Tensor:
+        """The fraction ``quality`` of each response's reward: an explained variance of 1 - (1 - quality)^2."""
+        self._write("values", batch=batch)
+        return self.quality * batch.rewards.repeat_interleave(batch.lengths)
+
+    def set_critic_lr(self, lr: float) -> None:
+        self._write("set_critic_lr", lr=lr)
+
+    def sync_weights(self, version: int) -> Metrics:
+        self._write("sync", version=version)
+        self.version = version
+        return {"sync/logprob_diff_max": 0.0}
+
+    def save(self, folder: Path) -> None:
+        self._write("save", folder=folder)
+        (folder / "policy").mkdir()
+        (folder / "policy" / "weights").write_text(str(self.version))
+
+    def load(self, folder: Path) -> None:
+        self._write("load", folder=folder)
+        assert (folder / "policy" / "weights").is_file()
+
+    def save_critic(self, folder: Path) -> None:
+        self._write("save_critic", quality=self.quality)
+        folder.mkdir()
+        (folder / "quality").write_text(str(self.quality))
+
+    def load_critic(self, folder: Path) -> None:
+        self.quality = float((folder / "quality").read_text())
+        self._write("load_critic", quality=self.quality)
+
+    def export(self, folder: Path) -> None:
+        self._write("export", folder=folder)
+
+    def asked(self, *names: str) -> list[Asked]:
+        return [call for call in self.log if call.name in names]
+
+
+class ScriptedRewards:
+    def __init__(self, log: list[Asked]) -> None:
+        self._log = log
+
+    def score(self, rollouts: Sequence[Rollout]) -> Rewards:
+        self._log.append(Asked("reward", {"responses": len(rollouts)}))
+        return Rewards([reward_of(r) for r in rollouts], [])
+
+
+class ScriptedRecords:
+    """Implements `sae_rl.protocols.Recorder`."""
+
+    def __init__(self, log: list[Asked]) -> None:
+        self._log = log
+
+    def note(self, text: str) -> None:
+        self._log.append(Asked("note", {"text": text}))
+
+    def log(self, step: int, metrics: Metrics, phase: str = "train") -> None:
+        self._log.append(Asked("log", {"step": step, "metrics": dict(metrics), "phase": phase}))
+
+    def rollouts(self, step: int, *values: Any) -> None:
+        self._log.append(Asked("rollouts", {"step": step, "values": values}))
+
+
+def make_run(
+    config: Config, workers: ScriptedWorkers, resume_from: Path | None = None, heldout: list[Prompt] | None = None
+) -> Run:
+    return Run(
+        config=config,
+        sampler=Sampler(make_prompts(), config.seed),
+        heldout=heldout or [],
+        workers=workers,
+        rewards=cast(RewardPool, ScriptedRewards(workers.log)),
+        records=ScriptedRecords(workers.log),
+        clock=Clock(),
+        resume_from=resume_from,
+    )

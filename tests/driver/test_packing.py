@@ -1,0 +1,155 @@
+"""Mini-batches, ranks and micro-batches: whatever the layout, every token is seen once and every rank runs in step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae_rl.backends.deepspeed import Learner
+from sae_rl.backends.packing import MicroBatch, build_micro_batch, deal_to_ranks, draw_mini_batches, split_by_tokens
+from sae_rl.types import Batch, offsets_of
+
+Shape = tuple[int, int]  # prompt and response tokens of one row
+shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=24)
+quickly = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+
+
+def make_batch(rows: Sequence[Shape]) -> Batch:
+    prompts, responses = [p for p, _ in rows], [t for _, t in rows]
+    num_prompt, num_response = sum(prompts), sum(responses)
+    return Batch(
+        prompt_token_ids=torch.arange(num_prompt) + 10_000,
+        prompt_offsets=offsets_of(prompts),
+        token_ids=torch.arange(num_response) + 1,  # every token differs from every other and from the padding
+        offsets=offsets_of(responses),
+        rollout_logprobs=torch.zeros(num_response),
+        rewards=torch.zeros(len(rows)),
+        groups=torch.arange(len(rows)),
+        truncated=torch.zeros(len(rows), dtype=torch.bool),
+        temperature=1.0,
+    )
+
+
+def budget_of(rows: Sequence[Shape], share: float) -> int:
+    """At least one whole row, as `sae_rl.config.check` demands."""
+    longest, total = max(map(sum, rows)), sum(map(sum, rows))
+    return max(longest, int(share * total))
+
+
+def passes_of(batch: Batch, rows: Tensor, num_ranks: int, budget: int) -> list[list[tuple[MicroBatch, bool]]]:
+    """What each rank's learner runs, by the learner's own code, without DeepSpeed behind it."""
+    learners = [
+        SimpleNamespace(
+            rank=SimpleNamespace(index=index, size=num_ranks),
+            config=SimpleNamespace(micro_batch_tokens=budget),
+            device=torch.device("cpu"),
+        )
+        for index in range(num_ranks)
+    ]
+    return [list(Learner._micro_batches(cast(Any, learner), batch, rows)) for learner in learners]
+
+
+@quickly
+@given(shapes, st.integers(1, 6), st.floats(0, 1))
+def test_every_token_is_seen_exactly_once(rows: list[Shape], num_ranks: int, share: float) -> None:
+    batch = make_batch(rows)
+    ranks = passes_of(batch, torch.arange(len(rows)), num_ranks, budget_of(rows, share))
+    counted = [micro for passes in ranks for micro, counts in passes if counts]
+    index = torch.cat([micro.token_index for micro in counted])
+    assert sorted(index.tolist()) == list(range(batch.num_tokens))
+    for micro in counted:
+        assert torch.equal(micro.token_ids, batch.token_ids[micro.token_index])
+
+
+@quickly
+@given(shapes, st.integers(1, 6), st.floats(0, 1))
+def test_all_ranks_run_as_many_passes(rows: list[Shape], num_ranks: int, share: float) -> None:
+    """ZeRO's collectives wait for every rank in every pass; so also for a rank that got no response."""
+    ranks = passes_of(make_batch(rows), torch.arange(len(rows)), num_ranks, budget_of(rows, share))
+    assert len({len(passes) for passes in ranks}) == 1
+    assert len(ranks[0]) >= 1
+
+
+@pytest.mark.parametrize(("num_rows", "num_ranks"), [(1, 4), (2, 3), (3, 8)])
+def test_fewer_responses_than_ranks(num_rows: int, num_ranks: int) -> None:
+    ranks = passes_of(make_batch([(2, 5)] * num_rows), torch.arange(num_rows), num_ranks, budget=7)
+    assert [len(passes) for passes in ranks] == [1] * num_ranks
+    assert sum(counts for passes in ranks for _, counts in passes) == num_rows
+
+
+@quickly
+@given(shapes, st.integers(1, 6), st.floats(0, 1))
+def test_no_pass_exceeds_the_budget_with_its_padding(rows: list[Shape], num_ranks: int, share: float) -> None:
+    budget = budget_of(rows, share)
+    for passes in passes_of(make_batch(rows), torch.arange(len(rows)), num_ranks, budget):
+        assert all(micro.input_ids.numel() <= budget for micro, _ in passes)
+
+
+@quickly
+@given(shapes, st.integers(1, 6))
+def test_ranks_get_the_same_number_of_rows_and_about_as_many_tokens(rows: list[Shape], num_ranks: int) -> None:
+    lengths = torch.tensor([sum(row) for row in rows])
+    shares = deal_to_ranks(torch.arange(len(rows)), lengths, num_ranks)
+    assert sorted(torch.cat(shares).tolist()) == list(range(len(rows)))
+    counts, tokens = [len(share) for share in shares], [int(lengths[share].sum()) for share in shares]
+    assert max(counts) - min(counts) <= 1
+    assert max(tokens) - min(tokens) <= int(lengths.max())
+
+
+@quickly
+@given(shapes, st.floats(0, 1), st.integers(1, 10))
+def test_a_split_is_as_fine_as_asked_if_there_are_rows(rows: list[Shape], share: float, at_least: int) -> None:
+    lengths = torch.tensor([sum(row) for row in rows])
+    parts = split_by_tokens(torch.arange(len(rows)), lengths, budget_of(rows, share), at_least)
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(rows)))
+    assert len(parts) >= min(at_least, len(rows))
+    assert all(len(part) for part in parts)
+
+
+def test_no_rows_make_no_parts() -> None:
+    assert split_by_tokens(torch.arange(0), torch.tensor([3]), 10, at_least=4) == []
+
+
+@quickly
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 2**31))
+def test_mini_batches_are_equal_and_the_same_for_any_number_of_ranks(size: int, count: int, seed: int) -> None:
+    mini_batches = draw_mini_batches(size * count, count, seed)
+    assert [len(rows) for rows in mini_batches] == [size] * count
+    assert sorted(torch.cat(mini_batches).tolist()) == list(range(size * count))
+    assert all(
+        torch.equal(a, b) for a, b in zip(mini_batches, draw_mini_batches(size * count, count, seed), strict=True)
+    )
+    batch = make_batch([(1, 1 + i % 5) for i in range(size * count)])
+    for rows in mini_batches:
+        for num_ranks in (1, 2, 3):
+            ranks = passes_of(batch, rows, num_ranks, budget=8)
+            seen = torch.cat([micro.rows for passes in ranks for micro, counts in passes if counts])
+            assert sorted(seen.tolist()) == sorted(rows.tolist())
+
+
+def test_another_seed_draws_others() -> None:
+    a, b = (torch.cat(draw_mini_batches(64, 4, seed)) for seed in (1, 2))
+    assert not torch.equal(a, b)
+
+
+@quickly
+@given(shapes, st.randoms(use_true_random=False))
+def test_a_micro_batch_is_prompt_response_padding(rows: list[Shape], random: Any) -> None:
+    batch = make_batch(rows)
+    chosen = random.sample(range(len(rows)), random.randint(1, len(rows)))
+    micro = build_micro_batch(batch, torch.tensor(chosen))
+    assert micro.input_ids.shape == (len(chosen), max(sum(rows[i]) for i in chosen))
+    before: list[int] = []  # the token that stands before each response token
+    for line, i in zip(micro.input_ids.tolist(), chosen, strict=True):
+        prompt = batch.prompt_token_ids[batch.prompt_offsets[i] : batch.prompt_offsets[i + 1]].tolist()
+        response = batch.token_ids[batch.offsets[i] : batch.offsets[i + 1]].tolist()
+        assert line == prompt + response + [0] * (len(line) - len(prompt) - len(response))
+        before += [prompt[-1], *response[:-1]]
+    assert micro.input_ids.flatten()[micro.state_index].tolist() == before

@@ -1,0 +1,170 @@
+"""The critic's pre-training against a scripted critic whose quality after each pass is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_rl.config import Config
+from sae_rl.driver import train
+from sae_rl.pretraining import pretrain_critic, split_by_prompt
+from sae_rl.types import Batch
+
+from .scripted import ScriptedWorkers, make_config, make_prompts, make_rollout, make_run
+
+PRETRAINING = ["num_prompts=8", "heldout_fraction=0.25", "max_epochs=6", "patience=2", "lr=0.01", "lr_decay=0.5"]
+
+
+def configured(folder: Path, *overrides: str) -> Config:
+    options = [f"learner.critic_pretraining.{option}" for option in PRETRAINING]
+    return make_config(folder, *options, "learner.critic_pretraining.responses_per_update=3", *overrides)
+
+
+def make_batch(num_prompts: int = 8) -> Batch:
+    rollouts = [make_rollout(prompt, i, 0, 1.0) for prompt in make_prompts(num_prompts) for i in range(2)]
+    return Batch.of(rollouts, [float(i % 3 == 0) for i in range(len(rollouts))])
+
+
+def pretrained(
+    tmp_path: Path, qualities: Sequence[float], *overrides: str
+) -> tuple[ScriptedWorkers, float, list[dict[str, float]]]:
+    workers, logged = ScriptedWorkers(qualities=qualities), []
+    config = configured(tmp_path, *overrides)
+    best = pretrain_critic(
+        make_batch(),
+        workers,
+        config.algorithm,
+        config.learner.critic_pretraining,
+        scratch=tmp_path / "scratch",
+        seed=5,
+        log=lambda epoch, metrics: logged.append({"epoch": epoch, **metrics}),
+    )
+    return workers, best, logged
+
+
+def explained(quality: float) -> float:
+    return 1 - (1 - quality) ** 2
+
+
+@pytest.mark.parametrize(
+    ("qualities", "epochs", "best"),
+    [
+        ([0.2, 0.4, 0.6, 0.8, 0.9, 0.95], 6, 0.95),  # it rises to the end
+        ([0.2, 0.6, 0.5, 0.4, 0.9, 0.9], 4, 0.6),  # two epochs without a better one: what follows is never seen
+        ([0.2, 0.1, 0.3, 0.2, 0.2, 0.9], 5, 0.3),  # one bad epoch is forgiven
+        ([0.5, 0.5, 0.5, 0.9, 0.9, 0.9], 3, 0.5),  # the same is not better
+    ],
+)
+def test_it_stops_by_patience_and_keeps_the_best_critic(
+    qualities: list[float], epochs: int, best: float, tmp_path: Path
+) -> None:
+    workers, found, logged = pretrained(tmp_path, qualities)
+    assert workers.passes == epochs
+    assert found == pytest.approx(explained(best), abs=1e-6)
+    assert workers.quality == best
+    assert workers.log[-1].name == "load_critic"
+    assert [row["epoch"] for row in logged] == list(range(1, epochs + 1))
+    seen = [row["pretraining/explained_variance"] for row in logged]
+    assert seen == pytest.approx([explained(q) for q in qualities[:epochs]], abs=1e-6)
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_the_learning_rate_decays_by_epoch(tmp_path: Path) -> None:
+    workers, _, _ = pretrained(tmp_path, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    assert [call.of["lr"] for call in workers.asked("set_critic_lr")] == pytest.approx(
+        [0.01 * 0.5**k for k in range(6)]
+    )
+    assert [call.of["seed"] for call in workers.asked("update_critic")] == list(range(6, 12))
+    assert {call.of["responses"] for call in workers.asked("update_critic")} == {3}
+
+
+def prompts_of(batch: Batch) -> set[tuple[int, ...]]:
+    return {tuple(batch.prompt_token_ids[a:b].tolist()) for a, b in pairwise(batch.prompt_offsets.tolist())}
+
+
+def test_no_response_to_a_held_out_prompt_is_trained_on(tmp_path: Path) -> None:
+    workers, _, _ = pretrained(tmp_path, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    trained = set().union(*(prompts_of(call.of["batch"]) for call in workers.asked("update_critic")))
+    everything = set().union(*(prompts_of(call.of["batch"]) for call in workers.asked("values")))
+    heldout = everything - trained
+    assert (len(trained), len(heldout)) == (6, 2)
+    judged = [call.of["batch"] for call in workers.asked("values")][1::2]  # values of train, then of held-out
+    assert [prompts_of(batch) for batch in judged] == [heldout] * 6
+
+
+def test_targets_are_the_estimators_for_the_critic_as_it_is_now(tmp_path: Path) -> None:
+    """With gamma = value_lam = 1 they are the reward itself, whatever the critic says."""
+    workers, _, _ = pretrained(tmp_path, [0.1, 0.9, 0.95, 0.95, 0.95])
+    for call in workers.asked("update_critic"):
+        batch = call.of["batch"]
+        assert torch.allclose(call.of["targets"].returns, batch.rewards.repeat_interleave(batch.lengths), atol=1e-6)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.25, 0.5, 0.999])
+@pytest.mark.parametrize("num_prompts", [2, 3, 8])
+def test_the_split_is_of_whole_groups_with_something_on_either_side(num_prompts: int, fraction: float) -> None:
+    batch = make_batch(num_prompts)
+    for seed in range(5):
+        train_side, heldout = split_by_prompt(batch, fraction, seed)
+        assert not prompts_of(train_side) & prompts_of(heldout)
+        assert prompts_of(train_side) | prompts_of(heldout) == prompts_of(batch)
+        assert train_side.num_responses + heldout.num_responses == batch.num_responses
+        assert train_side.num_responses and heldout.num_responses
+        assert set(train_side.groups.bincount()[train_side.groups.unique()].tolist()) == {2}
+
+
+def test_one_prompt_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match=r"learner\.critic_pretraining\.num_prompts = 1"):
+        split_by_prompt(make_batch(1), 0.5, 0)
+
+
+def test_returns_that_do_not_vary_stop_it_and_leave_a_critic(tmp_path: Path) -> None:
+    """All responses right or all wrong: explained variance is nan, which is never better than anything."""
+    workers = ScriptedWorkers(qualities=[0.5] * 6)
+    config = configured(tmp_path)
+    rollouts = [make_rollout(prompt, 0, 0, 1.0) for prompt in make_prompts(4)]
+    best = pretrain_critic(
+        Batch.of(rollouts, [1.0] * 4),
+        workers,
+        config.algorithm,
+        config.learner.critic_pretraining,
+        scratch=tmp_path / "scratch",
+        seed=0,
+        log=lambda epoch, metrics: None,
+    )
+    assert (workers.passes, best) == (2, float("-inf"))
+    assert not workers.asked("load_critic", "save_critic")
+
+
+def test_the_driver_pretrains_before_the_first_checkpoint_and_sets_the_learning_rate_back(tmp_path: Path) -> None:
+    config = configured(tmp_path, "steps=1", "learner.critic.optimizer.lr=0.125")
+    workers = ScriptedWorkers(qualities=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    run = make_run(config, workers)
+    train(run)
+    sampled = [call.of for call in workers.asked("generate")]
+    assert [of["stream"] for of in sampled] == ["pretraining", "step 0"]
+    assert len(set(sampled[0]["prompts"])) == 8
+    assert workers.asked("set_critic_lr")[-1].of["lr"] == 0.125
+    names = [call.name for call in workers.log]
+    assert names.index("load_critic") < names.index("save") < names.index("score")
+    steps = [call.of["step"] for call in workers.asked("log") if call.of["phase"] == "pretraining"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    without = ScriptedWorkers()
+    train(make_run(make_config(tmp_path / "other", "steps=1"), without))
+    assert without.asked("generate")[-1].of["prompts"] == sampled[1]["prompts"]  # its prompts are not the sampler's
+    assert not (tmp_path / ".best_critic").exists()
+
+
+def test_a_resumed_run_does_not_pretrain_again(tmp_path: Path) -> None:
+    config = configured(tmp_path, "steps=2", "checkpoint.every_steps=1")
+    workers = ScriptedWorkers(qualities=[0.1, 0.1, 0.1], fail_in_update=100)
+    with pytest.raises(RuntimeError, match="a worker died"):
+        train(make_run(config, workers))
+    again = ScriptedWorkers()
+    train(make_run(config, again, resume_from=tmp_path / "checkpoints" / "step_000000"))
+    assert not again.asked("update_critic", "set_critic_lr")
+    assert len(again.asked("update")) == 2
