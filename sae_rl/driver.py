@@ -72,9 +72,9 @@ def train(run: Run) -> None:
             opens = algorithm.segmenter(batch, scores)  # pi(a_t | s_t) < p opens a segment
             targets = algorithm.estimator(batch, scores, token_rewards, opens)  # A_t = delta_t + gamma lambda_t A_{t+1}
             advantages = whiten(targets.advantages) if algorithm.whiten_advantages else targets.advantages
-            targets = replace(targets, advantages=advantages)
+            whitened = replace(targets, advantages=advantages)
         seed = derive_seed(config.seed, "update", step)
-        metrics = workers.update(batch, scores, targets, seed=seed)  # PPO epochs of policy and critic
+        metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
         metrics |= workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
         metrics |= measure(batch, rewards, scores, targets, opens)
         finish(run, step, metrics, Sampled(rollouts, rewards.scores, opens, scores, targets))
