@@ -101,7 +101,7 @@ def run_ours(folder: Path, steps: int, extra: list[str]) -> list[Row]:
         run([sys.executable, "-m", "sae_rl", "train", *overrides(folder, Path(output), steps), *extra], {})
         lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
     logged = [row for line in lines if (row := json.loads(line))["phase"] == "train"]
-    assert all(row["rollout/response_tokens_mean"] == work.RESPONSE_TOKENS for row in logged), "responses ended early"
+    assert all(row["rollout/tokens_mean"] == work.RESPONSE_TOKENS for row in logged), "responses ended early"
     return [{phase: row.get(f"time/{phase}_s", 0.0) for phase in PHASES} for row in logged]
 
 
@@ -216,6 +216,9 @@ def main() -> None:
         console.print(f"{options.peer_python} is not there, so TRL is left out (benchmarks/peers/requirements.txt)")
     figures: dict[Program, list[list[Row]]] = {program: [] for program in programs(with_peers)}
     loads = []
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # else DeepSpeed, which transformers imports, warns that it found none
     with tempfile.TemporaryDirectory() as name:
         work.make(Path(name), options.steps)
         for turn in range(options.rounds):
@@ -227,6 +230,7 @@ def main() -> None:
                 else:
                     rows = run_peer(program, options.peer_python, Path(name), options.steps)
                 figures[program].append(rows[1:])
+                console.print("  s per iteration: " + ", ".join(f"{row['step']:.2f}" for row in rows))
     summary = summarize(figures, loads)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(summary, indent=1) + "\n")

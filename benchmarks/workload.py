@@ -30,6 +30,9 @@ VOCAB_SIZE = 256 + len(PAIRS)
 
 def make(folder: Path, num_steps: int, seed: int = 0) -> None:
     """Writes ``folder/model``, a Hugging Face folder, and ``folder/prompts.jsonl`` with the prompts of ``num_steps``."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model, tokenizer = build_model(seed), build_tokenizer()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -78,7 +81,8 @@ def build_model(seed: int) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    return Qwen2ForCausalLM(Qwen2Config(**shape()))
+    make_model: Any = Qwen2ForCausalLM  # its constructor has no types
+    return make_model(Qwen2Config(**shape()))
 
 
 def parity(prompt: str, response: str, answer: str) -> float:

@@ -11,19 +11,38 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sae_rl.config import ConfigError, Section, nearest
 from sae_rl.data.prompts import TASKS
+from sae_rl.data.task import Task
 from sae_rl.warm_start import ModelShape, WarmStart, warm_start
+
+
+class DemonstrationsConfig(Section):
+    """What to imitate: a task's demonstrations, or those of a file."""
+
+    task: str
+    knobs: dict[str, Any]
+    file: str | None
 
 
 class WarmStartConfig(Section):
     """``conf/warm_start.yaml``."""
 
     output_dir: Path
-    task: str
-    data: str | None
+    demonstrations: DemonstrationsConfig
     base_model: str | None
-    knobs: dict[str, Any]
     shape: ModelShape
     training: WarmStart
+
+
+def source_of(config: DemonstrationsConfig) -> Task | str:
+    """A task, or the path of a file. Raises ConfigError."""
+    if config.file is not None:
+        return config.file
+    if config.task not in TASKS:
+        raise ConfigError([f"demonstrations.task = {config.task!r} is unknown, {nearest(config.task, list(TASKS))}"])
+    try:
+        return TASKS[config.task](**config.knobs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"demonstrations.knobs = {config.knobs}: {error}"]) from error
 
 
 def run_warm_start(config: WarmStartConfig) -> None:
@@ -32,12 +51,7 @@ def run_warm_start(config: WarmStartConfig) -> None:
     Raises:
         ConfigError: the source, the base model or the output folder does not fit.
     """
-    try:
-        source = config.data or TASKS[config.task](**config.knobs)
-    except KeyError:
-        raise ConfigError([f"task = {config.task!r} is unknown, {nearest(config.task, list(TASKS))}"]) from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError([f"knobs = {config.knobs}: {error}"]) from error
+    source = source_of(config.demonstrations)
     console = Console(file=sys.stdout)
     columns = (
         TextColumn("supervised steps"),

@@ -57,8 +57,7 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError([f"cannot read an override: {_first_line(error)}"]) from error
-    in_groups = name == "train"  # the other commands have keys alone
-    groups = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir()} if in_groups else set()
+    groups = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir()}
     choices = [override for override in parsed if _group_of(override) in groups]
     problems = [problem for override in choices if (problem := _check_choice(override)) is not None]
     if problems:

@@ -179,7 +179,7 @@ def _source_of(source: SourceConfig) -> Problems | File:
         fields = [field.name for field in dataclasses.fields(ColumnMap)]
         for column in source.columns:
             if column not in fields:
-                raise ValueError(f"columns.{column} is no column of ours, {nearest(column, fields)}")
+                raise ValueError(f"columns has no {column!r}, {nearest(column, fields)}")
         return File(
             path=source.path, reward=source.reward, task=Path(source.path).stem, columns=ColumnMap(**source.columns)
         )

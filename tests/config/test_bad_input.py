@@ -239,7 +239,7 @@ def test_an_unknown_reward(train: Callable[..., Outcome], tmp_path: Path) -> Non
 def test_an_unknown_name_in_a_free_mapping(key: str, train: Callable[..., Outcome], tmp_path: Path) -> None:
     file = write_rows(tmp_path, ROW)
     files = from_files(file, file) if key.endswith("columns") else []
-    assert_refused(train(*files, f"++{key}.misspelt=x"), key, "misspelt")
+    assert_refused(train(*files, f"++{key}.misspelt=x"), *key.rsplit(".", 1), "misspelt")
 
 
 def test_a_bad_value_of_a_tasks_knob(train: Callable[..., Outcome]) -> None:
@@ -282,6 +282,7 @@ def make_checkpoint(folder: Path, step: int) -> None:
 
 def test_nothing_is_left_to_train(train: Callable[..., Outcome], tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "out" / "checkpoints", 2)
+    (tmp_path / "out" / "checkpoints" / "step_000002" / "hf").mkdir()
     assert_refused(train("steps=2"), "steps = 2", "step_000002", "raise steps")
 
 
@@ -293,12 +294,16 @@ def test_a_new_run_over_an_old_one(train: Callable[..., Outcome], tmp_path: Path
 @pytest.mark.parametrize(
     ("overrides", "nodes", "fragments"),
     [
-        ([], [{"CPU": 1.0}], ["1.8 CPUs", "1 rollout, 1 policy, 1 critic", "Ray has 1 on 1 node(s)", "num_workers"]),
-        (["cluster.device=cuda"], [{"CPU": 8.0}], ["3 GPUs", "Ray has 0 on 1 node(s)", "cluster.*.num_workers"]),
+        (
+            [],
+            [{"CPU": 1.0}],
+            ["1.8 CPUs", "1 rollout, 1 policy, 1 critic", "Ray has 1 CPUs on 1 node(s)", "num_workers"],
+        ),
+        (["cluster.device=cuda"], [{"CPU": 8.0}], ["3 GPUs", "Ray has 0 GPUs on 1 node(s)", "cluster.*.num_workers"]),
         (
             ["cluster.device=cuda", "cluster.share_learner_gpus=true"],
             [{"CPU": 8.0, "GPU": 1.0}],
-            ["2 GPUs", "Ray has 1 on 1 node(s)"],
+            ["2 GPUs", "Ray has 1 GPUs on 1 node(s)"],
         ),
         (
             ["cluster.device=cuda", "rollout.tensor_parallel_size=4"],
@@ -336,7 +341,10 @@ def test_an_unknown_command(sae_rl: CommandLine) -> None:
         (["evaluate", *HUB, "evaluation.samples_per_promt=4"], ["did you mean 'samples_per_prompt'?"]),
         (["evaluate", *HUB, "evaluation.top_p=1.5"], ["evaluation.top_p", "1.5", "less than or equal to 1"]),
         (["evaluate", "model.path=/no/folder"], ["model.path", "'/no/folder'"]),
-        (["warm-start", "output_dir=base", "task=levle"], ["task", "levle", "did you mean 'level'?"]),
+        (
+            ["warm-start", "output_dir=base", "demonstrations.task=levle"],
+            ["demonstrations.task", "levle", "did you mean 'level'?"],
+        ),
         (["warm-start", "output_dir=base", "training.stepz=3"], ["training.stepz", "did you mean 'steps'?"]),
         (["warm-start", "output_dir=base", "training.steps=0"], ["training", "steps", "0", "at least 1"]),
         (["warm-start", "output_dir=base", "shape.architecture=gpt"], ["shape.architecture", "'gpt'", "'qwen3'"]),
@@ -355,8 +363,8 @@ def test_other_commands(arguments: list[str], fragments: list[str], sae_rl: Comm
 def test_warm_start_of_another_task(sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[Any] = []
     monkeypatch.setattr("sae_rl.base_model.run_warm_start", configs.append)
-    assert sae_rl("warm-start", "output_dir=base", "task=countdown").code == 0
-    assert configs[0].task == "countdown"
+    assert sae_rl("warm-start", "output_dir=base", "demonstrations.task=countdown").code == 0
+    assert configs[0].demonstrations.task == "countdown"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["help"], ["train", "--help"], ["demo", "-h"]])

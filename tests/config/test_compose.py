@@ -22,6 +22,8 @@ NEEDED = {  # what an option leaves for the user to say
     "task=dapo_math": ("task.max_prompt_tokens=32", *FILES),
     "algorithm/segmenter=delimiter": ("algorithm.segmenter.token_ids=[198,271]",),
     "task=file": ("task.max_prompt_tokens=32", *FILES),
+    "algorithm=custom": ("algorithm.estimator.name=sae_rl.algo:SAE",),
+    "algorithm/segmenter=custom": ("algorithm.segmenter.name=sae_rl.algo:LowProbability",),
     "rollout=paper": ("rollout.max_response_tokens=448", "rollout.kv_cache_gb=1"),
 }
 PAPER = {"paper_4b": 8, "paper_8b": 16, "paper_14b": 32}
@@ -109,8 +111,10 @@ def test_every_estimator_with_every_segmenter(algorithm: str, segmenter: str) ->
 
 
 def test_every_member_has_a_file() -> None:
-    assert {file.stem for file in (CONF / "algorithm").glob("*.yaml")} == set(ESTIMATORS)
-    assert {file.stem for file in (CONF / "algorithm/segmenter").glob("*.yaml")} == set(SEGMENTERS)
+    estimators = {file.stem for file in (CONF / "algorithm").glob("*.yaml")}
+    segmenters = {file.stem for file in (CONF / "algorithm/segmenter").glob("*.yaml")}
+    assert estimators == {*ESTIMATORS, "sae_short", "custom"}
+    assert segmenters == {*SEGMENTERS, "low_probability_short", "custom"}
 
 
 def test_a_reference_or_no_critic_is_what_the_algorithm_says() -> None:

@@ -168,9 +168,6 @@ class ScriptedWorkers:
         self.quality = float((folder / "quality").read_text())
         self._write("load_critic", quality=self.quality)
 
-    def export(self, folder: Path) -> None:
-        self._write("export", folder=folder)
-
     def asked(self, *names: str) -> list[Asked]:
         return [call for call in self.log if call.name in names]
 

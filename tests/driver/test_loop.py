@@ -13,6 +13,7 @@ from sae_rl import checkpoint
 from sae_rl.algo import SAE, LowProbability
 from sae_rl.driver import train
 from sae_rl.metrics import check_names
+from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch
 
 from .scripted import NUM_PROMPTS, ScriptedWorkers, make_config, make_prompts, make_rollout, make_run, reward_of
@@ -95,7 +96,8 @@ def test_targets_follow_the_definition_written_as_loops(tmp_path: Path) -> None:
 
 
 def test_every_update_has_a_seed_of_its_own(tmp_path: Path) -> None:
-    assert [call.of["seed"] for call in trained(tmp_path).asked("update")] == list(range(100, 106))
+    seeds = [call.of["seed"] for call in trained(tmp_path).asked("update")]
+    assert seeds == [derive_seed(100, "update", step) for step in range(6)] and len(set(seeds)) == 6
 
 
 def test_metrics_of_a_step_are_known_and_complete(tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, crash_
     """Ten prompts and two a step: the fifth step begins a new epoch, in another order."""
     overrides = ["steps=9"]
     whole = trained(tmp_path / "whole", *overrides)
-    first = ScriptedWorkers(fail_in_update=100 + crash_at)
+    first = ScriptedWorkers(fail_in_update=derive_seed(100, "update", crash_at))
     with pytest.raises(RuntimeError, match="a worker died"):
         train(make_run(make_config(tmp_path / "run", *overrides), first))
     newest = checkpoint.newest(tmp_path / "run" / "checkpoints")

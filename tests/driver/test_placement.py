@@ -108,10 +108,13 @@ def test_only_the_engines_for_an_evaluation() -> None:
 @pytest.mark.parametrize(
     ("nodes", "message"),
     [
-        ([NODE, {"CPU": 32.0, "GPU": 7.0}], r"needs 16 GPUs .*8 rollout, 8 policy, 8 critic.* has 15 on 2 node\(s\)"),
-        ([{"CPU": 31.0, "GPU": 8.0}, NODE], r"needs 64 CPUs .* has 63 on 2 node\(s\)"),
-        ([{"CPU": 64.0}], r"needs 16 GPUs .* has 0 on 1 node\(s\)"),
-        ([], r"has 0 on 0 node\(s\)"),
+        (
+            [NODE, {"CPU": 32.0, "GPU": 7.0}],
+            r"needs 16 GPUs .*8 rollout, 8 policy, 8 critic.* has 15 GPUs on 2 node\(s\)",
+        ),
+        ([{"CPU": 31.0, "GPU": 8.0}, NODE], r"needs 64 CPUs .* has 63 CPUs on 2 node\(s\)"),
+        ([{"CPU": 64.0}], r"needs 16 GPUs .* has 0 GPUs on 1 node\(s\)"),
+        ([], r"has 0 CPUs and 0 GPUs on 0 node\(s\)"),
         ([{"CPU": 3.0, "GPU": 1.0}] * 32, r"one worker needs 4 CPUs, 1 GPUs on a single node"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from sae_rl.config import Config
 from sae_rl.driver import train
 from sae_rl.pretraining import pretrain_critic, split_by_prompt
+from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch
 
 from .scripted import ScriptedWorkers, make_config, make_prompts, make_rollout, make_run
@@ -161,7 +162,7 @@ def test_the_driver_pretrains_before_the_first_checkpoint_and_sets_the_learning_
 
 def test_a_resumed_run_does_not_pretrain_again(tmp_path: Path) -> None:
     config = configured(tmp_path, "steps=2", "checkpoint.every_steps=1")
-    workers = ScriptedWorkers(qualities=[0.1, 0.1, 0.1], fail_in_update=100)
+    workers = ScriptedWorkers(qualities=[0.1, 0.1, 0.1], fail_in_update=derive_seed(100, "update", 0))
     with pytest.raises(RuntimeError, match="a worker died"):
         train(make_run(config, workers))
     again = ScriptedWorkers()

@@ -40,10 +40,10 @@ MAY_IMPORT = {
     "pretraining": ["algo", "config", "protocols", "types"],
     "driver": [
         *("algo", "checkpoint", "clock", "config", "data", "evaluate"),
-        *("metrics", "pretraining", "protocols", "rewards", "types"),
+        *("metrics", "pretraining", "protocols", "rewards", "seeds", "types"),
     ],
     "backends": ["algo", "config", "types"],
-    "workers": ["algo", "backends", "clock", "config", "types"],
+    "workers": ["algo", "backends", "clock", "config", "seeds", "types"],
     "rollout_table": ["types"],
     "records": ["config", "metrics", "rollout_table", "terminal", "types"],
     "terminal": ["config", "metrics"],
