@@ -7,8 +7,10 @@ micro-batches, in float32; everything else is as ``conf/`` has it for a laptop. 
 drops its first iteration; rounds alternate between the programs, so that a ratio compares runs under like load.
 
 TRL runs where `benchmarks/peers/requirements.txt` is installed, by default in /tmp/trl_env, with one thread and with two;
-the better one counts. Its PPO evaluates three more networks before the update (reference, values, reward model) and gets
-the logprobs from sampling; `sae_rl` evaluates two, policy and values, and a reward function.
+the better one counts. Where others use the cores, two threads wait for each other at every operation and a run can take
+ten times as long: ``--peer-threads 1`` leaves them out. Its PPO evaluates three more networks before the update
+(reference, values, reward model) and gets the logprobs from sampling; `sae_rl` evaluates two, policy and values, and a
+reward function.
 """
 
 from __future__ import annotations
@@ -50,9 +52,8 @@ class Program:
     threads: int | None  # of one peer process; None: what conf/ says
 
 
-def programs(with_peers: bool) -> list[Program]:
-    peers = [Program(f"TRL {kind.upper()}", kind, threads) for kind in ("ppo", "grpo") for threads in (1, 2)]
-    return [Program(OURS, "sae", None), *(peers if with_peers else [])]
+def programs(peers: list[str], threads: list[int]) -> list[Program]:
+    return [Program(OURS, "sae", None), *(Program(f"TRL {kind.upper()}", kind, n) for kind in peers for n in threads)]
 
 
 def overrides(folder: Path, output: Path, steps: int) -> list[str]:
@@ -154,6 +155,11 @@ def ratios(figures: dict[Program, list[list[Row]]], peer: Program) -> list[float
     return [medians(b)["step"] / medians(a)["step"] for a, b in pairs]
 
 
+def raw(figures: dict[Program, list[list[Row]]]) -> list[dict[str, Any]]:
+    """Every iteration that counts, by program and round."""
+    return [{"name": p.name, "threads": p.threads, "rounds": rounds} for p, rounds in figures.items()]
+
+
 def summarize(figures: dict[Program, list[list[Row]]], loads: list[float]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "workload": {
@@ -179,30 +185,33 @@ def summarize(figures: dict[Program, list[list[Row]]], loads: list[float]) -> di
             "sae_rl_is_faster_by": None if name == OURS else statistics.median(ratios(figures, program)),
             "sae_rl_is_faster_by_in_each_round": None if name == OURS else ratios(figures, program),
         }
-    summary["all"] = [{"name": p.name, "threads": p.threads, "rounds": rounds} for p, rounds in figures.items()]
+    summary["all"] = raw(figures)
     return summary
 
 
 def table(summary: dict[str, Any]) -> Table:
+    """A column for each program; seconds by phase, then what follows from them."""
     shown = Table(title=f"One iteration: {work.NUM_TOKENS:,} response tokens, median seconds")
-    for column in ("", "threads", *PHASES, "tokens/s", "generating tokens/s", f"{OURS} is faster by"):
-        shown.add_column(column, justify="right" if column else "left")
-    for name, found in summary["programs"].items():
-        seconds, faster = found["seconds"], found["sae_rl_is_faster_by"]
-        shown.add_row(
-            name,
-            str(found["threads"] or "conf"),
-            *(f"{seconds[phase]:.2f}" if phase in seconds else "" for phase in PHASES),
-            f"{found['tokens_per_s']:,.0f}",
-            f"{found['generate_tokens_per_s']:,.0f}",
-            "" if faster is None else f"{faster:.2f}x",
-        )
+    found = summary["programs"]
+    shown.add_column("")
+    for name, figures in found.items():
+        threads = figures["threads"]
+        shown.add_column(name if threads is None else f"{name}, {threads} thread{'s' * (threads > 1)}", justify="right")
+    for phase in PHASES:
+        seconds = [figures["seconds"].get(phase) for figures in found.values()]
+        shown.add_row(phase, *("" if s is None else f"{s:.2f}" for s in seconds), end_section=phase in PHASES[-2:])
+    shown.add_row("tokens/s", *(f"{figures['tokens_per_s']:,.0f}" for figures in found.values()))
+    shown.add_row("tokens/s of generate", *(f"{figures['generate_tokens_per_s']:,.0f}" for figures in found.values()))
+    faster = [figures["sae_rl_is_faster_by"] for figures in found.values()]
+    shown.add_row(f"{OURS} is faster by", *("" if f is None else f"{f:.2f}x" for f in faster))
     return shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="where TRL is installed")
+    parser.add_argument("--peers", nargs="*", choices=("ppo", "grpo"), default=["ppo", "grpo"])
+    parser.add_argument("--peer-threads", nargs="+", type=int, default=[1, 2], help="2 is only fair on idle cores")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="iterations of one run; the first is not counted")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -211,14 +220,16 @@ def main() -> None:
     if options.steps < 2:
         parser.error(f"--steps: found {options.steps}, allowed: at least 2, as the first is not counted")
     console = Console()
-    with_peers = options.peer_python.exists()
-    if not with_peers:
+    peers = options.peers if options.peer_python.exists() else []
+    if options.peers and not peers:
         console.print(f"{options.peer_python} is not there, so TRL is left out (benchmarks/peers/requirements.txt)")
-    figures: dict[Program, list[list[Row]]] = {program: [] for program in programs(with_peers)}
+    figures: dict[Program, list[list[Row]]] = {program: [] for program in programs(peers, options.peer_threads)}
     loads = []
     os.environ.setdefault(
         "DS_ACCELERATOR", "cpu"
     )  # else DeepSpeed, which transformers imports, warns that it found none
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    partial = options.output.with_suffix(".partial.json")  # what an interrupted benchmark leaves
     with tempfile.TemporaryDirectory() as name:
         work.make(Path(name), options.steps)
         for turn in range(options.rounds):
@@ -230,10 +241,11 @@ def main() -> None:
                 else:
                     rows = run_peer(program, options.peer_python, Path(name), options.steps)
                 figures[program].append(rows[1:])
+                partial.write_text(json.dumps({"load_before_runs": loads, "all": raw(figures)}, indent=1) + "\n")
                 console.print("  s per iteration: " + ", ".join(f"{row['step']:.2f}" for row in rows))
     summary = summarize(figures, loads)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(summary, indent=1) + "\n")
+    partial.unlink()
     console.print(table(summary))
     console.print(f"figures: {options.output}")
 
