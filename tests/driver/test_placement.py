@@ -177,7 +177,7 @@ def assert_reserved(experiment: str, num_nodes: int) -> None:
 
 def assert_missing(experiment: str, found: int) -> None:
     wanted = PAPER[experiment]
-    with pytest.raises(ValueError, match=rf"needs {wanted} GPUs .* but Ray has {found} on"):
+    with pytest.raises(ValueError, match=rf"needs {wanted} GPUs .* but Ray has {found} GPUs on"):
         check_resources(placed(paper(experiment)), ray_nodes())
 
 
