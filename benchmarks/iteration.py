@@ -6,7 +6,7 @@
 micro-batches, in float32; everything else is as ``conf/`` has it for a laptop. Each round starts every program anew and
 drops its first iteration; rounds alternate between the programs, so that a ratio compares runs under like load.
 
-TRL runs where `benchmarks/peers/requirements.txt` is installed, by default in /tmp/trl_env, with one thread and with two;
+TRL runs where `benchmarks/peers/requirements.txt` is installed, by default in .venv-peers, with one thread and with two;
 the better one counts. Where others use the cores, two threads wait for each other at every operation and a run can take
 ten times as long: ``--peer-threads 1`` leaves them out. Its PPO evaluates three more networks before the update
 (reference, values, reward model) and gets the logprobs from sampling; `sae_rl` evaluates two, policy and values, and a
@@ -35,7 +35,7 @@ from benchmarks import workload as work
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "iteration.json"
-PEER_PYTHON = Path("/tmp/trl_env/bin/python")
+PEER_PYTHON = Path(".venv-peers/bin/python")
 PHASES = ("generate", "reward", "score", "advantage", "update", "sync", "driver", "step")
 OURS = "sae_rl"
 LIMIT_S = 1800

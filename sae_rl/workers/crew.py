@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -38,6 +40,7 @@ def ray_session(config: Config) -> Iterator[None]:
     """Starts a Ray of its own, or joins ``cluster.address``; leaves it as it was found."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     options = {"log_to_driver": False, "configure_logging": False}
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         if address is None:
             # "local": without it Ray joins whatever cluster it finds running on this machine.
@@ -46,10 +49,15 @@ def ray_session(config: Config) -> Iterator[None]:
             ray.init(address=address, **options)
     except ConnectionError as error:
         raise ConfigError([f"cluster.address = {address!r}: no Ray cluster answers there ({error})"]) from error
+    signal.signal(signal.SIGTERM, terminate)  # Ray's own would end Ray before the workers are closed
     try:
         yield
     finally:
+        ours = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::")]
         ray.shutdown()
+        for child in ours:  # Ray's agents would take a minute to notice that their raylet is gone
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 @contextlib.contextmanager
