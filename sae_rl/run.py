@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -181,7 +180,11 @@ def _source_of(source: SourceConfig) -> Problems | File:
             if column not in fields:
                 raise ValueError(f"columns has no {column!r}, {nearest(column, fields)}")
         return File(
-            path=source.path, reward=source.reward, task=Path(source.path).stem, columns=ColumnMap(**source.columns)
+            path=source.path,
+            reward=source.reward,
+            task=Path(source.path).stem,
+            columns=ColumnMap(**source.columns),
+            duplicates=source.duplicates,
         )
     if source.name not in TASKS:
         raise ValueError(f"name {source.name!r} is unknown, allowed: file, {', '.join(sorted(TASKS))}")
@@ -206,4 +209,3 @@ def check_prompts(config: Config, prompts: list[Prompt]) -> None:
     ]
     if problems:
         raise ConfigError(problems)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
