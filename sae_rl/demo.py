@@ -16,7 +16,7 @@ from sae_rl.analysis.report import final_table, write_report
 from sae_rl.base_model import WarmStartConfig, run_warm_start
 from sae_rl.compose import build, compose_tree, load_config
 from sae_rl.config import Config
-from sae_rl.run import run_training
+from sae_rl.run import publish_policy, run_training
 
 MINUTES = "about ten minutes"
 
@@ -38,6 +38,8 @@ def run_demo(overrides: list[str]) -> None:
     if not _is_finished(config):
         console.rule("2. reinforcement learning: Ray, vLLM, DeepSpeed", align="left")
         run_training(config)
+    elif not (config.output_dir / "policy").is_dir():
+        publish_policy(config)  # it was killed between its last checkpoint and this
     console.rule("3. what came of it", align="left")
     console.print(final_table(folder))
     console.print(f"report: {write_run_report(folder)}", highlight=False)
@@ -63,5 +65,4 @@ def _base_config(base: Path, overrides: list[str]) -> WarmStartConfig:
 
 def _is_finished(config: Config) -> bool:
     newest = checkpoint.newest(config.output_dir / "checkpoints")
-    done = newest is not None and checkpoint.read_state(newest).step >= config.steps
-    return done and (config.output_dir / "policy").is_dir()
+    return newest is not None and checkpoint.read_state(newest).step >= config.steps

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-
-os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+SCRATCH = tempfile.mkdtemp(prefix="sae_rl_")  # Ray's logs and sockets; a short path, as those of sockets are limited
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ["RAY_TMPDIR"] = SCRATCH
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Outcome:
 
 
 CommandLine = Callable[..., Outcome]
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(SCRATCH, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from sae_rl.config import Device, ModelConfig, RolloutConfig
 from sae_rl.types import FinishReason
 
@@ -36,8 +38,14 @@ class Sample:
     weight_version: str
 
 
-def prepare_environment(device: Device, threads: int, kv_cache_gb: float | None) -> None:
-    """Settings that vLLM reads from the environment, before it is imported."""
+def prepare_environment(device: Device, threads: int, sockets: str) -> None:
+    """Settings that vLLM reads from the environment, before it is imported.
+
+    Args:
+        sockets: a folder for the sockets between its processes, which it does not remove; a short path, as Linux allows
+            them 107 characters.
+    """
+    os.environ["VLLM_RPC_BASE_PATH"] = sockets
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if device == "cpu":
@@ -55,10 +63,15 @@ class RolloutEngine:
         from vllm import AsyncEngineArgs
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
         from sae_rl.backends import weight_receiver
 
         options: dict[str, Any] = {}
+        if device == "cpu" and rollout.tensor_parallel_size == 1:
+            # By its class, as vLLM replaces the name "uni" on a CPU: a worker in a process of its own would be waited for by
+            # spinning, on a core that others need.
+            options["distributed_executor_backend"] = UniProcExecutor
         if device == "cpu":
             assert rollout.kv_cache_gb is not None, "checked with the configuration"
             options["kv_cache_memory_bytes"] = int(rollout.kv_cache_gb * 2**30)
@@ -87,6 +100,7 @@ class RolloutEngine:
                 **options,
             )
         )
+        self._tokenizer = AutoTokenizer.from_pretrained(model.path)
         self._count = 0
 
     async def generate(self, requests: Sequence[Request]) -> list[Sample]:
@@ -103,14 +117,32 @@ class RolloutEngine:
             top_p=request.top_p,
             seed=request.seed,
             logprobs=0,  # the sampled token's only
+            flat_logprobs=True,
+            detokenize=False,  # it would decode after every token; the text is only read when it is whole
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._count += 1
         prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
         async for answer in self._engine.generate(prompt, parameters, request_id=str(self._count)):
             if answer.finished:
-                return _sample_of(answer)
+                return self._sample_of(answer)
         raise RuntimeError(f"vLLM ended request {self._count} without a finished answer")
+
+    def _sample_of(self, answer: Any) -> Sample:
+        output = answer.outputs[0]
+        token_ids, logprobs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
+        assert tuple(output.logprobs.token_ids) == token_ids, "one logprob for each sampled token"
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(
+                f"vLLM finished a request with {output.finish_reason!r}; 'stop' or 'length' was expected"
+            )
+        return Sample(
+            token_ids=token_ids,
+            logprobs=logprobs,
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=output.finish_reason,
+            weight_version=_version_of(output),
+        )
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
@@ -132,22 +164,6 @@ class RolloutEngine:
 
     def close(self) -> None:
         self._engine.shutdown()
-
-
-def _sample_of(answer: Any) -> Sample:
-    output = answer.outputs[0]
-    assert output.logprobs is not None and len(output.logprobs) == len(output.token_ids)
-    if output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM finished a request with {output.finish_reason!r}; 'stop' or 'length' was expected")
-    return Sample(
-        token_ids=tuple(output.token_ids),
-        logprobs=tuple(
-            position[token].logprob for position, token in zip(output.logprobs, output.token_ids, strict=True)
-        ),
-        text=output.text,
-        finish_reason=output.finish_reason,
-        weight_version=_version_of(output),
-    )
 
 
 def _version_of(output: Any) -> str:

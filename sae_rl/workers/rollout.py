@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -25,7 +26,8 @@ class RolloutWorker(Process):
     async def start(
         self, model: ModelConfig, rollout: RolloutConfig, device: Device, threads: int, max_model_tokens: int, seed: int
     ) -> None:
-        prepare_environment(device, threads, rollout.kv_cache_gb)
+        self._sockets = tempfile.TemporaryDirectory(prefix="sae_rl_")
+        prepare_environment(device, threads, self._sockets.name)
         self._engine = RolloutEngine(model, rollout, device, max_model_tokens=max_model_tokens, seed=seed)
 
     async def generate(self, requests: Sequence[Request]) -> list[Sample]:
@@ -45,6 +47,7 @@ class RolloutWorker(Process):
 
     async def close(self) -> None:
         self._engine.close()
+        self._sockets.cleanup()
 
 
 class RolloutPool:

@@ -118,11 +118,24 @@ def test_nothing_left_to_train_is_said(finished: Path, tiny_model: Path) -> None
     assert "nothing is left to train" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_demo_killed_before_its_policy_was_published_shows_what_it_learned(
+    finished: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(finished, folder)
+    shutil.copytree(tiny_model, folder / "base")
+    shutil.rmtree(folder / "policy")
+    done = run("demo", *overrides(folder / "base", folder, "steps=4"))
+    assert done.returncode == 0, done.stderr
+    assert "Ray, vLLM, DeepSpeed" not in done.stdout, "nothing was left to train"
+    assert (folder / "policy" / "model.safetensors").is_file() and (folder / "report.html").is_file()
+
+
 def start_and_wait_for_a_step(model: Path, output: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     arguments = overrides(model, output, "steps=500", "checkpoint.every_steps=1")
     process = subprocess.Popen(
         command("train", *arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
+        start_new_session=True, env={**os.environ, "TMPDIR": os.environ["RAY_TMPDIR"]},  # a killed run leaves sockets
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while (newest := checkpoint.newest(output / "checkpoints")) is None or newest.name < "step_000002":
