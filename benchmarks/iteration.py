@@ -2,7 +2,7 @@
 
     python -m benchmarks.iteration [--peer-python PATH] [--rounds 2] [--steps 4]
 
-64 prompts x 4 responses of exactly 128 tokens by the model of `benchmarks.workload`, one optimizer update of four
+64 prompts x 4 responses of exactly 128 tokens by the model of `benchmarks.workload`, one optimizer update of sixteen
 micro-batches, in float32; everything else is as ``conf/`` has it for a laptop. Each round starts every program anew and
 drops its first iteration; rounds alternate between the programs, so that a ratio compares runs under like load.
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-SCRATCH = tempfile.mkdtemp(prefix="sae_rl_")  # Ray's logs and sockets; a short path, as those of sockets are limited
+SCRATCH = tempfile.mkdtemp(prefix="sae_rl_")  # a short path, as those of sockets are limited
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-os.environ["RAY_TMPDIR"] = SCRATCH
+os.environ["TMPDIR"] = SCRATCH  # of what is started from here: Ray's logs, and what killed workers leave
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Times(TrainerCallback):
 
 
 def common(folder: str) -> dict[str, Any]:
-    """Settings of both trainers. One optimizer update of four micro-batches, in float32."""
+    """Settings of both trainers. One optimizer update of sixteen micro-batches, in float32."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": work.MICRO_BATCH_RESPONSES,

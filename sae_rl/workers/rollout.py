@@ -46,8 +46,8 @@ class RolloutWorker(Process):
         await self._engine.finish_weight_update(version)
 
     async def close(self) -> None:
+        self._sockets.cleanup()  # first: the driver does not wait for long, and connections outlive their names
         self._engine.close()
-        self._sockets.cleanup()
 
 
 class RolloutPool:

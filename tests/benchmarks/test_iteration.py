@@ -24,7 +24,7 @@ def test_configuration_loads_with_one_update_of_four_micro_batches(folder: Path,
     config = load_config(iteration.overrides(folder, tmp_path, steps=2))
     assert config.responses_per_step == workload.NUM_RESPONSES == 256
     assert config.learner.policy.num_mini_batches == config.learner.critic.num_mini_batches == 1
-    assert config.learner.policy.micro_batch_tokens == 64 * (32 + 128)
+    assert config.learner.policy.micro_batch_tokens == 16 * (32 + 128)
     assert config.task.train.reward is not None
     assert resolve_reward(config.task.train.reward) is workload.parity
 

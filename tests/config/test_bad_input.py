@@ -297,17 +297,17 @@ def test_a_new_run_over_an_old_one(train: Callable[..., Outcome], tmp_path: Path
         (
             [],
             [{"CPU": 1.0}],
-            ["1.8 CPUs", "1 rollout, 1 policy, 1 critic", "Ray has 1 CPUs on 1 node(s)", "num_workers"],
+            ["1.8 CPUs", "2 rollout, 1 policy, 1 critic", "Ray has 1 CPUs on 1 node(s)", "num_workers"],
         ),
-        (["cluster.device=cuda"], [{"CPU": 8.0}], ["3 GPUs", "Ray has 0 GPUs on 1 node(s)", "cluster.*.num_workers"]),
+        (["cluster.device=cuda"], [{"CPU": 8.0}], ["4 GPUs", "Ray has 0 GPUs on 1 node(s)", "cluster.*.num_workers"]),
         (
             ["cluster.device=cuda", "cluster.share_learner_gpus=true"],
             [{"CPU": 8.0, "GPU": 1.0}],
-            ["2 GPUs", "Ray has 1 GPUs on 1 node(s)"],
+            ["3 GPUs", "Ray has 1 GPUs on 1 node(s)"],
         ),
         (
             ["cluster.device=cuda", "rollout.tensor_parallel_size=4"],
-            [{"CPU": 8.0, "GPU": 3.0}] * 2 + [{"CPU": 8.0}],
+            [{"CPU": 8.0, "GPU": 3.0}] * 3 + [{"CPU": 8.0}],
             ["4 GPUs", "on a single node", "rollout.tensor_parallel_size"],
         ),
     ],

@@ -76,7 +76,7 @@ def test_the_demo_fits_two_cores_with_every_role() -> None:
     placement = placed(laptop("experiment=demo", "algorithm.policy_loss.kl_coef=0.1"))
     assert placement.total == pytest.approx({"CPU": 2.0})
     check_resources(placement, [{"CPU": 2.0, "memory": 1e9}])
-    assert placed(laptop("experiment=demo")).bundles == [{"CPU": 1.0}, {"CPU": 0.4}, {"CPU": 0.4}]
+    assert placed(laptop("experiment=demo")).bundles == [{"CPU": 0.5}] * 2 + [{"CPU": 0.4}] * 2
 
 
 @pytest.mark.parametrize(("experiment", "num_gpus"), PAPER.items())

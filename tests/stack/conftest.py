@@ -43,6 +43,7 @@ def overrides(model: Path, output: Path, *more: str) -> list[str]:
         f"model.path={model}",
         f"output_dir={output}",
         "steps=2",
+        "cluster.rollout.num_workers=1",
         "task.train.num_prompts=16",
         "task.train.reward=tests.stack.rewards:parity",
         "task.evaluation.num_prompts=4",

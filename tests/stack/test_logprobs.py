@@ -22,8 +22,8 @@ def worst_difference(crew: Crew, prompts: list[Prompt], temperature: float) -> t
     return float((batch.rollout_logprobs - crew.score(batch).old_logprobs).abs().max()), batch
 
 
-def test_untied_weights_arrive_and_logprobs_agree(configure: Configure) -> None:
-    check_agreement(configure, [])
+def test_untied_weights_arrive_at_every_engine_and_logprobs_agree(configure: Configure) -> None:
+    check_agreement(configure, ["cluster.rollout.num_workers=2"])
 
 
 def test_tied_weights_arrive_under_zero_3_and_a_missing_head_is_noticed(configure: Configure, tied_model: Path) -> None:

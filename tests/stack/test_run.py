@@ -135,7 +135,7 @@ def start_and_wait_for_a_step(model: Path, output: Path) -> tuple[subprocess.Pop
     arguments = overrides(model, output, "steps=500", "checkpoint.every_steps=1")
     process = subprocess.Popen(
         command("train", *arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True, env={**os.environ, "TMPDIR": os.environ["RAY_TMPDIR"]},  # a killed run leaves sockets
+        start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 200
     while (newest := checkpoint.newest(output / "checkpoints")) is None or newest.name < "step_000002":
@@ -151,7 +151,7 @@ def test_an_interrupted_run_leaves_no_process_and_goes_on(
 ) -> None:
     output = tmp_path / "run"
     process, children = start_and_wait_for_a_step(tiny_model, output)
-    assert len(children) >= 6  # Ray, the three workers, vLLM's two, the reward pool
+    assert len(children) >= 6  # Ray, the three workers, vLLM's one, the reward pool
     started = time.monotonic()
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
