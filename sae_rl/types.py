@@ -69,6 +69,7 @@ class Batch:
     groups: Tensor  # (B,) int64, responses to the same prompt share a number
     truncated: Tensor  # (B,) bool, cut at the length limit
     temperature: float
+    sampled: Tensor | None = None  # (N,) bool, false: not the policy's own, as a tool's output; None: all are sampled
 
     @staticmethod
     def of(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> Batch:
@@ -115,6 +116,14 @@ class Batch:
         return self.offsets.diff()
 
     @property
+    def num_sampled(self) -> Tensor:
+        """(B,) sampled tokens of each response."""
+        if self.sampled is None:
+            return self.lengths
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), self.sampled.cumsum(0)])[self.offsets]
+        return before.diff()
+
+    @property
     def prompt_lengths(self) -> Tensor:
         """(B,) tokens of each prompt."""
         return self.prompt_offsets.diff()
@@ -128,6 +137,7 @@ class Scores:
     values: Tensor | None  # (N,) V(s_t), before token t is read; None: the estimator needs no critic
     ref_logprobs: Tensor | None  # (N,) log pi_ref(a_t | s_t); None: no KL term asks for it
     entropies: Tensor | None = None  # (N,) entropy of pi_theta_old(. | s_t); None: nothing asks for it
+    final_values: Tensor | None = None  # (B,) V after the last token; None: every response ends there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +170,7 @@ def select(batch: Batch, indices: Tensor) -> Batch:
         offsets=offsets_of(batch.lengths[indices].tolist()),
         rollout_logprobs=gather_ragged(batch.rollout_logprobs, batch.offsets, indices),
         rewards=batch.rewards[indices],
+        sampled=None if batch.sampled is None else gather_ragged(batch.sampled, batch.offsets, indices),
         groups=batch.groups[indices],
         truncated=batch.truncated[indices],
     )

@@ -3,10 +3,21 @@
 Read in the order of the loop: `segmenters`, `shaping`, `estimators` (over `recursion`), `losses` (over `kl`), `stats`.
 """
 
-from sae_rl.algo.estimators import ESTIMATORS, GAE, GRPO, SAE, Estimator, LengthAdaptiveGAE, MonteCarlo, td_targets
+from sae_rl.algo.estimators import (
+    ESTIMATORS,
+    GAE,
+    GRPO,
+    RLOO,
+    SAE,
+    Estimator,
+    LengthAdaptiveGAE,
+    MonteCarlo,
+    td_targets,
+)
 from sae_rl.algo.kl import KL_ESTIMATORS
 from sae_rl.algo.losses import LossSum, PolicyLoss, ValueLoss
-from sae_rl.algo.recursion import discounted_sums, discounted_sums_reference
+from sae_rl.algo.recursion import td_recursion, td_recursion_reference
+from sae_rl.algo.segmental import segmental_advantages
 from sae_rl.algo.segmenters import SEGMENTERS, Delimiter, FixedLength, LowProbability, Random, Segmenter
 from sae_rl.algo.shaping import TokenRewards, whiten
 from sae_rl.algo.stats import explained_variance, mismatch_stats, rollout_stats, segment_stats
@@ -16,6 +27,7 @@ __all__ = [
     "GAE",
     "GRPO",
     "KL_ESTIMATORS",
+    "RLOO",
     "SAE",
     "SEGMENTERS",
     "Delimiter",
@@ -30,12 +42,13 @@ __all__ = [
     "Segmenter",
     "TokenRewards",
     "ValueLoss",
-    "discounted_sums",
-    "discounted_sums_reference",
     "explained_variance",
     "mismatch_stats",
     "rollout_stats",
     "segment_stats",
+    "segmental_advantages",
+    "td_recursion",
+    "td_recursion_reference",
     "td_targets",
     "whiten",
 ]

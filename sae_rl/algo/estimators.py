@@ -1,12 +1,9 @@
 """Rewards, values and segments -> advantages and critic targets. A new estimator is one class here and one line below.
 
-All TD estimators are one recursion and differ only in ``lambda_t``:
-
-    delta_t = r_t + gamma * V_{t+1} - V_t          V is 0 after the last token of a response, truncated or not
-    A_t     = delta_t + gamma * lambda_t * A_{t+1}
-
-Their critic targets, ``returns_t = A_t + V_t``, come from the same recursion with a lambda of their own (``value_lam``,
-the decoupling of VC-PPO, arXiv 2503.01491): 1 gives the Monte-Carlo return. Advantages are not whitened here.
+All TD estimators are the recursion of `recursion` and differ only in ``lambda_t``. Their critic targets come from the
+same recursion with a lambda of their own, ``value_lam``: 1 gives the Monte-Carlo return. A response ends with its last
+token, V = 0 behind it, unless the scores bring ``final_values`` for those cut at the length limit. Step-level GAE, as in
+AlphaMath (arXiv 2405.03553), is SAE with the delimiter segmenter. Advantages are not whitened here.
 """
 
 from __future__ import annotations
@@ -18,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.knobs import check_number
-from sae_rl.algo.ragged import check_tokens, last_tokens, response_sums
-from sae_rl.algo.recursion import discounted_sums
+from sae_rl.algo.ragged import check_tokens, response_sums
+from sae_rl.algo.recursion import td_recursion
 from sae_rl.types import Batch, Scores, Targets
 
 GROUP_STD_EPSILON = 1e-6
@@ -52,13 +49,7 @@ class SAE:
         check_number("SAE.value_lam", self.value_lam, 0, 1)
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
-        check_tokens("opens", opens, batch)
-        lowest, highest = opens.aminmax()
-        if lowest < 0 or highest > 1:
-            raise ValueError(f"opens spans [{lowest}, {highest}], but a segmenter's weights must be in [0, 1]")
-        next_opens = opens.double().roll(-1)  # w_{t+1}; what follows the last token of a response is never used
-        lambdas, value_lambdas = self.lam**next_opens, self.value_lam**next_opens
-        return td_targets(batch, scores, token_rewards, self.gamma, lambdas, value_lambdas)
+        return td_targets(batch, scores, token_rewards, opens, gamma=self.gamma, lam=self.lam, value_lam=self.value_lam)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +68,10 @@ class GAE:
         check_number("GAE.value_lam", self.value_lam, 0, 1)
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
-        lambdas, value_lambdas = _constant(self.lam, batch), _constant(self.value_lam, batch)
-        return td_targets(batch, scores, token_rewards, self.gamma, lambdas, value_lambdas)
+        everywhere = torch.ones(batch.num_tokens, dtype=torch.bool)
+        return td_targets(
+            batch, scores, token_rewards, everywhere, gamma=self.gamma, lam=self.lam, value_lam=self.value_lam
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +86,8 @@ class MonteCarlo:
         check_number("MonteCarlo.gamma", self.gamma, 0, 1)
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
-        lambdas = _constant(1.0, batch)
-        return td_targets(batch, scores, token_rewards, self.gamma, lambdas, lambdas)
+        nowhere = torch.zeros(batch.num_tokens, dtype=torch.bool)
+        return td_targets(batch, scores, token_rewards, nowhere, gamma=self.gamma, lam=1.0, value_lam=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +106,11 @@ class LengthAdaptiveGAE:
         check_number("LengthAdaptiveGAE.value_lam", self.value_lam, 0, 1)
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
-        lambda_of_response = (1 - 1 / (self.alpha * batch.lengths.double())).clamp(min=0)
-        lambdas, value_lambdas = lambda_of_response.repeat_interleave(batch.lengths), _constant(self.value_lam, batch)
-        return td_targets(batch, scores, token_rewards, self.gamma, lambdas, value_lambdas)
+        everywhere = torch.ones(batch.num_tokens, dtype=torch.bool)
+        lams = (1 - 1 / (self.alpha * batch.num_sampled.double())).clamp(min=0)
+        return td_targets(
+            batch, scores, token_rewards, everywhere, gamma=self.gamma, lam=lams, value_lam=self.value_lam
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,40 +130,63 @@ class GRPO:
             raise ValueError(f"GRPO.normalize_std = {self.normalize_std!r}, but it must be true or false")
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
-        _check_inputs(batch, scores, token_rewards)
-        names, groups, sizes = torch.unique(batch.groups, return_inverse=True, return_counts=True)
-        if int(sizes.min()) < 2:
-            raise ValueError(
-                f"group {int(names[sizes.argmin()])} has 1 response, but GRPO compares the responses of a group: "
-                "set a group size of at least 2"
-            )
-        rewards = response_sums(token_rewards, batch.offsets)  # R
-        centred = rewards - _group_sums(rewards, groups, sizes)[groups] / sizes[groups]  # R - mean
-        std = (_group_sums(centred.square(), groups, sizes) / (sizes - 1)).sqrt()
-        advantages = centred / (std[groups] + GROUP_STD_EPSILON) if self.normalize_std else centred
-        advantages = advantages.to(torch.promote_types(token_rewards.dtype, torch.float32))
-        return Targets(advantages=advantages.repeat_interleave(batch.lengths), returns=None)
+        centred, groups, sizes = _centred_in_groups("GRPO", batch, scores, token_rewards)
+        if self.normalize_std:
+            variances = _group_sums(centred.square(), groups, sizes) / (sizes - 1)
+            centred = centred / (variances.sqrt()[groups] + GROUP_STD_EPSILON)
+        return _spread(centred, batch, token_rewards)
+
+
+@dataclass(frozen=True, slots=True)
+class RLOO:
+    """REINFORCE leave-one-out, arXiv 2402.14740: the return less the mean return of the *other* responses of its group.
+
+    ``A_t = R - mean of the others``, which is ``n / (n - 1)`` times the distance from the mean of all n.
+    """
+
+    needs_critic: ClassVar[bool] = False
+
+    def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
+        centred, groups, sizes = _centred_in_groups("RLOO", batch, scores, token_rewards)
+        return _spread(centred * (sizes.double() / (sizes - 1))[groups], batch, token_rewards)
 
 
 def td_targets(
-    batch: Batch, scores: Scores, token_rewards: Tensor, gamma: float, lambdas: Tensor, value_lambdas: Tensor
+    batch: Batch,
+    scores: Scores,
+    token_rewards: Tensor,
+    weights: Tensor,
+    *,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    value_lam: float | Tensor,
 ) -> Targets:
-    """The recursion above for any ``lambda_t`` (N,), that of the advantages and that of the critic's targets.
+    """The recursion on a batch, for any weights (N,) in [0, 1]; see `recursion.td_recursion` for the others.
 
-    Computed in float64; the targets have the type of the values, at least float32.
+    Raises:
+        ValueError: there are no values, or an input has another shape, is not finite, or is no weight.
     """
     if scores.values is None:
         raise ValueError("scores.values is None, but this estimator needs a critic: train one, or choose grpo")
     _check_inputs(batch, scores, token_rewards)
     check_tokens("scores.values", scores.values, batch)
-    values = scores.values.double()
-    next_values = values.roll(-1).index_fill(0, last_tokens(batch.offsets), 0.0)  # V_{t+1}
-    deltas = token_rewards.double() + gamma * next_values - values
-    advantages = discounted_sums(deltas, gamma * lambdas, batch.offsets)
-    same = torch.equal(lambdas, value_lambdas)
-    value_advantages = advantages if same else discounted_sums(deltas, gamma * value_lambdas, batch.offsets)
-    dtype = torch.promote_types(scores.values.dtype, torch.float32)
-    return Targets(advantages=advantages.to(dtype), returns=(value_advantages + values).to(dtype))
+    check_tokens("opens", weights, batch)
+    if weights.dtype != torch.bool and not bool(((weights >= 0) & (weights <= 1)).all()):
+        lowest, highest = weights.aminmax()
+        raise ValueError(f"opens spans [{lowest}, {highest}], but a segmenter's weights must be in [0, 1]")
+    advantages, returns = td_recursion(
+        token_rewards,
+        scores.values,
+        weights,
+        batch.offsets,
+        gamma=gamma,
+        lam=lam,
+        value_lam=value_lam,
+        final_values=None if scores.final_values is None else scores.final_values.double() * batch.truncated,
+        sampled=batch.sampled,
+        num_threads=torch.get_num_threads(),
+    )
+    return Targets(advantages=advantages, returns=returns)
 
 
 def _check_inputs(batch: Batch, scores: Scores, token_rewards: Tensor) -> None:
@@ -178,12 +196,31 @@ def _check_inputs(batch: Batch, scores: Scores, token_rewards: Tensor) -> None:
     check_tokens("scores.old_logprobs", scores.old_logprobs, batch)
 
 
-def _constant(lam: float, batch: Batch) -> Tensor:
-    return torch.full((batch.num_tokens,), lam, dtype=torch.float64)
+def _centred_in_groups(name: str, batch: Batch, scores: Scores, token_rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """R - mean of its group (B,) float64; the group's number of each response (B,); the groups' sizes.
+
+    R is the sum of a response's token rewards.
+    """
+    _check_inputs(batch, scores, token_rewards)
+    names, groups, sizes = torch.unique(batch.groups, return_inverse=True, return_counts=True)
+    if int(sizes.min()) < 2:
+        raise ValueError(
+            f"group {int(names[sizes.argmin()])} has 1 response, but {name} compares the responses of a group: "
+            "set a group size of at least 2"
+        )
+    totals = response_sums(token_rewards, batch.offsets)
+    return totals - (_group_sums(totals, groups, sizes) / sizes)[groups], groups, sizes
 
 
 def _group_sums(per_response: Tensor, groups: Tensor, sizes: Tensor) -> Tensor:
     return torch.zeros(sizes.shape, dtype=torch.float64).index_add(0, groups, per_response)
+
+
+def _spread(per_response: Tensor, batch: Batch, token_rewards: Tensor) -> Targets:
+    """One advantage per response at each of its sampled tokens, and no critic targets."""
+    dtype = torch.promote_types(token_rewards.dtype, torch.float32)
+    advantages = per_response.to(dtype).repeat_interleave(batch.lengths)
+    return Targets(advantages=advantages if batch.sampled is None else advantages * batch.sampled, returns=None)
 
 
 ESTIMATORS: dict[str, type[Estimator]] = {
@@ -192,4 +229,5 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "monte_carlo": MonteCarlo,
     "length_adaptive_gae": LengthAdaptiveGAE,
     "grpo": GRPO,
+    "rloo": RLOO,
 }

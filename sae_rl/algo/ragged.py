@@ -29,12 +29,19 @@ def check_tokens(name: str, flat: Tensor, batch: Batch) -> None:
     """Raises ValueError unless ``flat`` has one finite number per response token; names the first bad response."""
     if flat.shape != (batch.num_tokens,):
         raise ValueError(f"{name} has shape {tuple(flat.shape)}, but the batch has {batch.num_tokens} response tokens")
+    check_finite(name, flat, batch.offsets)
+
+
+def check_finite(name: str, flat: Tensor, offsets: Tensor) -> None:
+    """Raises ValueError if a number of the (N,) tensor is not finite; names the first bad response."""
+    if bool(flat.sum(dtype=torch.float32).isfinite()):
+        return  # nan and inf would have reached the sum, which is far cheaper than to look at each number
     bad = ~flat.isfinite()
     if bool(bad.any()):
         token = int(bad.nonzero()[0])
-        response = int(torch.searchsorted(batch.offsets, token, right=True)) - 1
-        position = token - int(batch.offsets[response])
+        response = int(torch.searchsorted(offsets, token, right=True)) - 1
+        position = token - int(offsets[response])
         raise ValueError(
             f"{name} is {float(flat[token])} at token {position} of response {response} "
-            f"({int(bad.sum())} of {batch.num_tokens} tokens are not finite); look at what produced it"
+            f"({int(bad.sum())} of {flat.numel()} tokens are not finite); look at what produced it"
         )

@@ -1,53 +1,115 @@
-"""`discounted_sums`: against its formula, types, boundaries, and machines where numba cannot keep its code."""
+"""`td_recursion`: against its formula, by hand, its types and threads, and where numba cannot keep its code."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
-from sae_rl.algo import discounted_sums, discounted_sums_reference
-from sae_rl.algo.recursion import compiled
+from sae_rl.algo import td_recursion, td_recursion_reference
+from sae_rl.algo.recursion_cpu import compiled
 from sae_rl.types import Batch, offsets_of
 
-from .oracle import batches, close, dense_rewards, make_batch, property_test
+from .oracle import batches, close, dense_rewards, make_batch, make_scores, property_test, random_opens, split, unit
+
+
+def numbers(count: int, seed: int) -> torch.Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @property_test
-@given(batch=batches())
-def test_equals_the_reference(batch: Batch) -> None:
-    deltas, decays = dense_rewards(batch), dense_rewards(batch, seed=4).sigmoid()
-    reference = discounted_sums_reference(deltas, decays, batch.offsets)
-    assert close(discounted_sums(deltas, decays, batch.offsets), reference, 1e-14)
+@given(batch=batches(), seed=st.integers(0, 10**6), lam=unit, gamma=unit, features=st.sets(st.sampled_from("wglfs")))
+def test_equals_the_reference(batch: Batch, seed: int, lam: float, gamma: float, features: set[str]) -> None:
+    """With numbers or tensors for gamma and lambda, hard or soft weights, final values, transparent tokens."""
+    values = make_scores(batch).values
+    assert values is not None
+    n, b = batch.num_tokens, batch.num_responses
+    weights = numbers(n, seed) if "w" in features else random_opens(batch, 0.4, seed)
+    arguments = {
+        "gamma": numbers(n, seed + 1) if "g" in features else gamma,
+        "lam": numbers(b, seed + 2) if "l" in features else lam,
+        "value_lam": 0.3,
+        "final_values": numbers(b, seed + 3) if "f" in features else None,
+        "sampled": numbers(n, seed + 4) < 0.7 if "s" in features else None,
+    }
+    found = td_recursion(dense_rewards(batch), values, weights, batch.offsets, **arguments)  # type: ignore[arg-type]
+    expected = td_recursion_reference(dense_rewards(batch), values, weights, batch.offsets, **arguments)  # type: ignore[arg-type]
+    assert close(found[0], expected[0], 1e-12) and close(found[1], expected[1], 1e-12)
 
 
-def test_small_example_by_hand() -> None:
-    deltas, decays = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.5, 100.0, 0.25, 100.0])
-    sums = discounted_sums(deltas, decays, torch.tensor([0, 2, 4]))
-    assert sums.tolist() == [2.0, 2.0, 6.0, 8.0]  # the decays of 100 sit at last tokens and are never used
-    assert discounted_sums_reference(deltas, decays, torch.tensor([0, 2, 4])).tolist() == [2.0, 2.0, 6.0, 8.0]
+def test_by_hand() -> None:
+    """Two responses of two tokens, all deltas powers of two; the second response's value does not leak into the first."""
+    rewards, values = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0.0, 0.0, 1.0, 0.0])
+    offsets, opens = torch.tensor([0, 2, 4]), torch.tensor([True, True, True, False])
+    advantages, returns = td_recursion(rewards, values, opens, offsets, gamma=0.5, lam=0.5, value_lam=1.0)
+    # A_1 = 2, A_0 = 1 + 0.5 * 0.5 * 2; A_3 = 8, A_2 = 4 - 1 + 0.5 * 1 * 8, since token 3 opens no segment
+    assert advantages.tolist() == [1.5, 2.0, 7.0, 8.0]
+    assert returns.tolist() == [2.0, 2.0, 8.0, 8.0]
 
 
-def test_accumulates_in_float64_and_returns_the_type_it_got() -> None:
+@property_test
+@given(batch=batches(), seed=st.integers(0, 10**6), gamma=unit, lam=unit)
+def test_transparent_tokens_might_as_well_not_be_there(batch: Batch, seed: int, gamma: float, lam: float) -> None:
+    values, rewards, opens = make_scores(batch).values, dense_rewards(batch), random_opens(batch, 0.5)
+    assert values is not None
+    sampled = numbers(batch.num_tokens, seed) < 0.6
+    sampled[batch.offsets[:-1]] = True
+    rewards = rewards * sampled
+    settings = {"gamma": gamma, "lam": lam, "value_lam": 0.9}
+    with_holes = td_recursion(rewards, values, opens, batch.offsets, sampled=sampled, **settings)
+    lengths = [int(piece.sum()) for piece in split(sampled, batch)]
+    without = td_recursion(rewards[sampled], values[sampled], opens[sampled], offsets_of(lengths), **settings)
+    for holes, plain in zip(with_holes, without, strict=True):
+        assert torch.equal(holes[sampled], plain)
+        assert not bool(holes[~sampled].any())
+
+
+def test_a_reward_at_a_transparent_token_goes_to_the_sampled_token_before_it() -> None:
+    rewards, sampled = torch.tensor([5.0, 0.0, 1.0, 0.0]), torch.tensor([False, True, False, True])
+    advantages, _ = td_recursion(
+        rewards, torch.zeros(4), torch.ones(4, dtype=torch.bool), offsets_of([4]), gamma=1.0, lam=0.0, value_lam=0.0,
+        sampled=sampled,
+    )  # fmt: skip
+    assert advantages.tolist() == [0.0, 1.0, 0.0, 0.0], "what is paid before the first sampled token is nobody's"
+
+
+def test_accumulates_in_float64_and_returns_the_type_of_the_values() -> None:
     num_tokens = 200_000
-    deltas, decays = torch.full((num_tokens,), 0.1), torch.ones(num_tokens)
-    sums = discounted_sums(deltas, decays, offsets_of([num_tokens]))
-    assert sums.dtype == torch.float32
-    assert float(sums[0]) == np.float32(
-        np.float64(np.float32(0.1)) * num_tokens
-    )  # a float32 sum is off by a thousand ulp
+    rewards, nowhere = torch.full((num_tokens,), 0.1), torch.zeros(num_tokens, dtype=torch.bool)
+    for dtype, returned in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        values = torch.zeros(num_tokens, dtype=dtype)
+        sums, _ = td_recursion(rewards, values, nowhere, offsets_of([num_tokens]), gamma=1.0, lam=1.0, value_lam=1.0)
+        assert sums.dtype == returned
+        assert float(sums[0]) == np.float32(
+            np.float64(np.float32(0.1)) * num_tokens
+        )  # a float32 sum is off by a thousand ulp
+
+
+@pytest.mark.parametrize("lengths", [[1_000_000], [300_000, 1, 299_999, 5, 100_000], [70_000] * 3])
+def test_threads_change_nothing(lengths: list[int]) -> None:
+    batch = make_batch(lengths)
+    values, rewards, opens = make_scores(batch).values, dense_rewards(batch), random_opens(batch, 0.02)
+    assert values is not None
+    one, three = (
+        td_recursion(rewards, values, opens, batch.offsets, gamma=1.0, lam=0.95, value_lam=1.0, num_threads=n)
+        for n in (1, 3)
+    )
+    assert torch.equal(one[0], three[0]) and torch.equal(one[1], three[1])
 
 
 def test_leaves_its_inputs_alone_and_takes_strided_ones() -> None:
     batch = make_batch([3, 1, 4])
-    deltas, decays = dense_rewards(batch), torch.full((8,), 0.9, dtype=torch.float64)
-    expected = discounted_sums(deltas, decays, batch.offsets)
-    strided = torch.stack([deltas, deltas], dim=1)[:, 0]
-    copy = deltas.clone()
-    assert torch.equal(
-        discounted_sums(strided, torch.tensor(0.9, dtype=torch.float64).expand(8), batch.offsets), expected
-    )
-    assert torch.equal(deltas, copy)
+    values, rewards, opens = make_scores(batch).values, dense_rewards(batch), random_opens(batch, 0.5)
+    assert values is not None
+    settings = {"gamma": 0.9, "lam": 0.8, "value_lam": 1.0}
+    expected = td_recursion(rewards, values, opens, batch.offsets, **settings)
+    strided = torch.stack([rewards, rewards], dim=1)[:, 0]
+    copies = [x.clone() for x in (rewards, values, opens)]
+    found = td_recursion(strided, values, opens, batch.offsets, **settings)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert all(torch.equal(x, copy) for x, copy in zip((rewards, values, opens), copies, strict=True))
 
 
 def test_compiles_where_no_cache_can_be_kept() -> None:

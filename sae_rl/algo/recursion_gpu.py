@@ -1,0 +1,108 @@
+"""`recursion` on a GPU: a Triton program for each response, which scans it in blocks from its end."""
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+BLOCK_TOKENS = 1024
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _then(decay, delta, next_decay, next_delta):  # type: ignore[no-untyped-def]
+    """Two steps of ``A -> delta + decay A``, one after the other, as one."""
+    return decay * next_decay, next_delta + next_decay * delta
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _backward(deltas, decays, offsets, sums, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``A_t = delta_t + decay_t A_{t+1}``, A = 0 after the last token. Lane k of a block is k tokens nearer to the start."""
+    response = tl.program_id(0)
+    start, end = tl.load(offsets + response), tl.load(offsets + response + 1)
+    lane = tl.arange(0, block)
+    following = tl.zeros((), dtype=tl.float64)
+    for done in range(0, end - start, block):
+        token = end - 1 - done - lane
+        inside = token >= start
+        delta = tl.load(deltas + token, mask=inside, other=0.0)
+        decay = tl.load(decays + token, mask=inside, other=1.0)
+        product, total = tl.associative_scan((decay, delta), 0, _then)
+        total += product * following
+        tl.store(sums + token, total, mask=inside)
+        following = tl.sum(tl.where(lane == block - 1, total, 0.0), 0)
+
+
+def run(
+    rewards: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    gamma: float | Tensor,
+    lams: Tensor,
+    value_lams: Tensor,
+    final_values: Tensor,
+    sampled: Tensor | None,
+    num_threads: int,
+) -> tuple[Tensor, Tensor]:
+    """See `recursion.td_recursion`; here ``lams``, ``value_lams`` and ``final_values`` are (B,) float64."""
+    offsets = offsets.to(values.device, torch.int64)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if sampled is not None:
+        return _without_transparent_tokens(
+            rewards, values, weights, offsets, gamma, lams, value_lams, final_values, sampled, num_threads
+        )
+    lengths, ends, exact = offsets.diff(), offsets[1:], values.double()
+    next_values = torch.cat([exact[1:], exact.new_zeros(1)])
+    next_weights = torch.cat([weights[1:], weights.new_zeros(1)]).double()
+    next_values[ends[lengths > 0] - 1] = final_values[lengths > 0]
+    deltas = rewards.double() + gamma * next_values - exact
+    advantages, value_advantages = (
+        _scan(deltas, gamma * lam.repeat_interleave(lengths) ** next_weights, offsets) for lam in (lams, value_lams)
+    )
+    return advantages.to(dtype), (value_advantages + exact).to(dtype)
+
+
+def _scan(deltas: Tensor, decays: Tensor, offsets: Tensor) -> Tensor:
+    sums = torch.empty_like(deltas)
+    _backward[(offsets.numel() - 1,)](deltas.contiguous(), decays.contiguous(), offsets, sums, block=BLOCK_TOKENS)
+    return sums
+
+
+def _without_transparent_tokens(
+    rewards: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    gamma: float | Tensor,
+    lams: Tensor,
+    value_lams: Tensor,
+    final_values: Tensor,
+    sampled: Tensor,
+    num_threads: int,
+) -> tuple[Tensor, Tensor]:
+    """Takes the transparent tokens out, runs on the rest, and puts zeros in their places."""
+    count = torch.cat([offsets.new_zeros(1), sampled.cumsum(0)])  # sampled tokens before each token
+    kept = count[offsets]
+    first_of_response = kept[:-1].repeat_interleave(offsets.diff())
+    owner = count[1:] - 1  # the sampled token at or before each token, counted among the sampled
+    owned = owner >= first_of_response
+    paid = torch.zeros(int(kept[-1]), dtype=torch.float64, device=values.device)
+    paid.index_add_(0, owner[owned], rewards.double()[owned])
+    found = run(
+        paid,
+        values[sampled],
+        weights[sampled],
+        kept,
+        gamma[sampled] if isinstance(gamma, Tensor) else gamma,
+        lams,
+        value_lams,
+        final_values,
+        None,
+        num_threads,
+    )
+    places = [torch.zeros(values.shape, dtype=part.dtype, device=values.device) for part in found]
+    for place, part in zip(places, found, strict=True):
+        place[sampled] = part
+    return places[0], places[1]

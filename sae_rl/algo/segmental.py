@@ -1,0 +1,100 @@
+"""SAE as one function of tensors, for trainers that are not this one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sae_rl.algo.knobs import check_number
+from sae_rl.algo.ragged import check_finite
+from sae_rl.algo.recursion import td_recursion
+
+
+def segmental_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    logprobs: Tensor,
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    p: float = 0.2,
+    lam: float = 0.95,
+    gamma: float = 1.0,
+    value_lam: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Segmental Advantage Estimation (arXiv 2601.07320) of ragged or padded responses.
+
+    A token opens a segment where ``exp(logprob) < p``, and the trace decays by ``lam`` only there; see `recursion`.
+
+    Args:
+        rewards: (N,) of ragged, (B, T) of padded responses: r_t, for example 0 but at the last token.
+        values: like ``rewards``: V_t of the state before token t.
+        logprobs: like ``rewards``: of the sampled tokens, under the policy that sampled them and at its temperature.
+        offsets: (B+1,) int64, where responses begin and end in flat tensors; None with flat tensors: one response.
+        mask: like ``rewards``, true where the policy sampled the token. Padding and what a tool wrote are transparent:
+            the recursion runs as if they were not there, and a reward that stands on one goes to the sampled token
+            before it. None: all tokens are sampled.
+        p: probability threshold, in [0, 1]. 0 makes it Monte Carlo; above 1 would be GAE, as `td_recursion` computes.
+        lam: of the advantages, in [0, 1].
+        gamma: discount, in [0, 1].
+        value_lam: of the critic's targets, in [0, 1]; 1 gives the Monte-Carlo return.
+
+    Returns:
+        (advantages, returns), both like ``rewards`` and on its device, float32 at least, 0 outside the mask. The
+        advantages are not whitened. No gradient flows through them.
+
+    Raises:
+        ValueError: a number out of its range, shapes that differ, no tokens, offsets that do not cover the tokens, or a
+            reward, value or logprob that is not finite, with its response.
+    """
+    for name, number in (("p", p), ("lam", lam), ("gamma", gamma), ("value_lam", value_lam)):
+        check_number(name, number, 0, 1)
+    shape = rewards.shape
+    for name, tensor in (("values", values), ("logprobs", logprobs), ("mask", mask)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but rewards has {tuple(shape)}")
+    if rewards.numel() == 0:
+        raise ValueError(f"rewards has shape {tuple(shape)}: there are no tokens")
+    offsets = _checked_offsets(offsets, rewards)
+    sampled = None if mask is None else mask.bool().flatten()
+    flat = {"rewards": rewards.flatten(), "values": values.flatten(), "logprobs": logprobs.flatten()}
+    for name, tensor in flat.items():
+        # What stands beside a transparent token may be anything, but for the reward.
+        is_read = tensor if sampled is None or name == "rewards" else tensor.where(sampled, 0.0)
+        check_finite(name, is_read.detach(), offsets)
+    opens = flat["logprobs"].detach() < (math.log(p) if p > 0 else -math.inf)
+    advantages, returns = td_recursion(
+        flat["rewards"].detach(),
+        flat["values"].detach(),
+        opens,
+        offsets,
+        gamma=gamma,
+        lam=lam,
+        value_lam=value_lam,
+        sampled=sampled,
+        num_threads=torch.get_num_threads(),
+    )
+    return advantages.view(shape), returns.view(shape)
+
+
+def _checked_offsets(offsets: Tensor | None, rewards: Tensor) -> Tensor:
+    if rewards.dim() == 2:
+        if offsets is not None:
+            raise ValueError("offsets are for flat (N,) tensors; padded (B, T) ones take a mask")
+        return torch.arange(rewards.shape[0] + 1, device=rewards.device) * rewards.shape[1]
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}, allowed: (N,) ragged or (B, T) padded")
+    if offsets is None:
+        return torch.tensor([0, rewards.numel()], device=rewards.device)
+    if offsets.dim() != 1 or offsets.numel() < 2 or int(offsets[0]) != 0 or int(offsets[-1]) != rewards.numel():
+        raise ValueError(
+            f"offsets must be (B+1,) from 0 to the {rewards.numel()} tokens of rewards, found shape "
+            f"{tuple(offsets.shape)}, {offsets[:1].tolist()} to {offsets[-1:].tolist()}"
+        )
+    lengths = offsets.diff()
+    if bool((lengths <= 0).any()):
+        response = int((lengths <= 0).nonzero()[0])
+        raise ValueError(f"response {response} has {int(lengths[response])} tokens by the offsets, allowed: at least 1")
+    return offsets

@@ -1,0 +1,84 @@
+"""The Triton kernel: in Triton's interpreter everywhere, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sae_rl.algo import td_recursion, td_recursion_reference
+
+from .oracle import close, dense_rewards, make_batch, make_scores, random_opens
+
+pytest.importorskip("triton", reason="Triton is not installed, so its kernel cannot be tried")
+LENGTHS = [1, 9, 4, 5, 8, 1, 12]  # against blocks of 4: parts, wholes, and more than two
+
+
+def arguments(seed: int, num_responses: int, num_tokens: int) -> dict[str, Any]:
+    """Each of the features in half of the cases, in all combinations."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.rand(count, generator=generator, dtype=torch.float64)
+
+    return {
+        "gamma": draw(num_tokens) if seed & 1 else 0.9,
+        "lam": draw(num_responses) if seed & 2 else 0.7,
+        "value_lam": 0.3,
+        "final_values": draw(num_responses) if seed & 4 else None,
+        "sampled": draw(num_tokens) < 0.6 if seed & 8 else None,
+    }
+
+
+def check(lengths: list[int], seed: int, device: str) -> None:
+    batch = make_batch(lengths, seed)
+    values, rewards = make_scores(batch).values, dense_rewards(batch)
+    assert values is not None
+    weights = dense_rewards(batch, seed).sigmoid() if seed & 16 else random_opens(batch, 0.4, seed)
+    options = arguments(seed, batch.num_responses, batch.num_tokens)
+    expected = td_recursion_reference(rewards, values, weights, batch.offsets, **options)
+    tensors = [x.to(device) for x in (rewards, values, weights, batch.offsets)]
+    moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    found = td_recursion(*tensors, **moved)  # type: ignore[misc]
+    assert all(part.device.type == device for part in found)
+    assert close(found[0].cpu(), expected[0], 1e-10) and close(found[1].cpu(), expected[1], 1e-10), seed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: only the interpreter runs the Triton kernel")
+@pytest.mark.parametrize("lengths", [LENGTHS, [1, 5000, 1024, 1025, 3], [1_000_000]])
+def test_on_a_gpu(lengths: list[int]) -> None:
+    for seed in range(32) if sum(lengths) < 10_000 else [0, 31]:
+        check(lengths, seed, "cuda")
+
+
+def test_in_the_interpreter() -> None:
+    """In a process of its own, as Triton reads the setting when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import interpret; interpret()"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def interpret() -> None:
+    from sae_rl.algo import recursion_cpu, recursion_gpu
+
+    recursion_gpu.BLOCK_TOKENS = 4
+    ran = []
+
+    def run(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        ran.append(arguments)
+        return recursion_gpu.run(*arguments)
+
+    recursion_cpu.run = run  # type: ignore[assignment]
+    for seed in range(32):
+        check(LENGTHS, seed, "cpu")
+    assert len(ran) == 32
