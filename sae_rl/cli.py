@@ -130,7 +130,7 @@ def main() -> None:
         print(usage())
         return
     if arguments[0] not in COMMANDS:
-        from sae_rl.config import nearest
+        from sae_rl.plugins import nearest
 
         _exit(USAGE_ERROR, f"unknown command {arguments[0]!r}, {nearest(arguments[0], list(COMMANDS))}\n\n{usage()}")
     if {"-h", "--help"} & set(arguments):

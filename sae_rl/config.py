@@ -6,21 +6,20 @@ leaving it out has one obvious meaning.
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator
 
 from sae_rl.algo.estimators import ESTIMATORS, Estimator
 from sae_rl.algo.losses import PolicyLoss, ValueLoss
-from sae_rl.algo.segmenters import SEGMENTERS, Segmenter
-from sae_rl.algo.shaping import TokenRewards
+from sae_rl.algo.segmenter_sets import SEGMENTERS
+from sae_rl.algo.segmenters import Segmenter
+from sae_rl.algo.shaping import TokenRewards, Whitening
+from sae_rl.plugins import member_of, tree_of
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -40,79 +39,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-def nearest(word: str, allowed: list[str]) -> str:
-    """ ", did you mean 'x'?" or the list of what is allowed."""
-    match = get_close_matches(word, allowed, n=1, cutoff=0.6)
-    return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(sorted(set(allowed)))}"
-
-
-def member_of(table: Mapping[str, type[Any]]) -> Callable[[object], object]:
-    """Builds one member of an extension point from ``{name: ..., knob: value}``.
-
-    ``name`` is a key of ``table`` or the import path ``package.module:Class`` of a user's own frozen dataclass.
-    """
-
-    def build(node: object) -> object:
-        if not isinstance(node, Mapping):
-            raise ValueError(f"found {node!r}, but it must be a mapping with a name")
-        knobs = dict(node)
-        name = knobs.pop("name", None)
-        if not isinstance(name, str):
-            raise ValueError(f"name is missing; allowed: {', '.join(sorted(table))}, or package.module:Class")
-        cls = import_object(name) if ":" in name else table.get(name)
-        if cls is None:
-            raise ValueError(f"name {name!r} is unknown, {nearest(name, list(table))}")
-        if not dataclasses.is_dataclass(cls):
-            raise ValueError(f"{name} is not a dataclass; write it as a frozen dataclass whose fields are its knobs")
-        fields = [f.name for f in dataclasses.fields(cls) if f.init]
-        for knob in knobs:
-            if knob not in fields:
-                raise ValueError(f"{name} has no knob {knob!r}, {nearest(knob, fields)}")
-        try:
-            return TypeAdapter(cls).validate_python(knobs)
-        except ValidationError as error:
-            raise ValueError("; ".join(describe(error))) from None
-
-    return build
-
-
-def import_object(path: str) -> Any:
-    """``package.module:attribute`` -> the attribute.
-
-    Raises:
-        ValueError: no such module or attribute.
-    """
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {path!r}: {error}") from error
-
-
-def describe(error: ValidationError) -> list[str]:
-    """One line per problem: the key, what was found, what is allowed."""
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "missing":
-            lines.append(f"{key} is missing")
-        elif key and problem["type"] == "value_error":
-            lines.append(f"{key}: {message}")
-        elif key:
-            lines.append(f"{key}: found {problem['input']!r}: {message[0].lower() + message[1:]}")
-        else:
-            lines.append(message)
-    return lines
-
-
 class AlgorithmConfig(Section):
     segmenter: Annotated[Segmenter, PlainValidator(member_of(SEGMENTERS))]
     estimator: Annotated[Estimator, PlainValidator(member_of(ESTIMATORS))]
     token_rewards: TokenRewards
     policy_loss: PolicyLoss
     value_loss: ValueLoss
-    whiten_advantages: bool  # over all response tokens of the global batch
+    whitening: Whitening
 
     @property
     def needs_critic(self) -> bool:
@@ -124,7 +57,11 @@ class AlgorithmConfig(Section):
 
     @property
     def needs_entropies(self) -> bool:
-        return self.policy_loss.entropy_coef != 0
+        return self.segments_by_entropy or self.policy_loss.entropy_coef != 0
+
+    @property
+    def segments_by_entropy(self) -> bool:
+        return bool(getattr(self.segmenter, "needs_entropies", False))  # a plug-in may leave it out
 
 
 class ModelConfig(Section):
@@ -312,11 +249,8 @@ class Config(Section):
 def as_tree(config: Config) -> dict[str, Any]:
     """The configuration as plain values, in the form that it was read from."""
     tree = config.model_dump(mode="json")
-    for key, table in (("segmenter", SEGMENTERS), ("estimator", ESTIMATORS)):
-        member = getattr(config.algorithm, key)
-        names = {cls: name for name, cls in table.items()}
-        name = names.get(type(member), f"{type(member).__module__}:{type(member).__qualname__}")
-        tree["algorithm"][key] = {"name": name} | dataclasses.asdict(member)  # type: ignore[call-overload]
+    tree["algorithm"]["segmenter"] = tree_of(config.algorithm.segmenter, SEGMENTERS)
+    tree["algorithm"]["estimator"] = tree_of(config.algorithm.estimator, ESTIMATORS)
     return tree
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from torch import Tensor
 
 from sae_rl import checkpoint
-from sae_rl.algo.shaping import whiten
 from sae_rl.algo.stats import explained_variance, mismatch_stats, rollout_stats, segment_stats
 from sae_rl.clock import Clock
 from sae_rl.config import Config
@@ -71,8 +70,7 @@ def train(run: Run) -> None:
             token_rewards = algorithm.token_rewards(batch, scores)  # r_t: R at the end, minus beta KL_t
             opens = algorithm.segmenter(batch, scores)  # pi(a_t | s_t) < p opens a segment
             targets = algorithm.estimator(batch, scores, token_rewards, opens)  # A_t = delta_t + gamma lambda_t A_{t+1}
-            advantages = whiten(targets.advantages) if algorithm.whiten_advantages else targets.advantages
-            whitened = replace(targets, advantages=advantages)
+            whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.sampled))
         seed = derive_seed(config.seed, "update", step)
         metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
         metrics |= workers.sync_weights(step + 1)  # pi_rollout <- pi_theta

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sae_rl.algo.stats import explained_variance
 from sae_rl.config import AlgorithmConfig, CriticPretrainingConfig
@@ -38,15 +40,17 @@ def pretrain_critic(
     Returns:
         The best explained variance on held-out prompts, which is that of the critic that is left.
     """
-    train, heldout = split_by_prompt(batch, config.heldout_fraction, seed)
+    train, heldout = (
+        with_entropies(part, workers, algorithm) for part in split_by_prompt(batch, config.heldout_fraction, seed)
+    )
     best, best_epoch = float("-inf"), 0
     for epoch in range(1, config.max_epochs + 1):
         workers.set_critic_lr(config.lr * config.lr_decay ** (epoch - 1))
         scores = values_of(train, workers)
         metrics = workers.update_critic(
-            train,
+            train.batch,
             scores,
-            targets_of(train, scores, algorithm),
+            targets_of(train.batch, scores, algorithm),
             responses_per_update=config.responses_per_update,
             seed=seed + epoch,
         )
@@ -79,10 +83,24 @@ def split_by_prompt(batch: Batch, heldout_fraction: float, seed: int) -> tuple[B
     return select(batch, (~is_heldout).nonzero().flatten()), select(batch, is_heldout.nonzero().flatten())
 
 
-def values_of(batch: Batch, workers: Workers) -> Scores:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One side of the split, and what the frozen policy says of it."""
+
+    batch: Batch
+    entropies: Tensor | None  # (N,), where a segmenter asks for them
+
+
+def with_entropies(batch: Batch, workers: Workers, algorithm: AlgorithmConfig) -> Part:
+    return Part(batch, workers.score(batch).entropies if algorithm.segments_by_entropy else None)
+
+
+def values_of(part: Part, workers: Workers) -> Scores:
     """The critic's values; policy, old policy and reference are still one, so the rollout's logprobs stand for all."""
-    logprobs = batch.rollout_logprobs
-    return Scores(old_logprobs=logprobs, ref_logprobs=logprobs, values=workers.values(batch))
+    logprobs = part.batch.rollout_logprobs
+    return Scores(
+        old_logprobs=logprobs, ref_logprobs=logprobs, values=workers.values(part.batch), entropies=part.entropies
+    )
 
 
 def targets_of(batch: Batch, scores: Scores, algorithm: AlgorithmConfig) -> Targets:
@@ -91,8 +109,8 @@ def targets_of(batch: Batch, scores: Scores, algorithm: AlgorithmConfig) -> Targ
     )
 
 
-def heldout_explained_variance(batch: Batch, workers: Workers, algorithm: AlgorithmConfig) -> float:
-    scores = values_of(batch, workers)
-    targets = targets_of(batch, scores, algorithm)
+def heldout_explained_variance(heldout: Part, workers: Workers, algorithm: AlgorithmConfig) -> float:
+    scores = values_of(heldout, workers)
+    targets = targets_of(heldout.batch, scores, algorithm)
     assert scores.values is not None and targets.returns is not None, "only critics are pre-trained"
     return explained_variance(scores.values, targets.returns)

@@ -13,13 +13,15 @@ import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_rl import checkpoint
+from sae_rl.algo import with_vocabulary
 from sae_rl.clock import Clock
-from sae_rl.config import Config, ConfigError, SourceConfig, TaskConfig, as_tree, nearest
+from sae_rl.config import Config, ConfigError, SourceConfig, TaskConfig, as_tree
 from sae_rl.data.files import ColumnMap
 from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
 from sae_rl.data.sampler import Sampler
 from sae_rl.driver import Run, train
 from sae_rl.evaluate import Evaluation, evaluate
+from sae_rl.plugins import nearest
 from sae_rl.records import Records
 from sae_rl.rewards import resolve_reward
 from sae_rl.rewards.pool import RewardPool
@@ -39,6 +41,7 @@ def run_training(config: Config) -> None:
     prepare_output(config)
     resume_from = find_checkpoint(config)
     tokenizer = load_tokenizer(config.model.path)
+    resolved = with_delimiters(config, tokenizer)
     prompts = load_source(config.task.train, config.task, tokenizer, "task.train")
     heldout = load_source(config.task.evaluation, config.task, tokenizer, "task.evaluation")
     check_prompts(config, prompts)
@@ -52,7 +55,7 @@ def run_training(config: Config) -> None:
         workers = stack.enter_context(start_workers(config, prompts[:NUM_PROBE_PROMPTS], clock))
         rewards = stack.enter_context(RewardPool(config.rewards))
         run = Run(
-            config=config,
+            config=resolved,
             sampler=Sampler(prompts, config.seed),
             heldout=heldout,
             workers=workers,
@@ -154,6 +157,18 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             [f"model.path = {path}: the folder has no tokenizer; add tokenizer.json and its configuration"]
         )
     return tokenizer
+
+
+def with_delimiters(config: Config, tokenizer: PreTrainedTokenizerBase) -> Config:
+    """The configuration with a segmenter that knows the tokens of its delimiter strings."""
+    try:
+        segmenter = with_vocabulary(
+            config.algorithm.segmenter, lambda: [tokenizer.decode([i]) for i in range(len(tokenizer))]
+        )
+    except ValueError as error:
+        raise ConfigError([f"algorithm.segmenter: {error}"]) from error
+    algorithm = config.algorithm.model_copy(update={"segmenter": segmenter})
+    return config.model_copy(update={"algorithm": algorithm})
 
 
 def load_source(source: SourceConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> list[Prompt]:

@@ -18,8 +18,18 @@ from sae_rl.algo.kl import KL_ESTIMATORS
 from sae_rl.algo.losses import LossSum, PolicyLoss, ValueLoss
 from sae_rl.algo.recursion import td_recursion, td_recursion_reference
 from sae_rl.algo.segmental import segmental_advantages
-from sae_rl.algo.segmenters import SEGMENTERS, Delimiter, FixedLength, LowProbability, Random, Segmenter
-from sae_rl.algo.shaping import TokenRewards, whiten
+from sae_rl.algo.segmenter_sets import SEGMENTERS, MinimumLength, Union, with_vocabulary
+from sae_rl.algo.segmenters import (
+    AdaptiveProbability,
+    Delimiter,
+    Entropy,
+    FixedLength,
+    LowProbability,
+    Random,
+    Segmenter,
+    Surprisal,
+)
+from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.algo.stats import explained_variance, mismatch_stats, rollout_stats, segment_stats
 
 __all__ = [
@@ -30,18 +40,24 @@ __all__ = [
     "RLOO",
     "SAE",
     "SEGMENTERS",
+    "AdaptiveProbability",
     "Delimiter",
+    "Entropy",
     "Estimator",
     "FixedLength",
     "LengthAdaptiveGAE",
     "LossSum",
     "LowProbability",
+    "MinimumLength",
     "MonteCarlo",
     "PolicyLoss",
     "Random",
     "Segmenter",
+    "Surprisal",
     "TokenRewards",
+    "Union",
     "ValueLoss",
+    "Whitening",
     "explained_variance",
     "mismatch_stats",
     "rollout_stats",
@@ -50,5 +66,5 @@ __all__ = [
     "td_recursion",
     "td_recursion_reference",
     "td_targets",
-    "whiten",
+    "with_vocabulary",
 ]

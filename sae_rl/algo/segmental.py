@@ -51,24 +51,12 @@ def segmental_advantages(
     """
     for name, number in (("p", p), ("lam", lam), ("gamma", gamma), ("value_lam", value_lam)):
         check_number(name, number, 0, 1)
-    shape = rewards.shape
-    for name, tensor in (("values", values), ("logprobs", logprobs), ("mask", mask)):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but rewards has {tuple(shape)}")
-    if rewards.numel() == 0:
-        raise ValueError(f"rewards has shape {tuple(shape)}: there are no tokens")
-    offsets = _checked_offsets(offsets, rewards)
     sampled = None if mask is None else mask.bool().flatten()
-    flat = {"rewards": rewards.flatten(), "values": values.flatten(), "logprobs": logprobs.flatten()}
-    for name, tensor in flat.items():
-        # What stands beside a transparent token may be anything, but for the reward.
-        is_read = tensor if sampled is None or name == "rewards" else tensor.where(sampled, 0.0)
-        check_finite(name, is_read.detach(), offsets)
-    opens = flat["logprobs"].detach() < (math.log(p) if p > 0 else -math.inf)
+    flat, offsets = _checked({"rewards": rewards, "values": values, "logprobs": logprobs}, offsets, mask)
     advantages, returns = td_recursion(
-        flat["rewards"].detach(),
-        flat["values"].detach(),
-        opens,
+        flat["rewards"],
+        flat["values"],
+        flat["logprobs"] < (math.log(p) if p > 0 else -math.inf),  # opens
         offsets,
         gamma=gamma,
         lam=lam,
@@ -76,7 +64,27 @@ def segmental_advantages(
         sampled=sampled,
         num_threads=torch.get_num_threads(),
     )
-    return advantages.view(shape), returns.view(shape)
+    return advantages.view(rewards.shape), returns.view(rewards.shape)
+
+
+def _checked(
+    tensors: dict[str, Tensor], offsets: Tensor | None, mask: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors flat and without gradients, and the offsets that go with them."""
+    rewards = tensors["rewards"]
+    shape = tuple(rewards.shape)
+    for name, tensor in {**tensors, "mask": mask}.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but rewards has {shape}")
+    if rewards.numel() == 0:
+        raise ValueError(f"rewards has shape {shape}: there are no tokens")
+    offsets = _checked_offsets(offsets, rewards)
+    flat = {name: tensor.detach().flatten() for name, tensor in tensors.items()}
+    for name, tensor in flat.items():
+        # What stands beside a transparent token may be anything, but for the reward.
+        matters = tensor if mask is None or name == "rewards" else tensor.where(mask.bool().flatten(), 0.0)
+        check_finite(name, matters, offsets)
+    return flat, offsets
 
 
 def _checked_offsets(offsets: Tensor | None, rewards: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""From the reward of a response to rewards of its tokens, and from advantages to whitened ones."""
+"""From the reward of a response to rewards of its tokens, and from advantages to those that an update uses."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.kl import KL_ESTIMATORS
-from sae_rl.algo.knobs import check_choice, check_number
+from sae_rl.algo.knobs import check_choice, check_integer, check_number
 from sae_rl.algo.ragged import check_tokens, last_tokens
 from sae_rl.types import Batch, Scores
 
@@ -22,14 +23,27 @@ class TokenRewards:
 
     ``kl_t`` estimates KL(pi_old || pi_ref) at token t (InstructGPT's shaping, arXiv 2203.02155, uses k1). The paper's
     recipe has no penalty, kl_coef = 0, and then no reference model is read.
+
+    With ``overlong_buffer_tokens`` a response that comes near the length limit loses up to ``overlong_penalty`` of R
+    (DAPO's soft overlong punishment, arXiv 2503.14476, eq. 13): nothing until so many tokens before
+    ``max_response_tokens``, all of it there, in between in proportion.
     """
 
     kl_coef: float = 0.0  # at least 0
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"  # see kl.py
+    overlong_buffer_tokens: int = 0  # at least 0; 0: no penalty for length
+    overlong_penalty: float = 1.0  # at least 0
+    max_response_tokens: int | None = None  # the rollouts' limit, which the buffer ends at
 
     def __post_init__(self) -> None:
         check_number("TokenRewards.kl_coef", self.kl_coef, 0)
         check_choice("TokenRewards.kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        check_integer("TokenRewards.overlong_buffer_tokens", self.overlong_buffer_tokens, 0)
+        check_number("TokenRewards.overlong_penalty", self.overlong_penalty, 0)
+        if self.overlong_buffer_tokens:
+            if self.max_response_tokens is None:
+                raise ValueError("TokenRewards.overlong_buffer_tokens needs max_response_tokens, found None")
+            check_integer("TokenRewards.max_response_tokens", self.max_response_tokens, self.overlong_buffer_tokens)
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor:
         bad = ~batch.rewards.isfinite()
@@ -37,8 +51,17 @@ class TokenRewards:
             response = int(bad.nonzero()[0])
             raise ValueError(f"batch.rewards is {float(batch.rewards[response])} for response {response}")
         token_rewards = torch.zeros(batch.num_tokens, dtype=batch.rewards.dtype)
-        token_rewards[last_tokens(batch.offsets)] = batch.rewards
+        token_rewards[last_tokens(batch.offsets)] = batch.rewards - self.overlong(batch)
         return token_rewards - self.kl_coef * self._kl(batch, scores) if self.kl_coef > 0 else token_rewards
+
+    def overlong(self, batch: Batch) -> Tensor:
+        """(B,) what each response loses for its length, in [0, overlong_penalty]."""
+        if not self.overlong_buffer_tokens:
+            return torch.zeros_like(batch.rewards)
+        assert self.max_response_tokens is not None
+        free = self.max_response_tokens - self.overlong_buffer_tokens
+        used = ((batch.lengths - free).to(batch.rewards) / self.overlong_buffer_tokens).clamp(0, 1)
+        return self.overlong_penalty * used
 
     def _kl(self, batch: Batch, scores: Scores) -> Tensor:
         if scores.ref_logprobs is None:
@@ -51,11 +74,36 @@ class TokenRewards:
         return KL_ESTIMATORS[self.kl_estimator](scores.old_logprobs, scores.ref_logprobs)
 
 
-def whiten(advantages: Tensor) -> Tensor:
-    """(N,) -> (N,) with mean 0 and std 1: ``(A - mean) / (std + 1e-8)``.
+@dataclass(frozen=True, slots=True)
+class Whitening:
+    """What happens to advantages before the update: ``(A - mean) / (std + 1e-8)``, then ``clamp(-clip, clip)``.
 
-    The std is the population's (division by N). Pass the response tokens of the *global* batch: parts whitened apart
-    are not the whole whitened. One token, or advantages that are all the same, become 0.
+    Mean and std (the population's, division by N) are over the sampled tokens of the *global* batch: parts whitened apart
+    are not the whole whitened.
     """
-    centred = advantages.double() - advantages.double().mean()
-    return (centred / (centred.square().mean().sqrt() + WHITEN_EPSILON)).to(advantages)
+
+    center: bool = True  # subtract the mean
+    scale: bool = True  # divide by the std, of the distances from the mean
+    clip: float | None = None  # above 0, of the advantages as they are then; None: no clipping
+
+    def __post_init__(self) -> None:
+        for knob in ("center", "scale"):
+            if not isinstance(getattr(self, knob), bool):
+                raise ValueError(f"Whitening.{knob} = {getattr(self, knob)!r}, but it must be true or false")
+        if self.clip is not None:
+            check_number("Whitening.clip", self.clip, 0, above_low=True)
+
+    def __call__(self, advantages: Tensor, sampled: Tensor | None = None) -> Tensor:
+        """(N,) -> (N,). ``sampled`` (N,) bool: others are left out, and become 0; None: all tokens are sampled.
+
+        One token, or advantages that are all the same, become 0 where they are centred.
+        """
+        counted = advantages if sampled is None else advantages[sampled]
+        if counted.numel() and (self.center or self.scale):
+            mean = counted.mean(dtype=torch.float64)
+            std = (counted - mean.to(counted)).norm(dtype=torch.float64) / math.sqrt(counted.numel())
+            advantages = advantages - mean.to(advantages) if self.center else advantages
+            advantages = advantages / (std + WHITEN_EPSILON).to(advantages) if self.scale else advantages
+        if self.clip is not None:
+            advantages = advantages.clamp(-self.clip, self.clip)
+        return advantages if sampled is None else advantages * sampled

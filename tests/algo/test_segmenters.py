@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from itertools import pairwise
 
 import pytest
@@ -11,32 +11,163 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_rl.algo import SEGMENTERS, Delimiter, FixedLength, LowProbability, Random, Segmenter
-from sae_rl.types import Batch
+from sae_rl.algo import (
+    SEGMENTERS,
+    AdaptiveProbability,
+    Delimiter,
+    Entropy,
+    FixedLength,
+    LowProbability,
+    MinimumLength,
+    Random,
+    Segmenter,
+    Surprisal,
+    Union,
+    with_vocabulary,
+)
+from sae_rl.types import Batch, Scores
 
 from .oracle import batches, make_batch, make_scores, property_test, reordered, reordered_batch
 
-MEMBERS: list[Segmenter] = [LowProbability(), FixedLength(3), Random(0.3, seed=5), Delimiter((7, 8, 9, 10, 11, 12))]
+MEMBERS: list[Segmenter] = [
+    LowProbability(),
+    LowProbability(0.3, boundary="closes"),
+    AdaptiveProbability(opens_fraction=0.3),
+    AdaptiveProbability(segment_tokens=3.0, boundary="closes"),
+    Entropy(threshold=0.5),
+    Entropy(opens_fraction=0.25),
+    Surprisal(1.0),
+    FixedLength(3),
+    Random(0.3, seed=5),
+    Delimiter((7, 8, 9, 10, 11, 12)),
+    Union((LowProbability(0.1), FixedLength(4))),
+    Union((Surprisal(), FixedLength(4))),
+    MinimumLength(Union((LowProbability(0.6), Entropy(threshold=0.9))), 2),
+]
+
+
+def scores_of(batch: Batch) -> Scores:
+    """Entropies that go with their token, wherever it stands in the batch."""
+    return replace(make_scores(batch), entropies=(7.3 * batch.rollout_logprobs).sin() + 1)
 
 
 def test_every_member_is_under_contract() -> None:
     assert {type(member) for member in MEMBERS} == set(SEGMENTERS.values())
-    assert list(SEGMENTERS) == ["low_probability", "fixed_length", "random", "delimiter"]
+    names = ["low_probability", "adaptive_probability", "entropy", "surprisal", "fixed_length", "random", "delimiter"]
+    assert list(SEGMENTERS) == [*names, "union", "minimum_length"]
+    assert [type(member) for member in MEMBERS if member.needs_entropies] == [Entropy, Entropy, MinimumLength]
 
 
-@pytest.mark.parametrize("segmenter", MEMBERS, ids=lambda member: type(member).__name__)
+@pytest.mark.parametrize("segmenter", MEMBERS, ids=repr)
 @property_test
 @given(batch=batches(), seed=st.integers(0, 99))
 def test_contract(segmenter: Segmenter, batch: Batch, seed: int) -> None:
-    opens = segmenter(batch, make_scores(batch))
-    assert opens.dtype == torch.bool and opens.shape == (batch.num_tokens,)
-    assert bool(opens[batch.offsets[:-1]].all()), "the first token of every response opens"
-    assert torch.equal(segmenter(batch, make_scores(batch)), opens), "no hidden state"
+    opens = segmenter(batch, scores_of(batch))
+    assert opens.shape == (batch.num_tokens,) and (opens.dtype == torch.bool or opens.is_floating_point())
+    assert float(opens.double().amin()) >= 0 and float(opens.double().amax()) <= 1
+    assert bool((opens[batch.offsets[:-1]] == 1).all()), "the first token of every response opens"
+    assert torch.equal(segmenter(batch, scores_of(batch)), opens), "no hidden state"
     order = torch.randperm(batch.num_responses, generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = reordered_batch(batch, order)
-    assert torch.equal(segmenter(shuffled, make_scores(shuffled)), reordered(opens, batch, order)), "order of responses"
+    assert torch.equal(segmenter(shuffled, scores_of(shuffled)), reordered(opens, batch, order)), "order of responses"
     with pytest.raises(FrozenInstanceError):
-        setattr(segmenter, next(iter(segmenter.__slots__)), 1)  # type: ignore[attr-defined]
+        setattr(segmenter, fields(segmenter)[0].name, 1)  # type: ignore[arg-type]
+
+
+@property_test
+@given(batch=batches(), p=st.floats(0, 1))
+def test_a_token_that_closes_lets_the_next_one_open(batch: Batch, p: float) -> None:
+    unsure = [math.exp(lp) < p for lp in batch.rollout_logprobs.tolist()]
+    first = set(batch.offsets.tolist())
+    expected = [t in first or unsure[t - 1] for t in range(batch.num_tokens)]
+    assert LowProbability(p, "closes")(batch, make_scores(batch)).tolist() == expected
+
+
+@property_test
+@given(batch=batches(), fraction=st.floats(0, 1), seed=st.integers(0, 99))
+def test_an_adaptive_threshold_opens_as_many_as_are_wanted(batch: Batch, fraction: float, seed: int) -> None:
+    inner = batch.num_tokens - batch.num_responses
+    opens = AdaptiveProbability(opens_fraction=fraction)(batch, make_scores(batch))
+    assert int(opens.sum()) == batch.num_responses + round(fraction * inner)
+    first = set(batch.offsets[:-1].tolist())
+    logprobs = [lp for t, lp in enumerate(batch.rollout_logprobs.tolist()) if t not in first]
+    chosen = [lp for t, lp in enumerate(batch.rollout_logprobs.tolist()) if t not in first and opens[t]]
+    assert sorted(chosen) == sorted(logprobs)[: len(chosen)], "the least probable ones"
+    length = 1 + seed / 20
+    opens = AdaptiveProbability(segment_tokens=length)(batch, make_scores(batch))
+    wanted = round(batch.num_tokens / length)
+    assert int(opens.sum()) == min(max(wanted, batch.num_responses), batch.num_tokens)
+
+
+def test_an_adaptive_threshold_leaves_ties_and_unsampled_tokens_out() -> None:
+    batch = replace(make_batch([6]), rollout_logprobs=torch.tensor([-9.0, -1.0, -2.0, -1.0, -1.0, 0.0]))
+    opens = AdaptiveProbability(opens_fraction=0.6)(batch, make_scores(batch))
+    assert opens.tolist() == [True, False, True, False, False, False], "three are wanted, and three tie for two places"
+    some = replace(batch, sampled=torch.tensor([True, True, False, True, True, True]))
+    assert (
+        AdaptiveProbability(opens_fraction=1.0)(some, make_scores(batch)).tolist() == [True, True, False] + [True] * 3
+    )
+
+
+def test_entropy_reads_the_entropies() -> None:
+    batch = make_batch([5])
+    scores = replace(make_scores(batch), entropies=torch.tensor([0.0, 2.0, 1.0, 0.5, 3.0]))
+    assert Entropy(threshold=1.0)(batch, scores).tolist() == [True, True, False, False, True], "strictly above"
+    assert Entropy(opens_fraction=0.25)(batch, scores).tolist() == [True, False, False, False, True]
+    assert Entropy(threshold=1.0, boundary="closes")(batch, scores).tolist() == [True, False, True, False, False]
+    with pytest.raises(ValueError, match=r"scores.entropies is None, but the segmenter Entropy reads them"):
+        Entropy(threshold=1.0)(batch, make_scores(batch))
+
+
+def test_surprisal_weights() -> None:
+    batch = replace(make_batch([3, 2]), rollout_logprobs=torch.tensor([-1.0, -1.0, -3.0, 0.0, 0.0]))
+    assert Surprisal(2.0)(batch, make_scores(batch)).tolist() == [1.0, 0.5, 1.0, 1.0, 0.0]
+
+
+def test_union_takes_the_largest_weight() -> None:
+    batch = replace(make_batch([4]), rollout_logprobs=torch.tensor([-1.0, -1.0, 0.0, -3.0], dtype=torch.float64))
+    assert Union((FixedLength(2), LowProbability(0.1)))(batch, make_scores(batch)).tolist() == [True, False, True, True]
+    assert Union((FixedLength(2), Surprisal(2.0)))(batch, make_scores(batch)).tolist() == [1.0, 0.5, 1.0, 1.0]
+
+
+@property_test
+@given(batch=batches(), num_tokens=st.integers(1, 5))
+def test_minimum_length_against_a_loop(batch: Batch, num_tokens: int) -> None:
+    inner = LowProbability(0.7)(batch, make_scores(batch)).tolist()
+    expected, last = [], 0
+    first = set(batch.offsets.tolist())
+    for t, opens in enumerate(inner):
+        keep = t in first or (opens and t - last >= num_tokens)
+        last = t if keep else last
+        expected.append(keep)
+    assert MinimumLength(LowProbability(0.7), num_tokens)(batch, make_scores(batch)).tolist() == expected
+    assert LowProbability(0.7)(batch, make_scores(batch)).tolist() == inner, "the inner segmenter's answer stays"
+
+
+def test_minimum_length_needs_hard_segments() -> None:
+    batch = make_batch([4])
+    with pytest.raises(ValueError, match=r"MinimumLength.segmenter = Surprisal.* it must give hard segments"):
+        MinimumLength(Surprisal(), 2)(batch, make_scores(batch))
+
+
+def test_delimiter_strings_are_looked_up_in_the_vocabulary() -> None:
+    texts = ["a", "\n", ".\n\n", "b\n", ";", ""]
+    asked = []
+
+    def read() -> list[str]:
+        asked.append(None)
+        return texts
+
+    plain = Union((LowProbability(), FixedLength(3)))
+    assert with_vocabulary(plain, read) == plain and not asked
+    assert with_vocabulary(Delimiter((0,), strings=("\n",)), read) == Delimiter((0, 1, 2, 3))
+    nested = MinimumLength(Union((Delimiter(strings=(";",)), LowProbability())), 4)
+    assert with_vocabulary(nested, read) == MinimumLength(Union((Delimiter((4,)), LowProbability())), 4)
+    with pytest.raises(ValueError, match=r"Delimiter.strings: no token of the tokenizer contains '!'"):
+        with_vocabulary(Delimiter(strings=("!", "a")), read)
+    batch = make_batch([3])
+    with pytest.raises(ValueError, match=r"Delimiter.strings = .* need the tokenizer"):
+        Delimiter(strings=(";",))(batch, make_scores(batch))
 
 
 @property_test
@@ -111,7 +242,20 @@ def test_random_at_the_ends_of_its_range() -> None:
         (lambda: FixedLength(2.0), r"FixedLength.num_tokens = 2.0"),  # type: ignore[arg-type]
         (lambda: Random(1.1), r"Random.rate = 1.1"),
         (lambda: Random(0.5, seed=-1), r"Random.seed = -1"),
-        (lambda: Delimiter(()), r"Delimiter.token_ids = \(\)"),
+        (lambda: Delimiter(()), r"Delimiter has no token_ids and no strings"),
+        (lambda: Delimiter(strings=("",)), r"Delimiter.strings contains ''"),
+        (lambda: Delimiter(strings="ab"), r"Delimiter.strings = 'ab', but it must be a tuple of str"),  # type: ignore[arg-type]
+        (lambda: LowProbability(0.2, "after"), r"LowProbability.boundary = 'after', .* one of opens, closes"),  # type: ignore[arg-type]
+        (lambda: AdaptiveProbability(), r"opens_fraction = None and segment_tokens = None, .* exactly one"),
+        (lambda: AdaptiveProbability(0.1, 10), r"opens_fraction = 0.1 and segment_tokens = 10"),
+        (lambda: AdaptiveProbability(1.5), r"AdaptiveProbability.opens_fraction = 1.5"),
+        (lambda: AdaptiveProbability(segment_tokens=0.5), r"segment_tokens = 0.5, .* \[1, inf\)"),
+        (lambda: Entropy(), r"threshold = None and opens_fraction = None"),
+        (lambda: Entropy(threshold=-1), r"Entropy.threshold = -1"),
+        (lambda: Entropy(opens_fraction=2), r"Entropy.opens_fraction = 2"),
+        (lambda: Surprisal(0), r"Surprisal.tau = 0, but it must be a number in \(0, inf\)"),
+        (lambda: Union(()), r"Union.members is empty"),
+        (lambda: MinimumLength(LowProbability(), 0), r"MinimumLength.num_tokens = 0"),
         (lambda: Delimiter([3]), r"Delimiter.token_ids = \[3\]"),  # type: ignore[arg-type]
         (lambda: Delimiter((3, -1)), r"Delimiter.token_ids = -1"),
     ],

@@ -12,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_rl.algo import TokenRewards, whiten
+from sae_rl.algo import TokenRewards, Whitening
 from sae_rl.types import Batch
 
 from .oracle import batches, close, dense_rewards, make_batch, make_scores, property_test
 
+WHITEN = Whitening()
 NAIVE_KL = {  # of p at log-probability a, q at b, for a token sampled from p
     "k1": lambda a, b: a - b,
     "k2": lambda a, b: 0.5 * (a - b) ** 2,
@@ -84,20 +85,68 @@ def test_whitening_is_of_the_whole_batch(batch: Batch) -> None:
     numbers = advantages.tolist()
     mean, std = statistics.fmean(numbers), statistics.pstdev(numbers)
     expected = torch.tensor([(a - mean) / (std + 1e-8) for a in numbers], dtype=torch.float64)
-    whitened = whiten(advantages)
+    whitened = WHITEN(advantages)
     assert close(whitened, expected)
     assert abs(float(whitened.mean())) < 1e-12
     assert math.isclose(float(whitened.std(correction=0)), 1.0, abs_tol=1e-6)
-    assert close(whiten(advantages.flip(0)).flip(0), whitened)
+    assert close(WHITEN(advantages.flip(0)).flip(0), whitened)
 
 
 def test_whitening_of_parts_is_another_thing() -> None:
     advantages = torch.tensor([0.0, 1.0, 10.0, 12.0], dtype=torch.float64)
-    assert not close(whiten(advantages), torch.cat([whiten(advantages[:2]), whiten(advantages[2:])]), 0.1)
+    assert not close(WHITEN(advantages), torch.cat([WHITEN(advantages[:2]), WHITEN(advantages[2:])]), 0.1)
 
 
 def test_whitening_without_variance_only_centres() -> None:
-    assert whiten(torch.tensor([5.0])).tolist() == [0.0]
-    assert float(whiten(torch.full((7,), 0.1)).abs().max()) < 1e-6
-    assert whiten(torch.tensor([1.0, 3.0])).dtype == torch.float32
-    assert whiten(torch.empty(0)).tolist() == []
+    assert WHITEN(torch.tensor([5.0])).tolist() == [0.0]
+    assert float(WHITEN(torch.full((7,), 0.1)).abs().max()) < 1e-6
+    assert WHITEN(torch.tensor([1.0, 3.0])).dtype == torch.float32
+    assert WHITEN(torch.empty(0)).tolist() == []
+
+
+@property_test
+@given(batch=batches(min_responses=2), seed=st.integers(0, 99))
+def test_each_part_of_whitening_alone(batch: Batch, seed: int) -> None:
+    advantages = 3.0 + 2.0 * dense_rewards(batch)
+    numbers = advantages.tolist()
+    mean, std = statistics.fmean(numbers), statistics.pstdev(numbers)
+    assert close(Whitening(scale=False)(advantages), advantages - mean)
+    assert close(Whitening(center=False)(advantages), advantages / (std + 1e-8))
+    assert torch.equal(Whitening(center=False, scale=False)(advantages), advantages)
+    clipped = Whitening(clip=0.5)(advantages)
+    assert close(clipped, WHITEN(advantages).clamp(-0.5, 0.5))
+    sampled = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(seed)) < 0.6
+    whitened = WHITEN(advantages, sampled)
+    assert close(whitened[sampled], WHITEN(advantages[sampled])) and not bool(whitened[~sampled].any())
+
+
+def test_whitening_knobs() -> None:
+    with pytest.raises(ValueError, match=r"Whitening.center = 1, but it must be true or false"):
+        Whitening(center=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Whitening.clip = 0, but it must be a number in \(0, inf\)"):
+        Whitening(clip=0)
+
+
+@pytest.mark.parametrize(("length", "lost"), [(3, 0.0), (12, 0.0), (13, 0.125), (16, 0.5), (20, 1.0), (25, 1.0)])
+def test_the_overlong_penalty_grows_in_the_buffer(length: int, lost: float) -> None:
+    """DAPO's: none up to 20 - 8 tokens, then in proportion, all of it at the limit and beyond."""
+    batch = make_batch([length, 1])
+    plain, shaped = (
+        rewards(batch, make_scores(batch))
+        for rewards in (
+            TokenRewards(),
+            TokenRewards(overlong_buffer_tokens=8, overlong_penalty=0.5, max_response_tokens=20),
+        )
+    )
+    expected = plain.clone()
+    expected[length - 1] -= 0.5 * lost
+    assert close(shaped, expected)
+
+
+def test_overlong_knobs() -> None:
+    with pytest.raises(ValueError, match=r"overlong_buffer_tokens needs max_response_tokens"):
+        TokenRewards(overlong_buffer_tokens=8)
+    with pytest.raises(ValueError, match=r"max_response_tokens = 7, but it must be an integer of at least 8"):
+        TokenRewards(overlong_buffer_tokens=8, max_response_tokens=7)
+    with pytest.raises(ValueError, match=r"TokenRewards.overlong_penalty = -1"):
+        TokenRewards(overlong_penalty=-1)

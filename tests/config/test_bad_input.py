@@ -79,7 +79,19 @@ CONFIGURATION = {
     "p above 1": (["algorithm.segmenter.p=1.2"], ["algorithm.segmenter", "p = 1.2", "[0, 1]"]),
     "p below 0": (["algorithm.segmenter.p=-0.2"], ["algorithm.segmenter", "p = -0.2", "[0, 1]"]),
     "clip above 1": (["algorithm.policy_loss.clip_low=2"], ["algorithm.policy_loss", "clip_low = 2.0", "[0, 1]"]),
-    "a value that is needed": (["algorithm/segmenter=delimiter"], ["algorithm.segmenter.token_ids has no value"]),
+    "a value that is needed": (["algorithm=custom"], ["algorithm.estimator.name has no value"]),
+    "a bad member of a union": (
+        ["algorithm/segmenter=union", "algorithm.segmenter.members=[{name: low_probability, q: 1}]"],
+        ["algorithm.segmenter", "low_probability has no knob 'q'"],
+    ),
+    "two thresholds": (
+        ["algorithm/segmenter=entropy", "algorithm.segmenter.opens_fraction=0.1"],
+        ["algorithm.segmenter", "threshold = 1.0 and opens_fraction = 0.1"],
+    ),
+    "a buffer beyond the limit": (
+        ["algorithm.token_rewards.overlong_buffer_tokens=4096"],
+        ["algorithm.token_rewards", "max_response_tokens"],
+    ),
     "mini-batches do not divide": (
         ["learner.policy.num_mini_batches=3"],
         ["rollout.prompts_per_step x rollout.group_size = 128", "learner.policy.num_mini_batches = 3"],
@@ -122,7 +134,7 @@ CONFIGURATION = {
     ),
     "a plugin that is no dataclass": (["algorithm.segmenter.name=math:pi"], ["math:pi", "frozen dataclass"]),
     "a bad knob of a plugin": (
-        ["algorithm.segmenter.name=bad_plugin:EveryNth", "~algorithm.segmenter.p", "+algorithm.segmenter.n=0"],
+        ["~algorithm/segmenter", "+algorithm.segmenter={name: bad_plugin:EveryNth, n: 0}"],
         ["algorithm.segmenter", "EveryNth.n = 0", "at least 1"],
     ),
     "a knob that a plugin lacks": (

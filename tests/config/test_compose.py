@@ -20,7 +20,6 @@ MODEL = ("model.path=nobody/nothing", "model.context_tokens=1024")
 FILES = ("task.train.path=/no/train.parquet", "task.evaluation.path=/no/heldout.parquet")
 NEEDED = {  # what an option leaves for the user to say
     "task=dapo_math": ("task.max_prompt_tokens=32", *FILES),
-    "algorithm/segmenter=delimiter": ("algorithm.segmenter.token_ids=[198,271]",),
     "task=file": ("task.max_prompt_tokens=32", *FILES),
     "algorithm=custom": ("algorithm.estimator.name=sae_rl.algo:SAE",),
     "algorithm/segmenter=custom": ("algorithm.segmenter.name=sae_rl.algo:LowProbability",),
@@ -83,7 +82,7 @@ def test_the_papers_experiments(experiment: str, num_gpus: int) -> None:
     assert config.rollout.max_response_tokens == 8192
     assert config.cluster.rollout.num_workers + config.cluster.policy.num_workers == num_gpus
     tree = as_tree(config)["algorithm"]
-    assert tree["segmenter"] == {"name": "low_probability", "p": 0.2}
+    assert tree["segmenter"] == {"name": "low_probability", "p": 0.2, "boundary": "opens"}
     assert tree["estimator"]["name"] == "sae"
     assert not config.algorithm.needs_reference
     assert not config.algorithm.needs_entropies
@@ -113,7 +112,7 @@ def test_every_estimator_with_every_segmenter(algorithm: str, segmenter: str) ->
 def test_every_member_has_a_file() -> None:
     estimators = {file.stem for file in (CONF / "algorithm").glob("*.yaml")}
     segmenters = {file.stem for file in (CONF / "algorithm/segmenter").glob("*.yaml")}
-    assert estimators == {*ESTIMATORS, "sae_short", "custom"}
+    assert estimators == {*ESTIMATORS, "sae_short", "dr_grpo", "reinforce_pp_baseline", "custom"}
     assert segmenters == {*SEGMENTERS, "low_probability_short", "custom"}
 
 
@@ -122,6 +121,24 @@ def test_a_reference_or_no_critic_is_what_the_algorithm_says() -> None:
     assert load_config([*MODEL, "algorithm.token_rewards.kl_coef=0.01"]).algorithm.needs_reference
     assert load_config([*MODEL, "algorithm.policy_loss.kl_coef=0.01"]).algorithm.needs_reference
     assert load_config([*MODEL, "algorithm.policy_loss.entropy_coef=0.01"]).algorithm.needs_entropies
+    for name in ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"):
+        assert not load_config([*MODEL, f"algorithm={name}"]).algorithm.needs_critic
+
+
+def test_entropies_are_computed_where_a_segmenter_reads_them_however_deep() -> None:
+    deep = "algorithm.segmenter.segmenter={name: union, members: [{name: random, rate: 0.1}, {name: entropy, threshold: 1}]}"
+    for more in (
+        ["algorithm/segmenter=entropy"],
+        ["algorithm/segmenter=minimum_length", f"~{deep.split('=')[0]}", f"+{deep}"],
+    ):
+        config = load_config([*MODEL, *more])
+        assert config.algorithm.needs_entropies
+    inner = as_tree(config)["algorithm"]["segmenter"]["segmenter"]
+    assert inner["members"] == [
+        {"name": "random", "rate": 0.1, "seed": 0},
+        {"name": "entropy", "threshold": 1.0, "opens_fraction": None, "boundary": "opens"},
+    ]
+    assert not load_config([*MODEL, "algorithm/segmenter=union"]).algorithm.needs_entropies
 
 
 def sections(config: Config) -> list[tuple[object, str]]:
@@ -149,6 +166,8 @@ def test_a_configuration_is_frozen(index: int) -> None:
         MODEL,
         (*MODEL, "algorithm=grpo", "algorithm/segmenter=fixed_length", "logger=off"),
         (*MODEL, "algorithm/segmenter=delimiter", "algorithm.segmenter.token_ids=[1,2]"),
+        (*MODEL, "algorithm/segmenter=union"),
+        (*MODEL, "algorithm/segmenter=minimum_length"),
         ("experiment=paper_8b", *FILES),
     ],
 )

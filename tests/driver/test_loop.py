@@ -54,7 +54,8 @@ def test_the_batch_holds_the_responses_and_their_rewards(tmp_path: Path) -> None
 def test_the_update_gets_whitened_advantages_and_plain_returns(tmp_path: Path, whitens: bool) -> None:
     workers = trained(
         tmp_path,
-        f"algorithm.whiten_advantages={str(whitens).lower()}",
+        f"algorithm.whitening.center={str(whitens).lower()}",
+        f"algorithm.whitening.scale={str(whitens).lower()}",
         "algorithm.segmenter.p=0.4",
         "algorithm.estimator.lam=0.7",
     )
@@ -79,7 +80,13 @@ def test_the_update_gets_whitened_advantages_and_plain_returns(tmp_path: Path, w
 
 def test_targets_follow_the_definition_written_as_loops(tmp_path: Path) -> None:
     """A = sum of delta_{t+k} times lam for every boundary that is crossed; with gamma = 1 the return is the reward."""
-    workers = trained(tmp_path, "steps=2", "algorithm.whiten_advantages=false", "algorithm.estimator.lam=0.7")
+    workers = trained(
+        tmp_path,
+        "steps=2",
+        "algorithm.whitening.center=false",
+        "algorithm.whitening.scale=false",
+        "algorithm.estimator.lam=0.7",
+    )
     for updated in workers.asked("update"):
         batch, scores, targets = (updated.of[name] for name in ("batch", "scores", "targets"))
         probabilities = batch.rollout_logprobs.exp()

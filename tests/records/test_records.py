@@ -196,7 +196,11 @@ def test_a_failing_wandb_ends_no_run(
         assert len(rows_of(tmp_path)) == 2
         assert asked["id"] == (tmp_path / "wandb_id").read_text()
     assert asked["mode"] == "offline" and asked["resume"] == "allow"
-    assert asked["config"]["algorithm"]["segmenter"] == {"name": "low_probability", "p": 0.3}
+    assert asked["config"]["algorithm"]["segmenter"] == {
+        "name": "low_probability",
+        "p": 0.3,
+        "boundary": "opens",
+    }
 
     class Foreign(Failing):
         def log(self, _: object) -> None:

@@ -1,0 +1,99 @@
+"""Members of extension points by name or import path, and the messages about what is not allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """ ", did you mean 'x'?" or the list of what is allowed."""
+    match = get_close_matches(word, allowed, n=1, cutoff=0.6)
+    return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(sorted(set(allowed)))}"
+
+
+def member_of(table: Mapping[str, type[Any]]) -> Callable[[object], object]:
+    """Builds one member of an extension point from ``{name: ..., knob: value}``.
+
+    ``name`` is a key of ``table`` or the import path ``package.module:Class`` of a user's own frozen dataclass.
+    """
+
+    def build(node: object) -> object:
+        if not isinstance(node, Mapping):
+            raise ValueError(f"found {node!r}, but it must be a mapping with a name")
+        knobs = dict(node)
+        name = knobs.pop("name", None)
+        if not isinstance(name, str):
+            raise ValueError(f"name is missing; allowed: {', '.join(sorted(table))}, or package.module:Class")
+        cls = import_object(name) if ":" in name else table.get(name)
+        if cls is None:
+            raise ValueError(f"name {name!r} is unknown, {nearest(name, list(table))}")
+        if not dataclasses.is_dataclass(cls):
+            raise ValueError(f"{name} is not a dataclass; write it as a frozen dataclass whose fields are its knobs")
+        fields = [f.name for f in dataclasses.fields(cls) if f.init]
+        for knob in knobs:
+            if knob not in fields:
+                raise ValueError(f"{name} has no knob {knob!r}, {nearest(knob, fields)}")
+        knobs = {knob: _with_members(value, build) for knob, value in knobs.items()}
+        try:
+            return TypeAdapter(cls).validate_python(knobs)
+        except ValidationError as error:
+            raise ValueError("; ".join(describe(error))) from None
+
+    return build
+
+
+def _with_members(value: object, build: Callable[[object], object]) -> object:
+    """A knob that is a member itself, or a list of them, as in a union of segmenters."""
+    if isinstance(value, Mapping) and "name" in value:
+        return build(value)
+    return [_with_members(item, build) for item in value] if isinstance(value, list) else value
+
+
+def tree_of(member: Any, table: Mapping[str, type[Any]]) -> dict[str, Any]:
+    """What `member_of` builds a member from: its name and its knobs as plain values."""
+    names = {cls: name for name, cls in table.items()}
+    cls = type(member)
+    knobs = {field.name: _plain(getattr(member, field.name), table) for field in dataclasses.fields(member)}
+    return {"name": names.get(cls, f"{cls.__module__}:{cls.__qualname__}")} | knobs
+
+
+def _plain(value: Any, table: Mapping[str, type[Any]]) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item, table) for item in value]
+    return tree_of(value, table) if dataclasses.is_dataclass(value) else value
+
+
+def import_object(path: str) -> Any:
+    """``package.module:attribute`` -> the attribute.
+
+    Raises:
+        ValueError: no such module or attribute.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import {path!r}: {error}") from error
+
+
+def describe(error: ValidationError) -> list[str]:
+    """One line per problem: the key, what was found, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            lines.append(f"{key} is missing")
+        elif key and problem["type"] == "value_error":
+            lines.append(f"{key}: {message}")
+        elif key:
+            lines.append(f"{key}: found {problem['input']!r}: {message[0].lower() + message[1:]}")
+        else:
+            lines.append(message)
+    return lines
