@@ -119,6 +119,7 @@ class ScriptedWorkers:
             old_logprobs=batch.rollout_logprobs - 0.01,
             values=torch.linspace(-1, 1, batch.num_tokens),
             ref_logprobs=None,
+            entropies=-batch.rollout_logprobs,
         )
         self._write("score", batch=batch, scores=scores)
         return scores
@@ -132,7 +133,8 @@ class ScriptedWorkers:
     def update_critic(
         self, batch: Batch, scores: Scores, targets: Targets, *, responses_per_update: int, seed: int
     ) -> Metrics:
-        self._write("update_critic", batch=batch, targets=targets, seed=seed, responses=responses_per_update)
+        of = {"batch": batch, "scores": scores, "targets": targets, "seed": seed, "responses": responses_per_update}
+        self._write("update_critic", **of)
         self.quality = self.qualities[self.passes]
         self.passes += 1
         return {"critic/loss": 1.0}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae_rl.algo import SAE, TokenRewards
 from sae_rl.config import Config
 from sae_rl.driver import train
 from sae_rl.pretraining import pretrain_critic, split_by_prompt
@@ -103,6 +104,19 @@ def test_targets_are_the_estimators_for_the_critic_as_it_is_now(tmp_path: Path) 
     for call in workers.asked("update_critic"):
         batch = call.of["batch"]
         assert torch.allclose(call.of["targets"].returns, batch.rewards.repeat_interleave(batch.lengths), atol=1e-6)
+
+
+def test_a_segmenter_of_entropies_gets_those_of_the_frozen_policy(tmp_path: Path) -> None:
+    entropy = ["algorithm/segmenter=entropy", "algorithm.segmenter.threshold=0.5", "algorithm.estimator.value_lam=0"]
+    workers, _, _ = pretrained(tmp_path, [0.1, 0.9, 0.95, 0.95, 0.95], *entropy)
+    assert len(workers.asked("score")) == 2, "once for either side of the split"
+    first = workers.asked("update_critic")[0].of
+    batch, scores = first["batch"], first["scores"]
+    opens = (-batch.rollout_logprobs > 0.5).index_fill(0, batch.offsets[:-1], True)
+    expected = SAE(value_lam=0.0)(batch, scores, TokenRewards()(batch, scores), opens)
+    assert expected.returns is not None and torch.equal(first["targets"].returns, expected.returns)
+    plain, _, _ = pretrained(tmp_path, [0.1, 0.9, 0.95, 0.95, 0.95])
+    assert not plain.asked("score")
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.25, 0.5, 0.999])
