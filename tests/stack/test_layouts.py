@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sae_rl.algo.estimators import SAE
 from sae_rl.algo.segmenters import LowProbability
-from sae_rl.algo.shaping import TokenRewards, whiten
+from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.clock import Clock
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 from sae_rl.workers.crew import Crew, ray_session, start_learners
@@ -63,7 +63,7 @@ def train_twice(crew: Crew, batch: Batch) -> Outcome:
         scores = crew.score(batch)
         opens = LowProbability(0.3)(batch, scores)
         targets = SAE(0.9)(batch, scores, TokenRewards()(batch, scores), opens)
-        targets = Targets(advantages=whiten(targets.advantages), returns=targets.returns)
+        targets = Targets(advantages=Whitening()(targets.advantages), returns=targets.returns)
         update = crew.update(batch, scores, targets, seed=step)
         metrics |= {
             f"{step} {name}": value for name, value in update.items() if not name.startswith(("time/", "memory/"))
