@@ -12,7 +12,14 @@ from pathlib import Path
 from torch import Tensor
 
 from sae_rl import checkpoint
-from sae_rl.algo.stats import explained_variance, mismatch_stats, rollout_stats, segment_stats
+from sae_rl.algo.stats import (
+    advantage_stats,
+    critic_stats,
+    mismatch_stats,
+    probability_stats,
+    rollout_stats,
+    segment_stats,
+)
 from sae_rl.clock import Clock
 from sae_rl.config import Config
 from sae_rl.data.sampler import Sampler
@@ -134,10 +141,11 @@ def score(run: Run, rollouts: list[Rollout]) -> Rewards:
 
 def measure(batch: Batch, rewards: Rewards, scores: Scores, targets: Targets, opens: Tensor) -> Metrics:
     """Everything there is to say about a step besides the update."""
-    metrics = rollout_stats(batch) | segment_stats(batch, opens) | mismatch_stats(batch, scores)
+    metrics = rollout_stats(batch) | segment_stats(batch, opens) | probability_stats(batch)
+    metrics |= advantage_stats(batch, targets.advantages) | mismatch_stats(batch, scores)
     metrics["reward/failed_fraction"] = rewards.failed_fraction
     if scores.values is not None and targets.returns is not None:
-        metrics["critic/explained_variance"] = explained_variance(scores.values, targets.returns)
+        metrics |= critic_stats(batch, scores.values, targets.returns, opens)
     return metrics
 
 

@@ -38,6 +38,17 @@ METRICS: dict[str, Metric] = {
     "segment/opens_fraction": Metric(
         "fraction", "tokens that open a segment, of those that are not the first of a response", "tokens that open"
     ),
+    "segment/tokens_p50": Metric("tokens", "median length of a segment"),
+    "segment/tokens_p90": Metric("tokens", "length that nine of ten segments do not exceed"),
+    "probability/below_p20_fraction": Metric("fraction", "tokens that were sampled with a probability below 0.2"),
+    **{
+        f"probability/bin_{k}_fraction": Metric(
+            "fraction", f"tokens sampled with a probability in [0.{k}, {(k + 1) / 10})"
+        )
+        for k in range(10)
+    },
+    "advantage/mean": Metric("", "mean of A_t before whitening"),
+    "advantage/std": Metric("", "population standard deviation of A_t before whitening"),
     # the rollout engine against the trainer
     "mismatch/logprob_abs_mean": Metric("nats", "mean over tokens of |log pi_rollout - log pi_old|"),
     "mismatch/logprob_abs_max": Metric("nats", "max over tokens of |log pi_rollout - log pi_old|"),
@@ -63,6 +74,11 @@ METRICS: dict[str, Metric] = {
     "critic/explained_variance": Metric(
         "", "1 - Var(G - V) / Var(G) over tokens, before the update", "explained variance"
     ),
+    "critic/explained_variance_starts": Metric("", "the same over the tokens that open a segment"),
+    **{
+        f"critic/explained_variance_decile_{k}": Metric("", f"the same over tokens in tenth {k + 1} of their response")
+        for k in range(10)
+    },
     "critic/grad_norm": Metric("", "gradient norm before clipping, mean over updates"),
     "critic/lr": Metric("", "learning rate of the last update"),
     "critic/num_updates": Metric("", "optimizer updates of the step"),

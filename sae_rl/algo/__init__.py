@@ -30,7 +30,15 @@ from sae_rl.algo.segmenters import (
     Surprisal,
 )
 from sae_rl.algo.shaping import TokenRewards, Whitening
-from sae_rl.algo.stats import explained_variance, mismatch_stats, rollout_stats, segment_stats
+from sae_rl.algo.stats import (
+    advantage_stats,
+    critic_stats,
+    explained_variance,
+    mismatch_stats,
+    probability_stats,
+    rollout_stats,
+    segment_stats,
+)
 
 __all__ = [
     "ESTIMATORS",
@@ -58,8 +66,11 @@ __all__ = [
     "Union",
     "ValueLoss",
     "Whitening",
+    "advantage_stats",
+    "critic_stats",
     "explained_variance",
     "mismatch_stats",
+    "probability_stats",
     "rollout_stats",
     "segment_stats",
     "segmental_advantages",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.kl import k3
+from sae_rl.algo.ragged import positions
 from sae_rl.types import Batch, Scores
 
 
@@ -22,22 +23,77 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return 1 - float((returns - values).var(correction=0) / returns.var(correction=0))
 
 
+def critic_stats(batch: Batch, values: Tensor, returns: Tensor, opens: Tensor) -> dict[str, float]:
+    """How much of the returns the critic explains, and where.
+
+    - ``critic/explained_variance``: over all sampled tokens
+    - ``critic/explained_variance_starts``: over those that open a segment, whose values SAE bootstraps from
+    - ``critic/explained_variance_decile_k``: over those in the k-th tenth of their response, k = 0 .. 9
+    """
+    sampled = _sampled(batch)
+    deciles = positions(batch.offsets) * 10 // batch.lengths.repeat_interleave(batch.lengths)
+    parts = {"": sampled, "_starts": sampled & (opens > 0)}
+    parts |= {f"_decile_{k}": sampled & (deciles == k) for k in range(10)}
+    return {
+        f"critic/explained_variance{name}": explained_variance(values[part], returns[part]) if part.any() else math.nan
+        for name, part in parts.items()
+    }
+
+
+def advantage_stats(batch: Batch, advantages: Tensor) -> dict[str, float]:
+    """Of the advantages as the estimator made them, over sampled tokens; the population's std.
+
+    - ``advantage/mean``, ``advantage/std``
+    """
+    found = advantages[_sampled(batch)].double()
+    return {"advantage/mean": float(found.mean()), "advantage/std": float(found.std(correction=0))}
+
+
+def probability_stats(batch: Batch) -> dict[str, float]:
+    """How sure the rollout policy was of the tokens that it sampled.
+
+    - ``probability/below_p20_fraction``: sampled probability below 0.2, the paper's threshold
+    - ``probability/bin_k_fraction``: in [k / 10, (k + 1) / 10), k = 0 .. 9; 1 counts to the last
+    """
+    probabilities = batch.rollout_logprobs[_sampled(batch)].double().exp()
+    bins = (probabilities * 10).long().clamp(0, 9).bincount(minlength=10).double() / probabilities.numel()
+    stats = {"probability/below_p20_fraction": float((probabilities < 0.2).double().mean())}
+    return stats | {f"probability/bin_{k}_fraction": float(part) for k, part in enumerate(bins)}
+
+
+def _sampled(batch: Batch) -> Tensor:
+    return torch.ones(batch.num_tokens, dtype=torch.bool) if batch.sampled is None else batch.sampled
+
+
 def segment_stats(batch: Batch, opens: Tensor) -> dict[str, float]:
     """How a segmenter cut the batch; soft weights count as parts of a segment.
 
     - ``segment/per_response_mean``: segments per response
     - ``segment/tokens_mean``: tokens per segment
+    - ``segment/tokens_p50``, ``segment/tokens_p90``: quantiles over segments; of soft ones, over pieces between weights
+      of at least 1/2
     - ``segment/opens_fraction``: of the tokens that are not the first of a response, those that open a segment: the
       rate at which the segmenter really cuts. nan where every response has one token
     """
     weights = opens.double()
     num_segments, num_first = float(weights.sum()), float(weights[batch.offsets[:-1]].sum())
     num_inner = batch.num_tokens - batch.num_responses
+    starts = (weights >= 0.5).nonzero().flatten()
+    lengths = (
+        torch.cat([starts, batch.offsets[-1:]]).diff().double()
+    )  # the last segment of a response ends where the next begins
     return {
         "segment/per_response_mean": num_segments / batch.num_responses,
         "segment/tokens_mean": batch.num_tokens / num_segments,
+        "segment/tokens_p50": _quantile(lengths, 0.5),
+        "segment/tokens_p90": _quantile(lengths, 0.9),
         "segment/opens_fraction": (num_segments - num_first) / num_inner if num_inner else math.nan,
     }
+
+
+def _quantile(numbers: Tensor, q: float) -> float:
+    """The smallest number that is not below a fraction q of them. `torch.quantile` takes no more than 16 million."""
+    return float(numbers.kthvalue(max(1, math.ceil(q * numbers.numel()))).values)
 
 
 def rollout_stats(batch: Batch) -> dict[str, float]:

@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae_rl.algo import explained_variance, mismatch_stats, rollout_stats, segment_stats
+from sae_rl.algo import (
+    advantage_stats,
+    critic_stats,
+    explained_variance,
+    mismatch_stats,
+    probability_stats,
+    rollout_stats,
+    segment_stats,
+)
 
 from .oracle import make_batch, make_scores
 
@@ -29,6 +37,8 @@ def test_segment_stats() -> None:
     assert stats == {
         "segment/per_response_mean": 5 / 3,
         "segment/tokens_mean": 8 / 5,
+        "segment/tokens_p50": 2.0,  # of 2, 1, 2, 1, 2
+        "segment/tokens_p90": 2.0,
         "segment/opens_fraction": 2 / 5,
     }
     soft = segment_stats(make_batch([8]), torch.where(opens, 1.0, 0.5))
@@ -64,3 +74,39 @@ def test_mismatch_stats() -> None:
     assert off["mismatch/logprob_abs_mean"] == pytest.approx((math.log(2) + math.log(4)) / 3, rel=1e-6)
     expected = ((2 - 1 - math.log(2)) + (0.25 - 1 + math.log(4))) / 3
     assert off["mismatch/kl_mean"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_critic_is_judged_at_every_place() -> None:
+    batch = make_batch([20, 10])
+    generator = torch.Generator().manual_seed(0)
+    returns, noise = (torch.randn(30, generator=generator) for _ in range(2))
+    values = returns.clone()
+    last_tenths = [18, 19, 29]
+    values[last_tenths] = noise[last_tenths]
+    opens = torch.zeros(30, dtype=torch.bool)
+    opens[[0, 5, 18, 20, 29]] = True
+    stats = critic_stats(batch, values, returns, opens)
+    assert stats["critic/explained_variance"] == explained_variance(values, returns) < 1
+    assert stats["critic/explained_variance_starts"] == explained_variance(values[opens], returns[opens]) < 1
+    for k in range(9):
+        assert stats[f"critic/explained_variance_decile_{k}"] == 1.0, k
+    expected = explained_variance(noise[last_tenths], returns[last_tenths])
+    assert stats["critic/explained_variance_decile_9"] == pytest.approx(expected)
+    hidden = replace(batch, sampled=~torch.isin(torch.arange(30), torch.tensor(last_tenths)))
+    without = critic_stats(hidden, values, returns, opens)
+    assert without["critic/explained_variance"] == 1.0 and math.isnan(without["critic/explained_variance_decile_9"])
+
+
+def test_probabilities_and_advantages() -> None:
+    batch = replace(make_batch([4, 2]), rollout_logprobs=torch.tensor([0.05, 0.15, 0.15, 0.95, 1.0, 0.55]).log())
+    stats = probability_stats(batch)
+    assert stats["probability/below_p20_fraction"] == pytest.approx(3 / 6)
+    found = [stats[f"probability/bin_{k}_fraction"] for k in range(10)]
+    assert found == pytest.approx([1 / 6, 2 / 6, 0, 0, 0, 1 / 6, 0, 0, 0, 2 / 6])
+    advantages = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0, -100.0])
+    sampled = torch.tensor([True] * 4 + [False] * 2)
+    assert advantage_stats(replace(batch, sampled=sampled), advantages) == {
+        "advantage/mean": 2.5,
+        "advantage/std": pytest.approx(1.25**0.5),
+    }
+    assert advantage_stats(batch, advantages)["advantage/mean"] == pytest.approx(10 / 6)
