@@ -234,6 +234,6 @@ def test_the_command_line_asks_the_real_ray(
     assert outcome.code == 2, outcome.stderr
     (line,) = [line for line in outcome.lines if line.startswith("error: ")]  # Ray itself may speak above it
     assert line == outcome.lines[-1]
-    assert line.startswith("error: the run needs 3 GPUs for its workers (1 rollout, 1 policy, 1 critic)")
+    assert line.startswith("error: the run needs 4 GPUs for its workers (2 rollout, 1 policy, 1 critic)")
     assert "Traceback" not in outcome.stderr
     assert not ray.is_initialized()
