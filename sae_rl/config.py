@@ -46,6 +46,9 @@ class AlgorithmConfig(Section):
     policy_loss: PolicyLoss
     value_loss: ValueLoss
     whitening: Whitening
+    bootstrap_truncated: (
+        bool  # responses cut at the length limit: true, V behind their last token; false, they end there
+    )
 
     @property
     def needs_critic(self) -> bool:
@@ -297,6 +300,10 @@ def _check_batches(config: Config) -> list[str]:
             )
     if config.algorithm.needs_critic and config.learner.critic_pretraining.num_prompts == 1:
         problems.append("learner.critic_pretraining.num_prompts = 1: some are held out, so use 0 or at least 2")
+    if not config.algorithm.needs_critic and config.algorithm.bootstrap_truncated:
+        problems.append(
+            "algorithm.bootstrap_truncated = true, but a critic-free estimator has no values: set it to false"
+        )
     if not config.algorithm.needs_critic and config.rollout.group_size < 2:
         problems.append(
             "rollout.group_size is 1, but a critic-free estimator compares responses of a group: at least 2"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -98,9 +98,8 @@ def with_entropies(batch: Batch, workers: Workers, algorithm: AlgorithmConfig) -
 def values_of(part: Part, workers: Workers) -> Scores:
     """The critic's values; policy, old policy and reference are still one, so the rollout's logprobs stand for all."""
     logprobs = part.batch.rollout_logprobs
-    return Scores(
-        old_logprobs=logprobs, ref_logprobs=logprobs, values=workers.values(part.batch), entropies=part.entropies
-    )
+    scores = workers.score_critic(part.batch)
+    return replace(scores, old_logprobs=logprobs, ref_logprobs=logprobs, entropies=part.entropies)
 
 
 def targets_of(batch: Batch, scores: Scores, algorithm: AlgorithmConfig) -> Targets:

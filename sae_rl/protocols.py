@@ -50,8 +50,8 @@ class Workers(Protocol):
         """One pass of the critic alone over a batch."""
         ...
 
-    def values(self, batch: Batch) -> Tensor:
-        """(N,) V(s_t) alone."""
+    def score_critic(self, batch: Batch) -> Scores:
+        """Values alone; logprobs are nan."""
         ...
 
     def set_critic_lr(self, lr: float) -> None: ...

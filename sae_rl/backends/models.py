@@ -54,10 +54,18 @@ class CriticNetwork(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, micro: MicroBatch) -> Tensor:
-        """(n,) float32."""
-        hidden = self.backbone(input_ids=micro.input_ids).last_hidden_state
-        return self.value_head(hidden.flatten(0, 1)[micro.state_index]).squeeze(-1).float()  # type: ignore[no-any-return]
+    def forward(self, micro: MicroBatch, with_final: bool = False) -> tuple[Tensor, Tensor | None]:
+        """
+        Returns:
+            values (n,) and, at the last token of each response, the value (n,) of the state behind it, 0 elsewhere;
+            float32, the second None unless asked for.
+        """
+        hidden = self.backbone(input_ids=micro.input_ids).last_hidden_state.flatten(0, 1)
+        values = self.value_head(hidden[micro.state_index]).squeeze(-1).float()
+        if not with_final:
+            return values, None
+        final = self.value_head(hidden[micro.final_index]).squeeze(-1).float()
+        return values, torch.zeros_like(values).index_copy(0, micro.last_index, final)
 
 
 def export_causal_lm(causal_lm: Any, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:

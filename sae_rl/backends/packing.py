@@ -23,6 +23,8 @@ class MicroBatch:
     state_index: Tensor  # (n,) int64 into the flat (b * L): the position whose output predicts response token i
     token_ids: Tensor  # (n,) int64, the response tokens, row after row
     token_index: Tensor  # (n,) int64, where these tokens are in the batch's flat (N,) tensors
+    final_index: Tensor  # (b,) int64 into the flat (b * L): the last token of each row
+    last_index: Tensor  # (b,) int64 into the n tokens: the last one of each row
 
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(**{name: getattr(self, name).to(device) for name in MicroBatch.__slots__})
@@ -70,7 +72,7 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
     prompt_lengths, lengths = batch.prompt_lengths[rows], batch.lengths[rows]
     width = int((prompt_lengths + lengths).max())
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    states, tokens = [], []
+    states, tokens, ends = [], [], []
     for i, row in enumerate(rows.tolist()):
         p, t = int(prompt_lengths[i]), int(lengths[i])
         prompt_start, start = int(batch.prompt_offsets[row]), int(batch.offsets[row])
@@ -79,6 +81,7 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
         # s_t is the prompt and t response tokens: its last token stands at p + t - 1.
         states.append(torch.arange(i * width + p - 1, i * width + p + t - 1))
         tokens.append(torch.arange(start, start + t))
+        ends.append(i * width + p + t - 1)
     token_index = torch.cat(tokens)
     return MicroBatch(
         rows=rows,
@@ -86,4 +89,6 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
         state_index=torch.cat(states),
         token_ids=batch.token_ids[token_index],
         token_index=token_index,
+        final_index=torch.tensor(ends),
+        last_index=lengths.cumsum(0) - 1,
     )

@@ -12,7 +12,6 @@ import psutil
 import ray
 import torch
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-from torch import Tensor
 
 from sae_rl.backends.deepspeed import Rank
 from sae_rl.clock import Clock
@@ -189,15 +188,14 @@ class Crew:
         with self._clock.phase("score"):
             return self._score(batch, roles_of(self._config), self._config.algorithm.needs_entropies)
 
-    def values(self, batch: Batch) -> Tensor:
+    def score_critic(self, batch: Batch) -> Scores:
         with self._clock.phase("score"):
-            values = self._score(batch, ["critic"], False).values
-        assert values is not None
-        return values
+            return self._score(batch, ["critic"], False)
 
     def _score(self, batch: Batch, roles: list[Role], with_entropies: bool) -> Scores:
         shared = ray.put(batch)
-        arguments = {"policy": (shared, with_entropies), "critic": (shared,), "reference": (shared,)}
+        with_final = self._config.algorithm.bootstrap_truncated
+        arguments = {"policy": (shared, with_entropies), "critic": (shared, with_final), "reference": (shared,)}
         asked = [role for role in roles if role != "rollout"]
         calls = [
             self._groups[role].start(lambda worker, role=role: worker.score.remote(*arguments[role])) for role in asked
@@ -205,10 +203,12 @@ class Crew:
         answers = dict(zip(asked, wait_for(calls, self._config.cluster.call_timeout_s), strict=True))
         merged = {role: merge(parts, batch.num_tokens) for role, parts in answers.items()}
         logprobs = merged.get("policy", [torch.full((batch.num_tokens,), float("nan"))])
+        values = merged.get("critic", [])
         return Scores(
             old_logprobs=logprobs[0],
             entropies=logprobs[1] if len(logprobs) > 1 else None,
-            values=merged["critic"][0] if "critic" in merged else None,
+            values=values[0] if values else None,
+            final_values=values[1][batch.offsets[1:] - 1] if len(values) > 1 else None,
             ref_logprobs=merged["reference"][0] if "reference" in merged else None,
         )
 

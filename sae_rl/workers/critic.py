@@ -24,9 +24,14 @@ class CriticWorker(Process):
         self._loss = loss
         self._learner = Learner(lambda: CriticNetwork(load_causal_lm(model)), model, config, rank)
 
-    def score(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Which of the N tokens this rank answers for, and their values."""
-        return self._learner.score(batch, lambda micro: (self._learner.engine(micro),))
+    def score(self, batch: Batch, with_final: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Which of the N tokens this rank answers for, their values, and those behind last tokens if asked for."""
+
+        def forward(micro: MicroBatch) -> tuple[Tensor, ...]:
+            values, final = self._learner.engine(micro, with_final)
+            return (values,) if final is None else (values, final)
+
+        return self._learner.score(batch, forward)
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, seed: int) -> list[dict[str, float]]:
         """All epochs and mini-batches of one step; sums over this rank's tokens for each update."""
@@ -49,7 +54,7 @@ class CriticWorker(Process):
         old_values, returns = scores.values, targets.returns
 
         def loss(micro: MicroBatch) -> LossSum:
-            values = self._learner.engine(micro)
+            values, _ = self._learner.engine(micro)
             at = micro.token_index.cpu()
             return self._loss(values, old_values[at].to(values.device), returns[at].to(values.device))
 

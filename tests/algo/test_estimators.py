@@ -451,6 +451,37 @@ def test_contract(estimator: Estimator) -> None:
 
 
 @pytest.mark.parametrize("estimator", TD_MEMBERS, ids=name_of)
+def test_a_truncated_response_can_go_on_with_its_value(estimator: Estimator) -> None:
+    """The same as gamma V paid with the last reward; one that ended is left alone."""
+    batch = replace(make_batch([4, 1, 6]), truncated=torch.tensor([True, False, True]))
+    scores, rewards, opens = make_scores(batch), dense_rewards(batch), random_opens(batch, 0.4)
+    final = torch.tensor([2.0, 100.0, -3.0], dtype=torch.float64)
+    found = estimator(batch, replace(scores, final_values=final), rewards, opens)
+    paid = rewards.clone()
+    paid[batch.offsets[1:] - 1] += 0.9 * final * batch.truncated
+    expected = estimator(batch, scores, paid, opens)
+    assert found.returns is not None and expected.returns is not None
+    assert close(found.advantages, expected.advantages, 1e-12) and close(found.returns, expected.returns, 1e-12)
+
+
+@pytest.mark.parametrize("estimator", TD_MEMBERS, ids=name_of)
+def test_transparent_tokens_reach_the_recursion(estimator: Estimator) -> None:
+    batch = replace(make_batch([3, 2]), sampled=torch.tensor([True, False, True, True, False]))
+    assert batch.sampled is not None
+    kept = batch.sampled.nonzero().flatten()
+    scores, rewards, opens = make_scores(batch), dense_rewards(batch) * batch.sampled, random_opens(batch, 0.4)
+    found = estimator(batch, scores, rewards, opens)
+    shorter = replace(
+        make_batch([2, 1]), token_ids=batch.token_ids[kept], rollout_logprobs=batch.rollout_logprobs[kept]
+    )
+    assert scores.values is not None
+    without = replace(scores, values=scores.values[kept], old_logprobs=scores.old_logprobs[kept])
+    expected = estimator(shorter, without, rewards[kept], opens[kept])
+    assert torch.equal(found.advantages[kept], expected.advantages)
+    assert not bool(found.advantages[~batch.sampled].any())
+
+
+@pytest.mark.parametrize("estimator", TD_MEMBERS, ids=name_of)
 def test_a_missing_critic(estimator: Estimator) -> None:
     batch = make_batch([2, 3])
     scores = replace(make_scores(batch), values=None)

@@ -84,6 +84,10 @@ CONFIGURATION = {
         ["algorithm/segmenter=union", "algorithm.segmenter.members=[{name: low_probability, q: 1}]"],
         ["algorithm.segmenter", "low_probability has no knob 'q'"],
     ),
+    "values without a critic": (
+        ["algorithm=grpo", "algorithm.bootstrap_truncated=true"],
+        ["algorithm.bootstrap_truncated = true", "no values"],
+    ),
     "two thresholds": (
         ["algorithm/segmenter=entropy", "algorithm.segmenter.opens_fraction=0.1"],
         ["algorithm.segmenter", "threshold = 1.0 and opens_fraction = 0.1"],

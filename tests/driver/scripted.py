@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from sae_rl.clock import Clock
 from sae_rl.compose import load_config
@@ -139,10 +138,11 @@ class ScriptedWorkers:
         self.passes += 1
         return {"critic/loss": 1.0}
 
-    def values(self, batch: Batch) -> Tensor:
+    def score_critic(self, batch: Batch) -> Scores:
         """The fraction ``quality`` of each response's reward: an explained variance of 1 - (1 - quality)^2."""
-        self._write("values", batch=batch)
-        return self.quality * batch.rewards.repeat_interleave(batch.lengths)
+        self._write("score_critic", batch=batch)
+        values = self.quality * batch.rewards.repeat_interleave(batch.lengths)
+        return Scores(old_logprobs=torch.full_like(values, torch.nan), values=values, ref_logprobs=None)
 
     def set_critic_lr(self, lr: float) -> None:
         self._write("set_critic_lr", lr=lr)

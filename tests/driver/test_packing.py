@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae_rl.backends.deepspeed import Learner
+from sae_rl.backends.models import CriticNetwork, load_causal_lm
 from sae_rl.backends.packing import MicroBatch, build_micro_batch, deal_to_ranks, draw_mini_batches, split_by_tokens
+from sae_rl.config import ModelConfig
 from sae_rl.types import Batch, offsets_of
 
 Shape = tuple[int, int]  # prompt and response tokens of one row
@@ -153,3 +157,26 @@ def test_a_micro_batch_is_prompt_response_padding(rows: list[Shape], random: Any
         assert line == prompt + response + [0] * (len(line) - len(prompt) - len(response))
         before += [prompt[-1], *response[:-1]]
     assert micro.input_ids.flatten()[micro.state_index].tolist() == before
+
+
+def test_the_critic_tells_the_value_behind_a_response(tiny_model: Path) -> None:
+    """As it would of the next token's state, if the response went on."""
+    batch = make_batch([(3, 5), (2, 1), (4, 7)])
+    model = ModelConfig(path=str(tiny_model), precision="float32", attention="sdpa")
+    batch = replace(batch, prompt_token_ids=batch.prompt_token_ids % 20, token_ids=batch.token_ids % 20)
+    torch.manual_seed(0)
+    network = CriticNetwork(load_causal_lm(model))
+    torch.nn.init.normal_(network.value_head.weight)
+    rows = torch.tensor([2, 0, 1])
+    micro = build_micro_batch(batch, rows)
+    values, final = network(micro, True)
+    assert final is not None and network(micro)[1] is None
+    for row in rows.tolist():
+        start, end = batch.offsets[row], batch.offsets[row + 1]
+        prompt = batch.prompt_token_ids[batch.prompt_offsets[row] : batch.prompt_offsets[row + 1]]
+        hidden = network.backbone(input_ids=torch.cat([prompt, batch.token_ids[start:end]])[None]).last_hidden_state
+        alone = network.value_head(hidden).flatten()[len(prompt) - 1 :]
+        at = ((micro.token_index >= start) & (micro.token_index < end)).nonzero().flatten()
+        assert torch.allclose(values[at], alone[:-1], atol=1e-5)
+        assert torch.allclose(final[at[-1]], alone[-1], atol=1e-5)
+        assert not bool(final[at[:-1]].any())

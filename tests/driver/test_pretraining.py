@@ -91,10 +91,10 @@ def prompts_of(batch: Batch) -> set[tuple[int, ...]]:
 def test_no_response_to_a_held_out_prompt_is_trained_on(tmp_path: Path) -> None:
     workers, _, _ = pretrained(tmp_path, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     trained = set().union(*(prompts_of(call.of["batch"]) for call in workers.asked("update_critic")))
-    everything = set().union(*(prompts_of(call.of["batch"]) for call in workers.asked("values")))
+    everything = set().union(*(prompts_of(call.of["batch"]) for call in workers.asked("score_critic")))
     heldout = everything - trained
     assert (len(trained), len(heldout)) == (6, 2)
-    judged = [call.of["batch"] for call in workers.asked("values")][1::2]  # values of train, then of held-out
+    judged = [call.of["batch"] for call in workers.asked("score_critic")][1::2]  # values of train, then of held-out
     assert [prompts_of(batch) for batch in judged] == [heldout] * 6
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 
 import psutil
 import pytest
 import ray
+import torch
 
 from sae_rl.clock import Clock
 from sae_rl.run import load_source, load_tokenizer
-from sae_rl.types import Batch, Prompt, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Targets
 from sae_rl.workers.crew import Crew, ray_session, start_workers
 from sae_rl.workers.group import WorkerError, WorkerGroup
 from tests.stack.conftest import Configure
@@ -31,13 +33,16 @@ def only_worker(crew: Crew, role: str) -> tuple[WorkerGroup, int]:
     return group, ray.get(group.workers[0].whereabouts.remote()).pid
 
 
-def sample(crew: Crew, prompts: list[Prompt]) -> Batch:
-    rollouts = crew.rollout.generate(prompts, group_size=2, max_tokens=8, temperature=1.0, stream="test")
-    return Batch.of(rollouts, [float(i % 2) for i in range(len(rollouts))])
+def sample(crew: Crew, prompts: list[Prompt]) -> list[Rollout]:
+    return crew.rollout.generate(prompts, group_size=2, max_tokens=8, temperature=1.0, stream="test")
+
+
+def more(flat: torch.Tensor, value: float) -> torch.Tensor:
+    return torch.cat([flat, flat.new_full((1,), value)])
 
 
 def test_every_role_is_a_process_of_its_own_and_none_can_be_missed(configure: Configure) -> None:
-    config = configure()
+    config = configure("algorithm.bootstrap_truncated=true")
     prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")[:2]
     with ray_session(config), start_workers(config, prompts, Clock()) as crew:
         crew.sync_weights(0)
@@ -50,11 +55,20 @@ def test_every_role_is_a_process_of_its_own_and_none_can_be_missed(configure: Co
         names = [child.name() + " ".join(child.cmdline()) for child in children]
         assert any("EngineCore" in name for name in names), names
 
-        batch = sample(crew, prompts)
+        rollouts = sample(crew, prompts)
+        batch = Batch.of(rollouts, [float(i % 2) for i in range(len(rollouts))])
         scores = crew.score(batch)
         assert scores.values is not None
-        targets = Targets(advantages=batch.rollout_logprobs, returns=scores.values)
+        targets = Targets(advantages=batch.rollout_logprobs, returns=torch.ones_like(scores.values))
         crew.update(batch, scores, targets, seed=0)
+
+        assert float(crew.score(batch).final_values.abs().max()) > 0  # type: ignore[union-attr]
+        longer = [
+            replace(r, token_ids=more(r.token_ids, 5), rollout_logprobs=more(r.rollout_logprobs, 0)) for r in rollouts
+        ]
+        extended = Batch.of(longer, [0.0] * len(longer))
+        behind = crew.score(extended).values[extended.offsets[1:] - 1]  # type: ignore[index]
+        torch.testing.assert_close(crew.score(batch).final_values, behind, atol=1e-5, rtol=1e-5)
 
         deaths: list[tuple[str, Callable[[], object]]] = [
             ("critic", lambda: crew.score(batch)),
