@@ -41,7 +41,7 @@ class Section(BaseModel):
 
 class AlgorithmConfig(Section):
     segmenter: Annotated[Segmenter, PlainValidator(member_of(SEGMENTERS))]
-    estimator: Annotated[Estimator, PlainValidator(member_of(ESTIMATORS))]
+    estimator: Annotated[Estimator, PlainValidator(member_of(ESTIMATORS, requires="needs_critic"))]
     token_rewards: TokenRewards
     policy_loss: PolicyLoss
     value_loss: ValueLoss
@@ -60,11 +60,12 @@ class AlgorithmConfig(Section):
 
     @property
     def needs_entropies(self) -> bool:
-        return self.segments_by_entropy or self.policy_loss.entropy_coef != 0
+        return self.advantages_need_entropies or self.policy_loss.entropy_coef != 0
 
     @property
-    def segments_by_entropy(self) -> bool:
-        return bool(getattr(self.segmenter, "needs_entropies", False))  # a plug-in may leave it out
+    def advantages_need_entropies(self) -> bool:
+        """A plug-in that does not read them need not say so."""
+        return any(bool(getattr(part, "needs_entropies", False)) for part in (self.segmenter, self.estimator))
 
 
 class ModelConfig(Section):

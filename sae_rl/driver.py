@@ -12,6 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from sae_rl import checkpoint
+from sae_rl.algo.estimators import estimate
+from sae_rl.algo.segmenters import segment
 from sae_rl.algo.stats import (
     advantage_stats,
     critic_stats,
@@ -75,8 +77,9 @@ def train(run: Run) -> None:
         scores = workers.score(batch)  # V(s_t), log pi_old, log pi_ref
         with clock.phase("advantage"):
             token_rewards = algorithm.token_rewards(batch, scores)  # r_t: R at the end, minus beta KL_t
-            opens = algorithm.segmenter(batch, scores)  # pi(a_t | s_t) < p opens a segment
-            targets = algorithm.estimator(batch, scores, token_rewards, opens)  # A_t = delta_t + gamma lambda_t A_{t+1}
+            opens = segment(algorithm.segmenter, batch, scores)  # pi(a_t | s_t) < p opens a segment
+            # A_t = delta_t + gamma lambda_t A_{t+1}, and the critic's targets
+            targets = estimate(algorithm.estimator, batch, scores, token_rewards, opens)
             whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.sampled))
         seed = derive_seed(config.seed, "update", step)
         metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic

@@ -17,10 +17,11 @@ def nearest(word: str, allowed: list[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(sorted(set(allowed)))}"
 
 
-def member_of(table: Mapping[str, type[Any]]) -> Callable[[object], object]:
+def member_of(table: Mapping[str, type[Any]], requires: str | None = None) -> Callable[[object], object]:
     """Builds one member of an extension point from ``{name: ..., knob: value}``.
 
-    ``name`` is a key of ``table`` or the import path ``package.module:Class`` of a user's own frozen dataclass.
+    ``name`` is a key of ``table`` or the import path ``package.module:Class`` of a user's own frozen dataclass, which can
+    be called and has the attribute ``requires``.
     """
 
     def build(node: object) -> object:
@@ -35,6 +36,10 @@ def member_of(table: Mapping[str, type[Any]]) -> Callable[[object], object]:
             raise ValueError(f"name {name!r} is unknown, {nearest(name, list(table))}")
         if not dataclasses.is_dataclass(cls):
             raise ValueError(f"{name} is not a dataclass; write it as a frozen dataclass whose fields are its knobs")
+        if "__call__" not in dir(cls):
+            raise ValueError(f"{name} has no method __call__")
+        if requires is not None and not hasattr(cls, requires):
+            raise ValueError(f"{name} has no attribute {requires}, which must be true or false")
         fields = [f.name for f in dataclasses.fields(cls) if f.init]
         for knob in knobs:
             if knob not in fields:

@@ -15,6 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sae_rl.algo.estimators import estimate
+from sae_rl.algo.ragged import sampled_tokens
+from sae_rl.algo.segmenters import segment
 from sae_rl.algo.stats import explained_variance
 from sae_rl.config import AlgorithmConfig, CriticPretrainingConfig
 from sae_rl.protocols import Metrics, Workers
@@ -92,7 +95,7 @@ class Part:
 
 
 def with_entropies(batch: Batch, workers: Workers, algorithm: AlgorithmConfig) -> Part:
-    return Part(batch, workers.score(batch).entropies if algorithm.segments_by_entropy else None)
+    return Part(batch, workers.score(batch).entropies if algorithm.advantages_need_entropies else None)
 
 
 def values_of(part: Part, workers: Workers) -> Scores:
@@ -103,13 +106,13 @@ def values_of(part: Part, workers: Workers) -> Scores:
 
 
 def targets_of(batch: Batch, scores: Scores, algorithm: AlgorithmConfig) -> Targets:
-    return algorithm.estimator(
-        batch, scores, algorithm.token_rewards(batch, scores), algorithm.segmenter(batch, scores)
-    )
+    opens = segment(algorithm.segmenter, batch, scores)
+    return estimate(algorithm.estimator, batch, scores, algorithm.token_rewards(batch, scores), opens)
 
 
 def heldout_explained_variance(heldout: Part, workers: Workers, algorithm: AlgorithmConfig) -> float:
     scores = values_of(heldout, workers)
     targets = targets_of(heldout.batch, scores, algorithm)
     assert scores.values is not None and targets.returns is not None, "only critics are pre-trained"
-    return explained_variance(scores.values, targets.returns)
+    values, returns = sampled_tokens(scores.values, heldout.batch), sampled_tokens(targets.returns, heldout.batch)
+    return explained_variance(values, returns)

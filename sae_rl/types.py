@@ -47,13 +47,15 @@ class Rollout:
     finish_reason: FinishReason  # "length": cut at the limit, the end token was not sampled
     policy_version: int  # the step whose weights sampled it
     temperature: float
+    sampled: Tensor | None = None  # (T,) bool, see `Batch.sampled`
 
     def __post_init__(self) -> None:
-        if self.token_ids.shape != self.rollout_logprobs.shape:
-            raise ValueError(
-                f"rollout of prompt {self.prompt.id!r}: {tuple(self.token_ids.shape)} token ids but "
-                f"{tuple(self.rollout_logprobs.shape)} logprobs"
-            )
+        for name, flat in (("logprobs", self.rollout_logprobs), ("marks of sampled tokens", self.sampled)):
+            if flat is not None and flat.shape != self.token_ids.shape:
+                raise ValueError(
+                    f"rollout of prompt {self.prompt.id!r}: {tuple(self.token_ids.shape)} token ids but "
+                    f"{tuple(flat.shape)} {name}"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,14 +71,16 @@ class Batch:
     groups: Tensor  # (B,) int64, responses to the same prompt share a number
     truncated: Tensor  # (B,) bool, cut at the length limit
     temperature: float
-    sampled: Tensor | None = None  # (N,) bool, false: not the policy's own, as a tool's output; None: all are sampled
+    # (N,) bool, false: not the policy's own, as a tool's output. Such a token is read, but it has no advantage and no
+    # loss, and its logprobs and values are 0. None: all are sampled.
+    sampled: Tensor | None = None
 
     @staticmethod
     def of(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> Batch:
         """Concatenates rollouts; ``rewards`` has one number per rollout.
 
         Raises:
-            ValueError: no rollouts, an empty response, or another number of rewards than rollouts.
+            ValueError: no rollouts, a response without a sampled token, or another number of rewards than rollouts.
         """
         if not rollouts:
             raise ValueError("a batch needs at least one rollout, found none")
@@ -85,6 +89,8 @@ class Batch:
         for rollout in rollouts:
             if rollout.token_ids.numel() == 0:
                 raise ValueError(f"rollout {rollout.sample} of prompt {rollout.prompt.id!r} is empty")
+            if rollout.sampled is not None and not bool(rollout.sampled.any()):
+                raise ValueError(f"rollout {rollout.sample} of prompt {rollout.prompt.id!r} has no sampled token")
         numbers: dict[str, int] = {}
         groups = [numbers.setdefault(r.prompt.id, len(numbers)) for r in rollouts]
         temperatures = {r.temperature for r in rollouts}
@@ -100,6 +106,7 @@ class Batch:
             groups=torch.tensor(groups, dtype=torch.int64),
             truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),
             temperature=temperatures.pop(),
+            sampled=_marks(rollouts),
         )
 
     @property
@@ -122,6 +129,13 @@ class Batch:
             return self.lengths
         before = torch.cat([torch.zeros(1, dtype=torch.int64), self.sampled.cumsum(0)])[self.offsets]
         return before.diff()
+
+    @property
+    def last_sampled(self) -> Tensor:
+        """(B,) where the last sampled token of each response is in the flat tensors."""
+        if self.sampled is None:
+            return self.offsets[1:] - 1
+        return self.sampled.nonzero().flatten()[self.num_sampled.cumsum(0) - 1]
 
     @property
     def prompt_lengths(self) -> Tensor:
@@ -153,6 +167,14 @@ def offsets_of(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
 
 
+def _marks(rollouts: Sequence[Rollout]) -> Tensor | None:
+    if all(r.sampled is None for r in rollouts):
+        return None
+    return torch.cat(
+        [torch.ones_like(r.token_ids, dtype=torch.bool) if r.sampled is None else r.sampled for r in rollouts]
+    )
+
+
 def gather_ragged(flat: Tensor, offsets: Tensor, indices: Tensor) -> Tensor:
     """Rows ``indices`` (K,) of a ragged tensor, concatenated in that order."""
     starts, ends = offsets[indices].tolist(), offsets[indices + 1].tolist()
@@ -173,4 +195,28 @@ def select(batch: Batch, indices: Tensor) -> Batch:
         sampled=None if batch.sampled is None else gather_ragged(batch.sampled, batch.offsets, indices),
         groups=batch.groups[indices],
         truncated=batch.truncated[indices],
+    )
+
+
+def sampled_only(batch: Batch, scores: Scores) -> tuple[Batch, Scores]:
+    """The same without the tokens that the policy did not sample, as if they had never been there."""
+    sampled = batch.sampled
+    if sampled is None:
+        return batch, scores
+
+    def kept(flat: Tensor | None) -> Tensor | None:
+        return None if flat is None else flat[sampled]
+
+    return replace(
+        batch,
+        token_ids=batch.token_ids[sampled],
+        offsets=offsets_of(batch.num_sampled.tolist()),
+        rollout_logprobs=batch.rollout_logprobs[sampled],
+        sampled=None,
+    ), replace(
+        scores,
+        old_logprobs=scores.old_logprobs[sampled],
+        values=kept(scores.values),
+        ref_logprobs=kept(scores.ref_logprobs),
+        entropies=kept(scores.entropies),
     )

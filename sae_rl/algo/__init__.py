@@ -12,6 +12,7 @@ from sae_rl.algo.estimators import (
     Estimator,
     LengthAdaptiveGAE,
     MonteCarlo,
+    estimate,
     td_targets,
 )
 from sae_rl.algo.kl import KL_ESTIMATORS
@@ -28,6 +29,7 @@ from sae_rl.algo.segmenters import (
     Random,
     Segmenter,
     Surprisal,
+    segment,
 )
 from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.algo.stats import (
@@ -68,10 +70,12 @@ __all__ = [
     "Whitening",
     "advantage_stats",
     "critic_stats",
+    "estimate",
     "explained_variance",
     "mismatch_stats",
     "probability_stats",
     "rollout_stats",
+    "segment",
     "segment_stats",
     "segmental_advantages",
     "td_recursion",

@@ -17,17 +17,37 @@ from torch import Tensor
 from sae_rl.algo.knobs import check_number
 from sae_rl.algo.ragged import check_tokens, response_sums
 from sae_rl.algo.recursion import td_recursion
+from sae_rl.algo.segmenters import checked_opens
 from sae_rl.types import Batch, Scores, Targets
 
 GROUP_STD_EPSILON = 1e-6
 
 
 class Estimator(Protocol):
-    """(batch, scores, token_rewards (N,), opens (N,)) -> Targets."""
+    """(batch, scores, token_rewards (N,), opens (N,)) -> Targets.
+
+    A class may also set ``needs_entropies = True``: then ``scores.entropies`` are computed.
+    """
 
     needs_critic: ClassVar[bool]
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets: ...
+
+
+def estimate(estimator: Estimator, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
+    """The estimator's answer, checked: nothing that is not a number gets into an update.
+
+    Raises:
+        ValueError: an advantage or a critic's target is missing, has another shape or is not finite.
+    """
+    targets = estimator(batch, scores, token_rewards, opens)
+    name = type(estimator).__name__
+    check_tokens(f"{name}'s advantages", targets.advantages, batch)
+    if targets.returns is not None:
+        check_tokens(f"{name}'s returns", targets.returns, batch)
+    elif estimator.needs_critic:
+        raise ValueError(f"{name} needs a critic, but gives it no returns to learn")
+    return targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +190,7 @@ def td_targets(
         raise ValueError("scores.values is None, but this estimator needs a critic: train one, or choose grpo")
     _check_inputs(batch, scores, token_rewards)
     check_tokens("scores.values", scores.values, batch)
-    check_tokens("opens", weights, batch)
-    if weights.dtype != torch.bool and not bool(((weights >= 0) & (weights <= 1)).all()):
-        lowest, highest = weights.aminmax()
-        raise ValueError(f"opens spans [{lowest}, {highest}], but a segmenter's weights must be in [0, 1]")
+    checked_opens("opens", weights, batch)
     advantages, returns = td_recursion(
         token_rewards,
         scores.values,

@@ -25,6 +25,11 @@ def response_sums(flat: Tensor, offsets: Tensor) -> Tensor:
     return torch.zeros(offsets.numel() - 1, dtype=torch.float64).index_add(0, responses, flat.double())
 
 
+def sampled_tokens(flat: Tensor, batch: Batch) -> Tensor:
+    """The numbers of a (N,) tensor that stand at tokens which the policy sampled."""
+    return flat if batch.sampled is None else flat[batch.sampled]
+
+
 def check_tokens(name: str, flat: Tensor, batch: Batch) -> None:
     """Raises ValueError unless ``flat`` has one finite number per response token; names the first bad response."""
     if flat.shape != (batch.num_tokens,):

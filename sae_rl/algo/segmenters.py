@@ -3,7 +3,8 @@ of `segmenter_sets`.
 
 A segmenter returns ``opens`` (N,): true where a token opens a new segment. The first token of a response always opens,
 so ``opens.sum()`` counts segments. A soft segmenter returns weights in [0, 1] instead, which `SAE` takes as they are.
-Those that are made of other segmenters are in `segmenter_sets`.
+Those that are made of other segmenters are in `segmenter_sets`. Called through `segment`, a segmenter sees only tokens
+that the policy sampled.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from sae_rl.algo.knobs import check_choice, check_integer, check_number
 from sae_rl.algo.ragged import check_tokens, positions
-from sae_rl.types import Batch, Scores
+from sae_rl.types import Batch, Scores, sampled_only
 
 Boundary = Literal["opens", "closes"]
 
@@ -34,6 +35,32 @@ class Segmenter(Protocol):
     needs_entropies: ClassVar[bool] = False  # true: it reads scores.entropies, which are only computed when asked for
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor: ...
+
+
+def segment(segmenter: Segmenter, batch: Batch, scores: Scores) -> Tensor:
+    """Where the responses of a batch split: (N,) bool, or weights in [0, 1]; false at tokens that nobody sampled.
+
+    Raises:
+        ValueError: the segmenter's answer has another shape or type, or is not in [0, 1].
+    """
+    name = f"the answer of {type(segmenter).__name__}"
+    if batch.sampled is None:
+        return checked_opens(name, segmenter(batch, scores), batch)
+    own, own_scores = sampled_only(batch, scores)
+    opens = checked_opens(name, segmenter(own, own_scores), own)
+    return torch.zeros(batch.num_tokens, dtype=opens.dtype).masked_scatter(batch.sampled, opens)
+
+
+def checked_opens(name: str, opens: Tensor, batch: Batch) -> Tensor:
+    """``opens`` as it is, if it is bool, or float in [0, 1], for each token of the batch; else ValueError."""
+    if opens.dtype != torch.bool and not opens.is_floating_point():
+        raise ValueError(f"{name} has type {opens.dtype}, allowed: bool, or float weights in [0, 1]")
+    check_tokens(name, opens, batch)
+    if opens.dtype != torch.bool:
+        lowest, highest = (float(end) for end in opens.aminmax())
+        if lowest < 0 or highest > 1:
+            raise ValueError(f"{name} spans [{lowest}, {highest}], but a segmenter's weights must be in [0, 1]")
+    return opens
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +273,8 @@ def _placed(marks: Tensor, boundary: Boundary, batch: Batch) -> Tensor:
 
 
 def _inner(batch: Batch) -> Tensor:
-    """(N,) true but at first tokens, which open anyway, and at tokens that the policy did not sample."""
-    inner = torch.ones(batch.num_tokens, dtype=torch.bool) if batch.sampled is None else batch.sampled.clone()
-    return inner.index_fill(0, batch.offsets[:-1], False)
+    """(N,) true but at first tokens, which open anyway."""
+    return torch.ones(batch.num_tokens, dtype=torch.bool).index_fill(0, batch.offsets[:-1], False)
 
 
 def _lowest(flat: Tensor, among: Tensor, count: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.kl import k3
-from sae_rl.algo.ragged import positions
+from sae_rl.algo.ragged import positions, sampled_tokens
 from sae_rl.types import Batch, Scores
 
 
@@ -30,11 +30,10 @@ def critic_stats(batch: Batch, values: Tensor, returns: Tensor, opens: Tensor) -
     - ``critic/explained_variance_starts``: over those that open a segment, whose values SAE bootstraps from
     - ``critic/explained_variance_decile_k``: over those in the k-th tenth of their response, k = 0 .. 9
     """
-    sampled = _sampled(batch)
     deciles = positions(batch.offsets) * 10 // batch.lengths.repeat_interleave(batch.lengths)
-    parts = {"": sampled, "_starts": sampled & (opens > 0)}
-    parts |= {f"_decile_{k}": sampled & (deciles == k) for k in range(10)}
-    return {
+    values, returns, opens, deciles = (sampled_tokens(flat, batch) for flat in (values, returns, opens, deciles))
+    parts = {"_starts": opens > 0} | {f"_decile_{k}": deciles == k for k in range(10)}
+    return {"critic/explained_variance": explained_variance(values, returns)} | {
         f"critic/explained_variance{name}": explained_variance(values[part], returns[part]) if part.any() else math.nan
         for name, part in parts.items()
     }
@@ -45,7 +44,7 @@ def advantage_stats(batch: Batch, advantages: Tensor) -> dict[str, float]:
 
     - ``advantage/mean``, ``advantage/std``
     """
-    found = advantages[_sampled(batch)].double()
+    found = sampled_tokens(advantages, batch).double()
     return {"advantage/mean": float(found.mean()), "advantage/std": float(found.std(correction=0))}
 
 
@@ -55,18 +54,14 @@ def probability_stats(batch: Batch) -> dict[str, float]:
     - ``probability/below_p20_fraction``: sampled probability below 0.2, the paper's threshold
     - ``probability/bin_k_fraction``: in [k / 10, (k + 1) / 10), k = 0 .. 9; 1 counts to the last
     """
-    probabilities = batch.rollout_logprobs[_sampled(batch)].double().exp()
+    probabilities = sampled_tokens(batch.rollout_logprobs, batch).double().exp()
     bins = (probabilities * 10).long().clamp(0, 9).bincount(minlength=10).double() / probabilities.numel()
     stats = {"probability/below_p20_fraction": float((probabilities < 0.2).double().mean())}
     return stats | {f"probability/bin_{k}_fraction": float(part) for k, part in enumerate(bins)}
 
 
-def _sampled(batch: Batch) -> Tensor:
-    return torch.ones(batch.num_tokens, dtype=torch.bool) if batch.sampled is None else batch.sampled
-
-
 def segment_stats(batch: Batch, opens: Tensor) -> dict[str, float]:
-    """How a segmenter cut the batch; soft weights count as parts of a segment.
+    """How a segmenter cut the sampled tokens; soft weights count as parts of a segment.
 
     - ``segment/per_response_mean``: segments per response
     - ``segment/tokens_mean``: tokens per segment
@@ -75,16 +70,16 @@ def segment_stats(batch: Batch, opens: Tensor) -> dict[str, float]:
     - ``segment/opens_fraction``: of the tokens that are not the first of a response, those that open a segment: the
       rate at which the segmenter really cuts. nan where every response has one token
     """
-    weights = opens.double()
-    num_segments, num_first = float(weights.sum()), float(weights[batch.offsets[:-1]].sum())
-    num_inner = batch.num_tokens - batch.num_responses
+    weights = sampled_tokens(opens, batch).double()
+    num_tokens = weights.numel()
+    num_segments, num_first = float(weights.sum()), float(weights[batch.num_sampled.cumsum(0)[:-1]].sum() + weights[0])
+    num_inner = num_tokens - batch.num_responses
     starts = (weights >= 0.5).nonzero().flatten()
-    lengths = (
-        torch.cat([starts, batch.offsets[-1:]]).diff().double()
-    )  # the last segment of a response ends where the next begins
+    # The last segment of a response ends where the next begins.
+    lengths = torch.cat([starts, torch.tensor([num_tokens])]).diff().double()
     return {
         "segment/per_response_mean": num_segments / batch.num_responses,
-        "segment/tokens_mean": batch.num_tokens / num_segments,
+        "segment/tokens_mean": num_tokens / num_segments,
         "segment/tokens_p50": _quantile(lengths, 0.5),
         "segment/tokens_p90": _quantile(lengths, 0.9),
         "segment/opens_fraction": (num_segments - num_first) / num_inner if num_inner else math.nan,
@@ -125,7 +120,8 @@ def mismatch_stats(batch: Batch, scores: Scores) -> dict[str, float]:
     - ``mismatch/logprob_abs_mean``, ``mismatch/logprob_abs_max``: nats
     - ``mismatch/kl_mean``: KL(pi_rollout || pi_old) per token, by k3
     """
-    rollout_logprobs, old_logprobs = batch.rollout_logprobs.double(), scores.old_logprobs.double()
+    rollout_logprobs = sampled_tokens(batch.rollout_logprobs, batch).double()
+    old_logprobs = sampled_tokens(scores.old_logprobs, batch).double()
     differences = (rollout_logprobs - old_logprobs).abs()
     return {
         "mismatch/logprob_abs_mean": float(differences.mean()),

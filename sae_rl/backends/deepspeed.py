@@ -194,7 +194,7 @@ class Learner:
         """
         started = time.perf_counter()
         self.engine.train()
-        num_tokens = int(batch.lengths[rows].sum())
+        num_tokens = int(batch.num_sampled[rows].sum())
         totals: dict[str, float] = {"tokens": 0.0}
         for micro, counts in self._micro_batches(batch, rows):
             summed = loss(micro)

@@ -20,11 +20,11 @@ class MicroBatch:
 
     rows: Tensor  # (b,) int64, indices into the batch
     input_ids: Tensor  # (b, L) int64
-    state_index: Tensor  # (n,) int64 into the flat (b * L): the position whose output predicts response token i
-    token_ids: Tensor  # (n,) int64, the response tokens, row after row
+    state_index: Tensor  # (n,) int64 into the flat (b * L): the position whose output predicts token i
+    token_ids: Tensor  # (n,) int64, the sampled tokens of the responses, row after row
     token_index: Tensor  # (n,) int64, where these tokens are in the batch's flat (N,) tensors
     final_index: Tensor  # (b,) int64 into the flat (b * L): the last token of each row
-    last_index: Tensor  # (b,) int64 into the n tokens: the last one of each row
+    last_index: Tensor  # (b,) int64 into the n tokens: the last sampled one of each row
 
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(**{name: getattr(self, name).to(device) for name in MicroBatch.__slots__})
@@ -78,9 +78,9 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
         prompt_start, start = int(batch.prompt_offsets[row]), int(batch.offsets[row])
         input_ids[i, :p] = batch.prompt_token_ids[prompt_start : prompt_start + p]
         input_ids[i, p : p + t] = batch.token_ids[start : start + t]
-        # s_t is the prompt and t response tokens: its last token stands at p + t - 1.
-        states.append(torch.arange(i * width + p - 1, i * width + p + t - 1))
-        tokens.append(torch.arange(start, start + t))
+        own = torch.arange(t) if batch.sampled is None else batch.sampled[start : start + t].nonzero().flatten()
+        states.append(i * width + p - 1 + own)  # s_t is the prompt and t response tokens: its last one is at p + t - 1
+        tokens.append(start + own)
         ends.append(i * width + p + t - 1)
     token_index = torch.cat(tokens)
     return MicroBatch(
@@ -90,5 +90,5 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
         token_ids=batch.token_ids[token_index],
         token_index=token_index,
         final_index=torch.tensor(ends),
-        last_index=lengths.cumsum(0) - 1,
+        last_index=batch.num_sampled[rows].cumsum(0) - 1,
     )

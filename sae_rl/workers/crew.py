@@ -201,14 +201,14 @@ class Crew:
             self._groups[role].start(lambda worker, role=role: worker.score.remote(*arguments[role])) for role in asked
         ]
         answers = dict(zip(asked, wait_for(calls, self._config.cluster.call_timeout_s), strict=True))
-        merged = {role: merge(parts, batch.num_tokens) for role, parts in answers.items()}
+        merged = {role: merge(parts, batch) for role, parts in answers.items()}
         logprobs = merged.get("policy", [torch.full((batch.num_tokens,), float("nan"))])
         values = merged.get("critic", [])
         return Scores(
             old_logprobs=logprobs[0],
             entropies=logprobs[1] if len(logprobs) > 1 else None,
             values=values[0] if values else None,
-            final_values=values[1][batch.offsets[1:] - 1] if len(values) > 1 else None,
+            final_values=values[1][batch.last_sampled] if len(values) > 1 else None,
             ref_logprobs=merged["reference"][0] if "reference" in merged else None,
         )
 

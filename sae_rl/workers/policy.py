@@ -102,10 +102,13 @@ class PolicyWorker(Process):
         self._learner.close()
 
 
-def merge(parts: list[tuple[Tensor, tuple[Tensor, ...]]], num_tokens: int) -> list[Tensor]:
-    """The ranks' scores of their own tokens -> flat (N,) tensors."""
+def merge(parts: list[tuple[Tensor, tuple[Tensor, ...]]], batch: Batch) -> list[Tensor]:
+    """The ranks' scores of their own tokens -> flat (N,) tensors; nan where no rank answered."""
     columns = max(len(outputs) for _, outputs in parts)
-    merged = [torch.full((num_tokens,), float("nan")) for _ in range(columns)]
+    merged = [torch.full((batch.num_tokens,), float("nan")) for _ in range(columns)]
+    if batch.sampled is not None:
+        for flat in merged:
+            flat[~batch.sampled] = 0.0
     for index, outputs in parts:
         for flat, output in zip(merged, outputs, strict=False):
             flat[index] = output

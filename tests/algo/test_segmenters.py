@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import FrozenInstanceError, fields, replace
 from itertools import pairwise
+from typing import cast
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sae_rl.algo import (
     SEGMENTERS,
@@ -23,11 +25,12 @@ from sae_rl.algo import (
     Segmenter,
     Surprisal,
     Union,
+    segment,
     with_vocabulary,
 )
-from sae_rl.types import Batch, Scores
+from sae_rl.types import Batch, Scores, offsets_of
 
-from .oracle import batches, make_batch, make_scores, property_test, reordered, reordered_batch
+from .oracle import batches, make_batch, make_scores, property_test, reordered, reordered_batch, split
 
 MEMBERS: list[Segmenter] = [
     LowProbability(),
@@ -99,14 +102,10 @@ def test_an_adaptive_threshold_opens_as_many_as_are_wanted(batch: Batch, fractio
     assert int(opens.sum()) == min(max(wanted, batch.num_responses), batch.num_tokens)
 
 
-def test_an_adaptive_threshold_leaves_ties_and_unsampled_tokens_out() -> None:
+def test_an_adaptive_threshold_leaves_ties_out() -> None:
     batch = replace(make_batch([6]), rollout_logprobs=torch.tensor([-9.0, -1.0, -2.0, -1.0, -1.0, 0.0]))
     opens = AdaptiveProbability(opens_fraction=0.6)(batch, make_scores(batch))
     assert opens.tolist() == [True, False, True, False, False, False], "three are wanted, and three tie for two places"
-    some = replace(batch, sampled=torch.tensor([True, True, False, True, True, True]))
-    assert (
-        AdaptiveProbability(opens_fraction=1.0)(some, make_scores(batch)).tolist() == [True, True, False] + [True] * 3
-    )
 
 
 def test_entropy_reads_the_entropies() -> None:
@@ -270,3 +269,54 @@ def test_nan_logprobs_name_the_response() -> None:
     batch.rollout_logprobs[6] = math.nan
     with pytest.raises(ValueError, match=r"batch.rollout_logprobs is nan at token 1 of response 2 \(1 of 9 tokens"):
         LowProbability()(batch, make_scores(batch))
+
+
+@property_test
+@given(batch=batches(), seed=st.integers(0, 999), segmenter=st.sampled_from(MEMBERS))
+def test_tokens_that_nobody_sampled_do_not_exist_for_a_segmenter(batch: Batch, seed: int, segmenter: Segmenter) -> None:
+    """The answer is that to the batch without them, and they open nothing."""
+    draw = torch.Generator().manual_seed(seed)
+    sampled = torch.rand(batch.num_tokens, generator=draw) < 0.6
+    sampled[batch.offsets[1:] - 1] = True
+    scores = scores_of(batch)
+    lengths = [int(piece.sum()) for piece in split(sampled, batch)]
+    without = replace(
+        batch,
+        token_ids=batch.token_ids[sampled],
+        rollout_logprobs=batch.rollout_logprobs[sampled],
+        offsets=offsets_of(lengths),
+    )
+    assert scores.entropies is not None
+    found = segment(segmenter, replace(batch, sampled=sampled), scores)
+    assert torch.equal(found[sampled], segmenter(without, replace(scores, entropies=scores.entropies[sampled]))), (
+        "as if they had never been there"
+    )
+    assert found.shape == sampled.shape and not bool(found[~sampled].any())
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            torch.ones(5, dtype=torch.int64),
+            r"the answer of function has type torch.int64, allowed: bool, or float weights",
+        ),
+        (
+            torch.ones(4, dtype=torch.bool),
+            r"the answer of function has shape \(4,\), but the batch has 5 response tokens",
+        ),
+        (
+            torch.tensor([0.0, 0.5, 1.5, 0.0, 0.0]),
+            r"the answer of function spans \[0.0, 1.5\], but a segmenter's weights must be in \[0, 1\]",
+        ),
+        (torch.tensor([0.0, 0.5, 0.0, math.nan, 0.0]), r"the answer of function is nan at token 0 of response 1"),
+    ],
+    ids=["type", "shape", "range", "nan"],
+)
+def test_the_answer_of_a_segmenter_is_checked(answer: Tensor, message: str) -> None:
+    def ones(batch: Batch, scores: Scores) -> Tensor:
+        return answer
+
+    batch = make_batch([3, 2])
+    with pytest.raises(ValueError, match=message):
+        segment(cast(Segmenter, ones), batch, make_scores(batch))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.estimators import SAE
-from sae_rl.algo.segmenters import LowProbability
+from sae_rl.algo.segmenters import LowProbability, segment
 from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.clock import Clock
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
@@ -30,7 +30,7 @@ class Outcome:
 
 
 def rollouts_of_many_lengths() -> Batch:
-    """Made up, so that every layout is given exactly the same: 16 responses of 1 to 40 tokens."""
+    """Made up, so that every layout is given exactly the same: 16 responses of 1 to 40 tokens, some with tool output."""
     random = torch.Generator().manual_seed(0)
     rollouts = []
     for i in range(16):
@@ -46,6 +46,7 @@ def rollouts_of_many_lengths() -> Batch:
                 finish_reason="stop",
                 policy_version=0,
                 temperature=0.9,
+                sampled=torch.arange(length) % 5 < 3 if i % 4 == 1 else None,
             )
         )
     return Batch.of(rollouts, [float(i % 3 == 0) for i in range(16)])
@@ -59,11 +60,15 @@ def weights_of(worker: object) -> dict[str, Tensor]:
 def train_twice(crew: Crew, batch: Batch) -> Outcome:
     metrics: dict[str, float] = {}
     first = crew.score(batch)
+    assert batch.sampled is not None and first.values is not None
+    for flat in (first.old_logprobs, first.values):
+        assert bool(flat.isfinite().all()) and not bool(flat[~batch.sampled].any())
+    assert bool((first.old_logprobs[batch.sampled] < 0).all())
     for step in range(2):
         scores = crew.score(batch)
-        opens = LowProbability(0.3)(batch, scores)
+        opens = segment(LowProbability(0.3), batch, scores)
         targets = SAE(0.9)(batch, scores, TokenRewards()(batch, scores), opens)
-        targets = Targets(advantages=Whitening()(targets.advantages), returns=targets.returns)
+        targets = Targets(advantages=Whitening()(targets.advantages, batch.sampled), returns=targets.returns)
         update = crew.update(batch, scores, targets, seed=step)
         metrics |= {
             f"{step} {name}": value for name, value in update.items() if not name.startswith(("time/", "memory/"))
