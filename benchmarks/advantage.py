@@ -4,8 +4,11 @@
 
 Lengths are lognormal (sigma 0.6), about half of a padded batch is padding; values and logprobs are random, 1.8 % of the
 tokens open a segment, and the last token of a response is rewarded. The floor is one pass over the real tokens that reads
-three float32 arrays and writes two, 20 bytes a token. Programs take turns in every round; the table gives the best
-time of each, and ratios of best times. All use one thread unless their name says two.
+three float32 arrays and writes two, 20 bytes a token, always to the same memory. Programs take turns in every round; the
+table gives the best time of each, and ratios of best times. All use one thread unless their name says two, and return new
+tensors unless it says that they are reused: the first use of memory costs more than the arithmetic.
+
+"Whole" is `segmental_advantages` with all its checks, and `Whitening` of its advantages.
 
 The padded loops are ours, in the form of the peers': "verl's form" carries value and advantage over masked positions,
 "OpenRLHF's form" masks its inputs first. They compute GAE, which costs what SAE does. torchrl is timed where it is
@@ -39,7 +42,8 @@ SHAPES = ["512x1024", "512x8192", "4096x8192", "8x131072"]
 P, LAM, OPENS_FRACTION = 0.2, 0.95, 0.018
 SLOW_S = 2.0  # a program that takes longer runs once
 FLOOR = "floor: 20 bytes a token"
-RECURSION, WHOLE = "sae_rl recursion", "sae_rl segmentation + recursion + whitening"
+REUSED, TWO = ", reused memory", ", two threads"
+RECURSION, WHOLE = "sae_rl recursion", "sae_rl whole: segments, recursion, whitening"
 
 Program = Callable[[], Any]
 
@@ -127,29 +131,31 @@ def torchrl_with_a_lambda_per_token(work: Workload) -> Program | None:
 
 
 def programs(work: Workload) -> dict[str, Program]:
-    recursion = {"gamma": 1.0, "lam": LAM, "value_lam": 1.0}
     whiten = Whitening()
     flat = (work.rewards, work.values, work.logprobs)
-    x, y = (np.empty(len(work.values), np.float32) for _ in range(2))
+    out = (torch.empty_like(work.values), torch.empty_like(work.values))
+    x, y = (part.numpy() for part in out)
     arrays = [tensor.numpy() for tensor in flat]
 
-    def whole() -> Tensor:
-        opens = (work.logprobs < math.log(P)).index_fill_(0, work.offsets[:-1], True)
-        return whiten(td_recursion(work.rewards, work.values, opens, work.offsets, **recursion)[0])
+    def recursion(**more: Any) -> Program:
+        known = {"gamma": 1.0, "lam": LAM, "value_lam": 1.0} | more
+        return lambda: td_recursion(work.rewards, work.values, work.opens, work.offsets, **known)
 
-    def api() -> Any:
-        return segmental_advantages(*flat, work.offsets, p=P, lam=LAM)
+    def whole() -> Tensor:
+        return whiten(segmental_advantages(*flat, work.offsets, p=P, lam=LAM)[0])
+
+    def whole_reused() -> Tensor:
+        return whiten(segmental_advantages(*flat, work.offsets, p=P, lam=LAM, out=out)[0], out=out[0])
 
     rewards, values = work.padded(work.rewards), work.padded(work.values)
     logprobs = work.padded(work.logprobs)
     found: dict[str, Program | None] = {
         FLOOR: lambda: read_three_write_two(*arrays, x, y),
-        RECURSION: lambda: td_recursion(work.rewards, work.values, work.opens, work.offsets, **recursion),
-        f"{RECURSION}, two threads": lambda: td_recursion(
-            work.rewards, work.values, work.opens, work.offsets, **recursion, num_threads=2
-        ),
+        RECURSION: recursion(),
+        RECURSION + REUSED: recursion(out=out),
+        RECURSION + REUSED + TWO: recursion(out=out, num_threads=2),
         WHOLE: whole,
-        "segmental_advantages, ragged": api,
+        WHOLE + REUSED: whole_reused,
         "segmental_advantages, padded": lambda: segmental_advantages(
             rewards, values, logprobs, mask=work.mask, p=P, lam=LAM
         ),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from sae_rl.algo.machine_code import compiled, empty
 from sae_rl.types import Batch
 
 
@@ -32,9 +35,14 @@ def sampled_tokens(flat: Tensor, batch: Batch) -> Tensor:
 
 def check_tokens(name: str, flat: Tensor, batch: Batch) -> None:
     """Raises ValueError unless ``flat`` has one finite number per response token; names the first bad response."""
+    check_shape(name, flat, batch)
+    check_finite(name, flat, batch.offsets)
+
+
+def check_shape(name: str, flat: Tensor, batch: Batch) -> None:
+    """Raises ValueError unless ``flat`` has one number per response token."""
     if flat.shape != (batch.num_tokens,):
         raise ValueError(f"{name} has shape {tuple(flat.shape)}, but the batch has {batch.num_tokens} response tokens")
-    check_finite(name, flat, batch.offsets)
 
 
 def check_finite(name: str, flat: Tensor, offsets: Tensor) -> None:
@@ -50,3 +58,31 @@ def check_finite(name: str, flat: Tensor, offsets: Tensor) -> None:
             f"{name} is {float(flat[token])} at token {position} of response {response} "
             f"({int(bad.sum())} of {flat.numel()} tokens are not finite); look at what produced it"
         )
+
+
+def below(name: str, flat: Tensor, limit: float, offsets: Tensor, sampled: Tensor | None = None) -> Tensor:
+    """(N,) bool, ``flat < limit``.
+
+    Raises:
+        ValueError: a number at a sampled token is not finite; what stands beside another token may be anything.
+    """
+    if flat.is_cuda or flat.dtype not in (torch.float32, torch.float64):
+        is_below, is_finite = flat < limit, bool(flat.sum(dtype=torch.float32).isfinite())
+    else:
+        is_below = empty(flat, torch.bool)
+        array = flat.contiguous().numpy()
+        is_finite = bool(_below(array, array.dtype.type(limit), array.dtype.type(0), is_below.numpy()))
+    if not is_finite:
+        check_finite(name, flat if sampled is None else flat.where(sampled, 0.0), offsets)
+    return is_below
+
+
+def _below_python(flat: Any, limit: Any, total: Any, is_below: Any) -> Any:
+    """Whether all are finite, of which the sum tells, in one pass."""
+    for i in range(flat.size):
+        is_below[i] = flat[i] < limit
+        total += flat[i] * 0
+    return total == 0
+
+
+_below = compiled(_below_python, fastmath={"contract", "reassoc", "nsz"})

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo import recursion_cpu
+from sae_rl.algo.machine_code import empty
+from sae_rl.algo.ragged import check_finite
 
+SKEW_BYTES = 65 * 64  # a page and a line
 Advantages = tuple[Tensor, Tensor]  # (advantages, returns), both (N,)
 
 
@@ -34,6 +37,7 @@ def td_recursion(
     value_lam: float | Tensor,
     final_values: Tensor | None = None,
     sampled: Tensor | None = None,
+    out: Advantages | None = None,
     num_threads: int = 1,
 ) -> Advantages:
     """Advantages and critic targets of a ragged batch, accumulated in float64.
@@ -48,18 +52,23 @@ def td_recursion(
         value_lam: of the critic's targets, or (B,).
         final_values: (B,) V after the last token; None: the response ends there, V = 0.
         sampled: (N,) bool, false where a token is transparent; its advantage and target are 0. None: all are sampled.
+        out: two contiguous tensors to write to, as they would be returned; None: new ones.
         num_threads: on a CPU, over responses.
 
     Returns:
         (advantages, returns) on the device of ``values``, in its type, at least float32.
+
+    Raises:
+        ValueError: an input or an advantage is not finite, with its response; or ``out`` is unfit.
     """
     run = recursion_cpu.run
     if values.is_cuda:
         from sae_rl.algo.recursion_gpu import run
+    out = _checked_out(out, values)
     num_responses = offsets.numel() - 1
     if final_values is None:
         final_values = torch.zeros(num_responses, dtype=torch.float64, device=values.device)
-    return run(
+    is_finite = run(
         rewards,
         values,
         weights,
@@ -69,8 +78,12 @@ def td_recursion(
         _per_response(value_lam, final_values),
         final_values.double(),
         sampled,
+        out,
         num_threads,
     )
+    if not is_finite:
+        _name_what_is_not_finite(rewards, values, final_values, offsets, sampled, out)
+    return out
 
 
 def td_recursion_reference(
@@ -112,3 +125,30 @@ def td_recursion_reference(
 
 def _per_response(lam: float | Tensor, like: Tensor) -> Tensor:
     return torch.full_like(like, lam, dtype=torch.float64) if isinstance(lam, float | int) else lam.to(like).double()
+
+
+def _name_what_is_not_finite(
+    rewards: Tensor, values: Tensor, final_values: Tensor, offsets: Tensor, sampled: Tensor | None, out: Advantages
+) -> None:
+    check_finite("rewards", rewards, offsets)
+    check_finite("values", values if sampled is None else values.where(sampled, 0.0), offsets)
+    check_finite("final_values", final_values, torch.arange(offsets.numel()))
+    check_finite("the advantage", out[0], offsets)
+
+
+def _checked_out(out: Advantages | None, values: Tensor) -> Advantages:
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    if out is None:
+        return empty(values, dtype, SKEW_BYTES), empty(values, dtype, 3 * SKEW_BYTES)
+    for part in out:
+        if (
+            part.shape != values.shape
+            or part.dtype != dtype
+            or part.device != values.device
+            or not part.is_contiguous()
+        ):
+            raise ValueError(
+                f"out has {part.dtype} of shape {tuple(part.shape)} on {part.device}, allowed: contiguous {dtype} of "
+                f"shape {tuple(values.shape)} on {values.device}"
+            )
+    return out

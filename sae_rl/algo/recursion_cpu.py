@@ -1,29 +1,86 @@
-"""`recursion` as machine code: one pass over the tokens of a response from its end, all of them read once."""
+"""`recursion` as machine code: one pass over the tokens of a response from its end, all of them read once.
+
+Each token's advantage waits for the one behind it, so a core that walks through one response mostly waits. Two
+responses go side by side.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-import numba  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sae_rl.algo.machine_code import compiled
+
 TOKENS_PER_THREAD = 65_536  # below it a thread costs more than it saves
 
 
-def compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    """The kernel without the interpreter lock and with fused multiply-adds, kept on disk where a folder can be written."""
-    options = {"nogil": True, "fastmath": {"contract"}}
-    try:
-        machine_code: Callable[..., None] = numba.njit(cache=True, **options)(kernel)
-    except RuntimeError:  # numba: "cannot cache function ...: no locator available"
-        machine_code = numba.njit(**options)(kernel)
-    return machine_code
+def _step_python(
+    t: Any,
+    rewards: Any,
+    values: Any,
+    weights: Any,
+    is_soft: Any,
+    gamma: float,
+    gammas: Any,
+    sampled: Any,
+    decays: Any,
+    advantages: Any,
+    returns: Any,
+    state: Any,
+) -> Any:
+    """From token t + 1 to token t. numba drops the branches of arguments that are None.
+
+    The state is A_{t+1} under both lambdas, V_{t+1}, gamma lambda between t and t + 1 for both, and what was paid at the
+    transparent tokens since.
+    """
+    advantage, value_advantage, next_value, decay, value_decay, paid_later = state
+    if sampled is not None:  # noqa: SIM102 (on its own, so that numba can drop it)
+        if not sampled[t]:
+            advantages[t] = returns[t] = 0.0
+            return advantage, value_advantage, next_value, decay, value_decay, paid_later + rewards[t]
+    discount = gamma
+    if gammas is not None:  # then gamma is 1
+        discount = gammas[t]
+        decay *= discount
+        value_decay *= discount
+    value = np.float64(values[t])
+    delta = discount * next_value - value + rewards[t]
+    if sampled is not None:
+        delta += paid_later
+    advantage = delta + decay * advantage
+    value_advantage = delta + value_decay * value_advantage
+    advantages[t] = advantage
+    returns[t] = value_advantage + value
+    if is_soft is None:
+        opens = np.uintp(weights[t])
+        decay, value_decay = decays[0, opens], decays[1, opens]  # quicker than to choose between two numbers
+    else:
+        weight = np.float64(weights[t])
+        decay, value_decay = gamma * decays[2, 0] ** weight, gamma * decays[2, 1] ** weight
+    return advantage, value_advantage, value, decay, value_decay, 0.0
+
+
+def _begin_python(
+    response: Any, offsets: Any, gamma: Any, lam: Any, value_lam: Any, final_values: Any, decays: Any
+) -> Any:
+    """Where a response starts and ends, and the state behind its last token. ``decays[:, opens]`` become its own."""
+    decays[0, 0], decays[0, 1] = gamma, gamma * lam[response]
+    decays[1, 0], decays[1, 1] = gamma, gamma * value_lam[response]
+    decays[2, 0], decays[2, 1] = lam[response], value_lam[response]
+    state = (0.0, 0.0, final_values[response], 0.0, 0.0, 0.0)
+    return np.uintp(offsets[response]), np.uintp(offsets[response + 1]), state
+
+
+_step = compiled(_step_python, forceinline=True)
+_begin = compiled(_begin_python)
 
 
 def _backward_python(
@@ -34,50 +91,61 @@ def _backward_python(
     offsets: Any,
     gamma: float,
     gammas: Any,
-    lams: Any,
-    value_lams: Any,
+    lam: Any,
+    value_lam: Any,
     final_values: Any,
     sampled: Any,
     advantages: Any,
     returns: Any,
     first: int,
     last: int,
-) -> None:
-    """Responses ``first .. last - 1``. numba drops the branches of arguments that are None.
+) -> bool:
+    """Responses ``first .. last - 1``; whether all advantages are finite.
 
     Indices are unsigned, since each signed one would be checked for counting from the end.
     """
-    for response in range(first, last):
-        end = offsets[response + 1]
-        lam, value_lam, next_value = lams[response], value_lams[response], final_values[response]
-        advantage = value_advantage = paid_later = 0.0
-        next_lam = next_value_lam = 1.0
-        for i in range(end - offsets[response]):
-            t = np.uintp(end - 1 - i)
-            if sampled is not None:  # noqa: SIM102 (on its own, so that numba can drop it)
-                if not sampled[t]:
-                    paid_later += rewards[t]
-                    advantages[t] = returns[t] = 0.0
-                    continue
-            discount = gamma
-            if gammas is not None:
-                discount = gammas[t]
-            value = np.float64(values[t])
-            delta = rewards[t] + discount * next_value - value
-            if sampled is not None:
-                delta += paid_later
-                paid_later = 0.0
-            advantage = delta + discount * next_lam * advantage
-            value_advantage = delta + discount * next_value_lam * value_advantage
-            advantages[t] = advantage
-            returns[t] = value_advantage + value
-            next_value = value
-            if is_soft is None:
-                next_lam = lam if weights[t] else 1.0
-                next_value_lam = value_lam if weights[t] else 1.0
-            else:
-                next_lam = lam ** np.float64(weights[t])
-                next_value_lam = value_lam ** np.float64(weights[t])
+    one, finite = np.uintp(1), True
+    decays_a, decays_b = np.empty((3, 2)), np.empty((3, 2))
+    upcoming = first
+    start_a = t_a = start_b = t_b = np.uintp(0)
+    a = b = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    while True:
+        if t_a == start_a:
+            finite &= np.isfinite(a[0] + a[5])  # what was not a number anywhere behind has reached the first token
+            if upcoming < last:
+                start_a, t_a, a = _begin(upcoming, offsets, gamma, lam, value_lam, final_values, decays_a)
+                upcoming += 1
+        if t_b == start_b:
+            finite &= np.isfinite(b[0] + b[5])
+            if upcoming < last:
+                start_b, t_b, b = _begin(upcoming, offsets, gamma, lam, value_lam, final_values, decays_b)
+                upcoming += 1
+        both = min(t_a - start_a, t_b - start_b)
+        if both > 0:
+            stop = t_a - both
+            while t_a > stop:
+                t_a -= one
+                t_b -= one
+                a = _step(
+                    t_a, rewards, values, weights, is_soft, gamma, gammas, sampled, decays_a, advantages, returns, a
+                )
+                b = _step(
+                    t_b, rewards, values, weights, is_soft, gamma, gammas, sampled, decays_b, advantages, returns, b
+                )
+        elif t_a > start_a:  # the last one goes alone
+            while t_a > start_a:
+                t_a -= one
+                a = _step(
+                    t_a, rewards, values, weights, is_soft, gamma, gammas, sampled, decays_a, advantages, returns, a
+                )
+        elif t_b > start_b:
+            while t_b > start_b:
+                t_b -= one
+                b = _step(
+                    t_b, rewards, values, weights, is_soft, gamma, gammas, sampled, decays_b, advantages, returns, b
+                )
+        elif upcoming == last:
+            return finite
 
 
 _backward = compiled(_backward_python)
@@ -93,16 +161,19 @@ def run(
     value_lams: Tensor,
     final_values: Tensor,
     sampled: Tensor | None,
+    out: tuple[Tensor, Tensor],
     num_threads: int,
-) -> tuple[Tensor, Tensor]:
-    """See `recursion.td_recursion`; here ``lams``, ``value_lams`` and ``final_values`` are (B,) float64."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    advantages, returns = torch.empty(values.shape, dtype=dtype), torch.empty(values.shape, dtype=dtype)
+) -> bool:
+    """See `recursion.td_recursion`; here ``lams``, ``value_lams`` and ``final_values`` are (B,) float64.
+
+    Writes to ``out``, contiguous, and returns whether all of it is finite.
+    """
+    dtype = out[0].dtype
     is_hard = weights.dtype == torch.bool
     arrays = (
         _array(rewards, dtype),
         _array(values, dtype),
-        _array(weights, torch.bool if is_hard else dtype),
+        _array(weights, torch.bool).view(np.uint8) if is_hard else _array(weights, dtype),
         None if is_hard else True,
         _array(offsets, torch.int64),
         float(gamma) if not isinstance(gamma, Tensor) else 1.0,
@@ -111,18 +182,25 @@ def run(
         _array(value_lams, torch.float64),
         _array(final_values, torch.float64),
         None if sampled is None else _array(sampled, torch.bool),
-        advantages.numpy(),
-        returns.numpy(),
+        out[0].numpy(),
+        out[1].numpy(),
     )
     num_threads = max(1, min(num_threads, values.numel() // TOKENS_PER_THREAD))
-    if num_threads == 1:
-        _backward(*arrays, 0, offsets.numel() - 1)
-    else:
-        cuts = _cuts(arrays[4], num_threads)
-        with ThreadPoolExecutor(num_threads) as pool:
-            for share in [pool.submit(_backward, *arrays, a, b) for a, b in pairwise(cuts)]:
-                share.result()
-    return advantages, returns
+    cuts = _cuts(arrays[4], num_threads)
+    shares = [_pool(num_threads - 1).submit(_backward, *arrays, a, b) for a, b in pairwise(cuts[1:])]
+    found = [_backward(*arrays, cuts[0], cuts[1]), *(share.result() for share in shares)]
+    return all(found)
+
+
+@functools.cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="td_recursion")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        after_in_child=_pool.cache_clear
+    )  # threads do not outlive a fork: their queue would never empty
 
 
 def _cuts(offsets: npt.NDArray[np.int64], num_parts: int) -> list[int]:

@@ -44,15 +44,33 @@ def run(
     value_lams: Tensor,
     final_values: Tensor,
     sampled: Tensor | None,
+    out: tuple[Tensor, Tensor],
     num_threads: int,
-) -> tuple[Tensor, Tensor]:
-    """See `recursion.td_recursion`; here ``lams``, ``value_lams`` and ``final_values`` are (B,) float64."""
+) -> bool:
+    """See `recursion_cpu.run`."""
     offsets = offsets.to(values.device, torch.int64)
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    if sampled is not None:
-        return _without_transparent_tokens(
-            rewards, values, weights, offsets, gamma, lams, value_lams, final_values, sampled, num_threads
+    if sampled is None:
+        found = _run(rewards, values, weights, offsets, gamma, lams, value_lams, final_values)
+    else:
+        found = _without_transparent_tokens(
+            rewards, values, weights, offsets, gamma, lams, value_lams, final_values, sampled
         )
+    for place, part in zip(out, found, strict=True):
+        place.copy_(part)
+    return bool(out[0].sum(dtype=torch.float64).isfinite())
+
+
+def _run(
+    rewards: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    gamma: float | Tensor,
+    lams: Tensor,
+    value_lams: Tensor,
+    final_values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(N,) float64 advantages and returns where all tokens are sampled."""
     lengths, ends, exact = offsets.diff(), offsets[1:], values.double()
     next_values = torch.cat([exact[1:], exact.new_zeros(1)])
     next_weights = torch.cat([weights[1:], weights.new_zeros(1)]).double()
@@ -61,7 +79,7 @@ def run(
     advantages, value_advantages = (
         _scan(deltas, gamma * lam.repeat_interleave(lengths) ** next_weights, offsets) for lam in (lams, value_lams)
     )
-    return advantages.to(dtype), (value_advantages + exact).to(dtype)
+    return advantages, value_advantages + exact
 
 
 def _scan(deltas: Tensor, decays: Tensor, offsets: Tensor) -> Tensor:
@@ -80,7 +98,6 @@ def _without_transparent_tokens(
     value_lams: Tensor,
     final_values: Tensor,
     sampled: Tensor,
-    num_threads: int,
 ) -> tuple[Tensor, Tensor]:
     """Takes the transparent tokens out, runs on the rest, and puts zeros in their places."""
     count = torch.cat([offsets.new_zeros(1), sampled.cumsum(0)])  # sampled tokens before each token
@@ -90,7 +107,7 @@ def _without_transparent_tokens(
     owned = owner >= first_of_response
     paid = torch.zeros(int(kept[-1]), dtype=torch.float64, device=values.device)
     paid.index_add_(0, owner[owned], rewards.double()[owned])
-    found = run(
+    found = _run(
         paid,
         values[sampled],
         weights[sampled],
@@ -99,8 +116,6 @@ def _without_transparent_tokens(
         lams,
         value_lams,
         final_values,
-        None,
-        num_threads,
     )
     places = [torch.zeros(values.shape, dtype=part.dtype, device=values.device) for part in found]
     for place, part in zip(places, found, strict=True):

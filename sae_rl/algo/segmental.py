@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.knobs import check_number
-from sae_rl.algo.ragged import check_finite
+from sae_rl.algo.ragged import below
 from sae_rl.algo.recursion import td_recursion
 
 
@@ -23,6 +23,7 @@ def segmental_advantages(
     lam: float = 0.95,
     gamma: float = 1.0,
     value_lam: float = 1.0,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Segmental Advantage Estimation (arXiv 2601.07320) of ragged or padded responses.
 
@@ -40,6 +41,7 @@ def segmental_advantages(
         lam: of the advantages, in [0, 1].
         gamma: discount, in [0, 1].
         value_lam: of the critic's targets, in [0, 1]; 1 gives the Monte-Carlo return.
+        out: two contiguous tensors to write to, as they would be returned; None: new ones.
 
     Returns:
         (advantages, returns), both like ``rewards`` and on its device, float32 at least, 0 outside the mask. The
@@ -51,40 +53,27 @@ def segmental_advantages(
     """
     for name, number in (("p", p), ("lam", lam), ("gamma", gamma), ("value_lam", value_lam)):
         check_number(name, number, 0, 1)
+    shape = rewards.shape
+    for name, tensor in {"values": values, "logprobs": logprobs, "mask": mask}.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but rewards has {tuple(shape)}")
+    if rewards.numel() == 0:
+        raise ValueError(f"rewards has shape {tuple(shape)}: there are no tokens")
+    offsets = _checked_offsets(offsets, rewards)
     sampled = None if mask is None else mask.bool().flatten()
-    flat, offsets = _checked({"rewards": rewards, "values": values, "logprobs": logprobs}, offsets, mask)
     advantages, returns = td_recursion(
-        flat["rewards"],
-        flat["values"],
-        flat["logprobs"] < (math.log(p) if p > 0 else -math.inf),  # opens
+        rewards.detach().flatten(),
+        values.detach().flatten(),
+        below("logprobs", logprobs.detach().flatten(), math.log(p) if p > 0 else -math.inf, offsets, sampled),
         offsets,
         gamma=gamma,
         lam=lam,
         value_lam=value_lam,
         sampled=sampled,
+        out=None if out is None else (out[0].view(-1), out[1].view(-1)),
         num_threads=torch.get_num_threads(),
     )
-    return advantages.view(rewards.shape), returns.view(rewards.shape)
-
-
-def _checked(
-    tensors: dict[str, Tensor], offsets: Tensor | None, mask: Tensor | None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The tensors flat and without gradients, and the offsets that go with them."""
-    rewards = tensors["rewards"]
-    shape = tuple(rewards.shape)
-    for name, tensor in {**tensors, "mask": mask}.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but rewards has {shape}")
-    if rewards.numel() == 0:
-        raise ValueError(f"rewards has shape {shape}: there are no tokens")
-    offsets = _checked_offsets(offsets, rewards)
-    flat = {name: tensor.detach().flatten() for name, tensor in tensors.items()}
-    for name, tensor in flat.items():
-        # What stands beside a transparent token may be anything, but for the reward.
-        matters = tensor if mask is None or name == "rewards" else tensor.where(mask.bool().flatten(), 0.0)
-        check_finite(name, matters, offsets)
-    return flat, offsets
+    return advantages.view(shape), returns.view(shape)
 
 
 def _checked_offsets(offsets: Tensor | None, rewards: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.knobs import check_integer
-from sae_rl.algo.recursion_cpu import compiled
+from sae_rl.algo.machine_code import compiled
 from sae_rl.algo.segmenters import (
     AdaptiveProbability,
     Delimiter,

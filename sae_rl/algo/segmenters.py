@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.knobs import check_choice, check_integer, check_number
-from sae_rl.algo.ragged import check_tokens, positions
+from sae_rl.algo.ragged import below, check_shape, check_tokens, positions
 from sae_rl.types import Batch, Scores, sampled_only
 
 Boundary = Literal["opens", "closes"]
@@ -81,9 +81,10 @@ class LowProbability(Segmenter):
         check_choice("LowProbability.boundary", self.boundary, ("opens", "closes"))
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor:
-        check_tokens("batch.rollout_logprobs", batch.rollout_logprobs, batch)
+        check_shape("batch.rollout_logprobs", batch.rollout_logprobs, batch)
         log_p = math.log(self.p) if self.p > 0 else -math.inf
-        return _placed(batch.rollout_logprobs < log_p, self.boundary, batch)
+        unsure = below("batch.rollout_logprobs", batch.rollout_logprobs, log_p, batch.offsets)
+        return _placed(unsure, self.boundary, batch)
 
 
 @dataclass(frozen=True, slots=True)

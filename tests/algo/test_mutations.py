@@ -27,14 +27,14 @@ RECURSION, ESTIMATORS = "tests/algo/test_recursion.py", "tests/algo/test_estimat
 MUTATIONS = {
     "boundary off by one": Mutation(
         "algo/recursion_cpu.py",
-        "advantage = delta + discount * next_lam * advantage",
-        "advantage = delta + discount * (lam if weights[t] else 1.0) * advantage",
+        "    advantage = delta + decay * advantage",
+        "    advantage = delta + decays[0, np.uintp(weights[t])] * advantage",
         ESTIMATORS,
     ),
     "lambda and 1 swapped": Mutation(
         "algo/recursion_cpu.py",
-        "next_lam = lam if weights[t] else 1.0",
-        "next_lam = 1.0 if weights[t] else lam",
+        "decays[0, 0], decays[0, 1] = gamma, gamma * lam[response]",
+        "decays[0, 1], decays[0, 0] = gamma, gamma * lam[response]",
         ESTIMATORS,
     ),
     "reward on the wrong token": Mutation(
@@ -51,14 +51,14 @@ MUTATIONS = {
     ),
     "offsets shifted by one": Mutation(
         "algo/recursion_cpu.py",
-        "end = offsets[response + 1]",
-        "end = offsets[response + 1] - 1",
+        "np.uintp(offsets[response + 1]), state",
+        "np.uintp(offsets[response + 1] - 1), state",
         RECURSION,
     ),
     "values of the next response leak in": Mutation(
-        "algo/recursion_cpu.py",
-        "value_lams[response], final_values[response]",
-        "value_lams[response], np.float64(values[end]) if end < values.size else 0.0",
+        "algo/recursion.py",
+        "final_values = torch.zeros(num_responses, dtype=torch.float64, device=values.device)",
+        "final_values = torch.cat([values[offsets[1:-1]], values.new_zeros(1)]).double()",
         ESTIMATORS,
     ),
     "whitening per micro-batch": Mutation(

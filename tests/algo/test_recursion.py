@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_rl.algo import td_recursion, td_recursion_reference
-from sae_rl.algo.recursion_cpu import compiled
+from sae_rl.algo.machine_code import compiled
 from sae_rl.types import Batch, offsets_of
 
 from .oracle import batches, close, dense_rewards, make_batch, make_scores, property_test, random_opens, split, unit
@@ -110,6 +114,77 @@ def test_leaves_its_inputs_alone_and_takes_strided_ones() -> None:
     found = td_recursion(strided, values, opens, batch.offsets, **settings)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
     assert all(torch.equal(x, copy) for x, copy in zip((rewards, values, opens), copies, strict=True))
+
+
+@pytest.mark.parametrize("name", ["rewards", "values", "final_values"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("token", [0, 2, 3, 8])
+def test_what_is_not_finite_is_named(name: str, bad: float, token: int) -> None:
+    """Wherever it stands, even where lambda and gamma are 0; and with threads."""
+    batch = make_batch([3, 1, 5])
+    values, opens = make_scores(batch).values, random_opens(batch, 0.5)
+    inputs = {"rewards": dense_rewards(batch), "values": values, "final_values": torch.zeros(3, dtype=torch.float64)}
+    response = int(torch.searchsorted(batch.offsets, token, right=True)) - 1
+    inputs[name][response if name == "final_values" else token] = bad  # type: ignore[index]
+    message = rf"^{name} is {bad} at token \d of response {response} "
+    for gamma, lam in ((0.0, 0.0), (1.0, 0.9)):
+        with pytest.raises(ValueError, match=message):
+            td_recursion(weights=opens, offsets=batch.offsets, gamma=gamma, lam=lam, value_lam=1.0, **inputs)  # type: ignore[arg-type]
+
+
+def test_an_overflow_is_named() -> None:
+    huge = torch.full((4,), 3e38)
+    settings = {"gamma": 1.0, "lam": 1.0, "value_lam": 1.0}
+    with pytest.raises(ValueError, match=r"^the advantage is inf at token 0 of response 1"):
+        td_recursion(
+            torch.tensor([0.0, 1e308, 1e308, 1e308], dtype=torch.float64),
+            torch.zeros(4, dtype=torch.float64), torch.ones(4), offsets_of([1, 3]), **settings,
+        )  # fmt: skip
+    assert bool(
+        td_recursion(huge / 8, torch.zeros(4), torch.ones(4), offsets_of([1, 3]), **settings)[0].isfinite().all()
+    )
+
+
+def test_writes_to_memory_that_is_given() -> None:
+    batch = make_batch([3, 1, 5])
+    values, rewards, opens = make_scores(batch).values, dense_rewards(batch), random_opens(batch, 0.5)
+    assert values is not None
+    settings = {"gamma": 0.9, "lam": 0.8, "value_lam": 1.0}
+    expected = td_recursion(rewards, values, opens, batch.offsets, **settings)
+    out = (torch.empty_like(values), torch.empty_like(values))
+    found = td_recursion(rewards, values, opens, batch.offsets, out=out, **settings)
+    assert all(a is b and torch.equal(a, c) for a, b, c in zip(found, out, expected, strict=True))
+    for unfit in (out[0].float(), out[0][:-1], torch.stack(out, 1)[:, 0]):
+        with pytest.raises(ValueError, match=r"out has torch.float\d\d of shape .*, allowed: contiguous torch.float64"):
+            td_recursion(rewards, values, opens, batch.offsets, out=(out[0], unfit), **settings)
+
+
+def test_new_memory_is_as_large_as_what_it_holds() -> None:
+    """Tensors are sent between processes with all of their storage."""
+    batch = make_batch([100_000])
+    values = make_scores(batch).values
+    assert values is not None
+    found = td_recursion(
+        dense_rewards(batch), values, random_opens(batch, 0.5), batch.offsets, gamma=1.0, lam=0.9, value_lam=1.0
+    )
+    assert [part.untyped_storage().nbytes() for part in found] == [800_000] * 2
+
+
+def test_a_fork_has_threads_of_its_own() -> None:
+    """Those of its parent are not in it, and a pool of them would wait for ever."""
+    batch = make_batch([200_000] * 2)
+    values, rewards, opens = make_scores(batch).values, dense_rewards(batch), random_opens(batch, 0.02)
+    assert values is not None
+
+    def compute() -> torch.Tensor:
+        return td_recursion(rewards, values, opens, batch.offsets, gamma=1.0, lam=0.9, value_lam=1.0, num_threads=2)[0]
+
+    expected = compute()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if torch.equal(compute(), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_compiles_where_no_cache_can_be_kept() -> None:

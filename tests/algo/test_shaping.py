@@ -120,6 +120,18 @@ def test_each_part_of_whitening_alone(batch: Batch, seed: int) -> None:
     assert close(whitened[sampled], WHITEN(advantages[sampled])) and not bool(whitened[~sampled].any())
 
 
+@property_test
+@given(batch=batches(), seed=st.integers(0, 99), whitening=st.sampled_from([WHITEN, Whitening(scale=False, clip=1.0)]))
+def test_whitening_as_on_a_gpu_and_in_place(batch: Batch, seed: int, whitening: Whitening) -> None:
+    advantages = dense_rewards(batch)
+    sampled = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(seed)) < 0.6
+    for marks in (None, sampled):
+        expected = whitening(advantages, marks)
+        assert close(whitening._with_torch(advantages, marks, None), expected)
+        place = advantages.clone()
+        assert whitening(place, marks, out=place) is place and torch.equal(place, expected)
+
+
 def test_whitening_knobs() -> None:
     with pytest.raises(ValueError, match=r"Whitening.center = 1, but it must be true or false"):
         Whitening(center=1)  # type: ignore[arg-type]
