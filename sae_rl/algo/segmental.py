@@ -51,14 +51,8 @@ def segmental_advantages(
         ValueError: a number out of its range, shapes that differ, no tokens, offsets that do not cover the tokens, or a
             reward, value or logprob that is not finite, with its response.
     """
-    for name, number in (("p", p), ("lam", lam), ("gamma", gamma), ("value_lam", value_lam)):
-        check_number(name, number, 0, 1)
-    shape = rewards.shape
-    for name, tensor in {"values": values, "logprobs": logprobs, "mask": mask}.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but rewards has {tuple(shape)}")
-    if rewards.numel() == 0:
-        raise ValueError(f"rewards has shape {tuple(shape)}: there are no tokens")
+    _check_knobs(p=p, lam=lam, gamma=gamma, value_lam=value_lam)
+    _check_shapes(rewards, values=values, logprobs=logprobs, mask=mask)
     offsets = _checked_offsets(offsets, rewards)
     sampled = None if mask is None else mask.bool().flatten()
     advantages, returns = td_recursion(
@@ -73,7 +67,21 @@ def segmental_advantages(
         out=None if out is None else (out[0].view(-1), out[1].view(-1)),
         num_threads=torch.get_num_threads(),
     )
-    return advantages.view(shape), returns.view(shape)
+    return advantages.view(rewards.shape), returns.view(rewards.shape)
+
+
+def _check_knobs(**knobs: float) -> None:
+    for name, number in knobs.items():
+        check_number(name, number, 0, 1)
+
+
+def _check_shapes(rewards: Tensor, **others: Tensor | None) -> None:
+    shape = tuple(rewards.shape)
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but rewards has {shape}")
+    if rewards.numel() == 0:
+        raise ValueError(f"rewards has shape {shape}: there are no tokens")
 
 
 def _checked_offsets(offsets: Tensor | None, rewards: Tensor) -> Tensor:
