@@ -28,7 +28,7 @@ MUTATIONS = {
     "boundary off by one": Mutation(
         "algo/recursion_cpu.py",
         "    advantage = delta + decay * advantage",
-        "    advantage = delta + decays[0, np.uintp(weights[t])] * advantage",
+        "    advantage = delta + decays[0, np.uintp(tokens.weights[t])] * advantage",
         ESTIMATORS,
     ),
     "lambda and 1 swapped": Mutation(
