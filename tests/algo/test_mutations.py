@@ -33,8 +33,8 @@ MUTATIONS = {
     ),
     "lambda and 1 swapped": Mutation(
         "algo/recursion_cpu.py",
-        "decays[0, 0], decays[0, 1] = gamma, gamma * lam[response]",
-        "decays[0, 1], decays[0, 0] = gamma, gamma * lam[response]",
+        "decays[0, 0], decays[0, 1] = gamma, gamma * lam",
+        "decays[0, 1], decays[0, 0] = gamma, gamma * lam",
         ESTIMATORS,
     ),
     "reward on the wrong token": Mutation(
@@ -51,8 +51,8 @@ MUTATIONS = {
     ),
     "offsets shifted by one": Mutation(
         "algo/recursion_cpu.py",
-        "np.uintp(offsets[response + 1]), state",
-        "np.uintp(offsets[response + 1] - 1), state",
+        "np.uintp(responses.offsets[response + 1]), state",
+        "np.uintp(responses.offsets[response + 1] - 1), state",
         RECURSION,
     ),
     "values of the next response leak in": Mutation(
