@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sae_rl.metrics import markdown_table
 
-HEADER = "# Metrics\n\nWritten by `python docs/generate_metrics.py`.\n\n"
+HEADER = "# Metrics\n\nWritten by `make docs`.\n\n"
 
 
 def page() -> str:

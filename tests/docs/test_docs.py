@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def test_the_page_of_metrics_is_the_table_of_the_code() -> None:
     page = runpy.run_path(str(ROOT / "docs" / "generate_metrics.py"))["page"]()
-    assert (ROOT / "docs" / "metrics.md").read_text() == page, "run python docs/generate_metrics.py"
+    assert (ROOT / "docs" / "metrics.md").read_text() == page, "run make docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
