@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,15 @@ def test_no_update_sees_a_wrong_answer_of_a_plug_in(tmp_path: Path, how: str, me
 def test_what_is_no_estimator_is_refused_before_anything_starts(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(["model.path=nobody/nothing", "algorithm=custom", f"algorithm.estimator.name={HERE}:{name}"])
+
+
+def test_the_plug_ins_of_the_documentation_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "estimators.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"^sae-rl train ((?:.*\\\n)*.*)\.\.\.$", page, flags=re.MULTILINE)
+    (tmp_path / "my_estimators.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    workers = trained(tmp_path / "run", *command.replace("\\\n", " ").split())
+    for updated in workers.asked("update"):
+        batch, targets = updated.of["batch"], updated.of["targets"]
+        assert targets.advantages.shape == targets.returns.shape == batch.token_ids.shape
