@@ -40,7 +40,9 @@ def check_tokens(name: str, flat: Tensor, batch: Batch) -> None:
 
 
 def check_shape(name: str, flat: Tensor, batch: Batch) -> None:
-    """Raises ValueError unless ``flat`` has one number per response token."""
+    """Raises ValueError unless ``flat`` has one number per response token, and there are any."""
+    if batch.num_tokens == 0:
+        raise ValueError(f"the batch has no response tokens, so there is nothing to compute {name} of")
     if flat.shape != (batch.num_tokens,):
         raise ValueError(f"{name} has shape {tuple(flat.shape)}, but the batch has {batch.num_tokens} response tokens")
 

@@ -26,6 +26,7 @@ from sae_rl.algo import (
     MonteCarlo,
     Segmenter,
     TokenRewards,
+    segment,
 )
 from sae_rl.types import Batch, Scores
 
@@ -508,6 +509,15 @@ def test_what_is_not_a_number_names_the_response(name: str, estimator: Estimator
         return
     with pytest.raises(ValueError, match=rf"{name} is {bad} at token 0 of response 2 \(1 of 10"):
         estimator(batch, scores, rewards, random_opens(batch, 0.5))
+
+
+@pytest.mark.parametrize("estimator", MEMBERS, ids=name_of)
+def test_an_empty_batch(estimator: Estimator) -> None:
+    batch = make_batch([])
+    with pytest.raises(ValueError, match=r"the batch has no response tokens"):
+        estimator(batch, make_scores(batch), torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"the batch has no response tokens"):
+        segment(LowProbability(), batch, make_scores(batch))
 
 
 def test_bad_shapes_and_weights() -> None:
