@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sae_rl.algo.losses import LossSum
-from sae_rl.backends.packing import MicroBatch, build_micro_batch, deal_to_ranks, split_by_tokens
+from sae_rl.backends.packing import MicroBatch, build_micro_batch, pack
 from sae_rl.config import Device, LearnerConfig, ModelConfig
 from sae_rl.types import Batch
 
@@ -80,6 +80,7 @@ class Learner:
         # from_pretrained shards while it loads as long as this object lives.
         sharded_load = HfDeepSpeedConfig(ds_config) if config.zero_stage == 3 else None
         network = build()
+        self.attention_tokens = attention_tokens(network)
         del sharded_load
         if config.activation_checkpointing and trainable:
             network.apply(_enable_activation_checkpointing)
@@ -152,15 +153,10 @@ class Learner:
         its first row again, and that pass does not count.
         """
         lengths = batch.prompt_lengths + batch.lengths
-        shares = deal_to_ranks(rows, lengths, self.rank.size)
-        budget = self.config.micro_batch_tokens
-        passes = max(len(split_by_tokens(share, lengths, budget)) for share in shares)
-        parts = split_by_tokens(shares[self.rank.index], lengths, budget, at_least=passes)
-        fillers = [rows[:1]] * (passes - len(parts))
-        for part in parts:
-            yield build_micro_batch(batch, part).to(self.device), True
-        for part in fillers:
-            yield build_micro_batch(batch, part).to(self.device), False
+        parts = pack(rows, lengths, self.config.micro_batch_tokens, self.rank.size, self.attention_tokens)
+        for part in parts[self.rank.index]:
+            counts = part.numel() > 0
+            yield build_micro_batch(batch, part if counts else rows[:1]).to(self.device), counts
 
     @torch.no_grad()
     def score(
@@ -267,6 +263,18 @@ class Learner:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def attention_tokens(network: nn.Module) -> float:
+    """The length at which causal attention costs as many operations as the matrices of a pass.
+
+    A layer's matrices take ``2 parameters`` operations a token, its attention over T tokens ``2 T width`` on average.
+    """
+    config = next(m.config for m in network.modules() if hasattr(getattr(m, "config", None), "num_hidden_layers"))
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
+    size = sum(math.prod(getattr(layer.weight, "ds_shape", layer.weight.shape)) for layer in layers)
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return size / (config.num_hidden_layers * width)
 
 
 def _enable_activation_checkpointing(module: nn.Module) -> None:

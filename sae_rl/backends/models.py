@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sae_rl.backends.attention import PACKED_SDPA
 from sae_rl.backends.logprobs import token_entropies, token_logprobs
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.config import ModelConfig
 
+ATTENTION = {"sdpa": PACKED_SDPA}  # the others know packed rows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_causal_lm(model: ModelConfig) -> Any:
     """The Hugging Face model of ``model.path``, without dropout or a KV cache."""
     network = AutoModelForCausalLM.from_pretrained(
-        model.path, dtype=DTYPES[model.precision], attn_implementation=model.attention
+        model.path, dtype=DTYPES[model.precision], attn_implementation=ATTENTION.get(model.attention, model.attention)
     )
     network.config.use_cache = False
     return network
@@ -38,8 +40,8 @@ class PolicyNetwork(nn.Module):
         Returns:
             logprobs (n,) and entropies (n,), float32; entropies None unless asked for.
         """
-        hidden = self.causal_lm.base_model(input_ids=micro.input_ids).last_hidden_state
-        logits = self.causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[micro.state_index])
+        hidden = _hidden_states(self.causal_lm.base_model, micro)
+        logits = self.causal_lm.get_output_embeddings()(hidden[micro.state_index])
         logprobs = token_logprobs(logits, micro.token_ids, temperature)
         return logprobs, token_entropies(logits, temperature) if with_entropies else None
 
@@ -60,12 +62,19 @@ class CriticNetwork(nn.Module):
             values (n,) and, at the last token of each response, the value (n,) of the state behind it, 0 elsewhere;
             float32, the second None unless asked for.
         """
-        hidden = self.backbone(input_ids=micro.input_ids).last_hidden_state.flatten(0, 1)
+        hidden = _hidden_states(self.backbone, micro)
         values = self.value_head(hidden[micro.state_index]).squeeze(-1).float()
         if not with_final:
             return values, None
         final = self.value_head(hidden[micro.final_index]).squeeze(-1).float()
         return values, torch.zeros_like(values).index_copy(0, micro.last_index, final)
+
+
+def _hidden_states(backbone: nn.Module, micro: MicroBatch) -> Tensor:
+    """(L, hidden), each sequence by itself."""
+    found = backbone(input_ids=micro.input_ids, position_ids=micro.position_ids, **micro.attention_arguments())
+    states: Tensor = found.last_hidden_state
+    return states[0]
 
 
 def export_causal_lm(causal_lm: Any, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from sae_rl.backends.deepspeed import Learner
 from sae_rl.backends.models import CriticNetwork, load_causal_lm
-from sae_rl.backends.packing import MicroBatch, build_micro_batch, deal_to_ranks, draw_mini_batches, split_by_tokens
+from sae_rl.backends.packing import MicroBatch, build_micro_batch, draw_mini_batches, pack
 from sae_rl.config import ModelConfig
 from sae_rl.types import Batch, offsets_of
 
@@ -54,6 +55,7 @@ def passes_of(batch: Batch, rows: Tensor, num_ranks: int, budget: int) -> list[l
         SimpleNamespace(
             rank=SimpleNamespace(index=index, size=num_ranks),
             config=SimpleNamespace(micro_batch_tokens=budget),
+            attention_tokens=100.0,
             device=torch.device("cpu"),
         )
         for index in range(num_ranks)
@@ -91,35 +93,47 @@ def test_fewer_responses_than_ranks(num_rows: int, num_ranks: int) -> None:
 
 @quickly
 @given(shapes, st.integers(1, 6), st.floats(0, 1))
-def test_no_pass_exceeds_the_budget_with_its_padding(rows: list[Shape], num_ranks: int, share: float) -> None:
+def test_no_pass_exceeds_the_budget_and_none_holds_padding(rows: list[Shape], num_ranks: int, share: float) -> None:
     budget = budget_of(rows, share)
     for passes in passes_of(make_batch(rows), torch.arange(len(rows)), num_ranks, budget):
-        assert all(micro.input_ids.numel() <= budget for micro, _ in passes)
+        for micro, _ in passes:
+            assert micro.input_ids.numel() == sum(micro.lengths) <= budget
+            assert bool((micro.input_ids > 0).all())
 
 
 @quickly
-@given(shapes, st.integers(1, 6))
-def test_ranks_get_the_same_number_of_rows_and_about_as_many_tokens(rows: list[Shape], num_ranks: int) -> None:
+@given(shapes, st.integers(1, 6), st.floats(0, 1))
+def test_passes_side_by_side_cost_about_the_same(rows: list[Shape], num_ranks: int, share: float) -> None:
+    """No two differ by more than the costliest row, where the budget leaves the choice."""
     lengths = torch.tensor([sum(row) for row in rows])
-    shares = deal_to_ranks(torch.arange(len(rows)), lengths, num_ranks)
-    assert sorted(torch.cat(shares).tolist()) == list(range(len(rows)))
-    counts, tokens = [len(share) for share in shares], [int(lengths[share].sum()) for share in shares]
-    assert max(counts) - min(counts) <= 1
-    assert max(tokens) - min(tokens) <= int(lengths.max())
+    costs = lengths + lengths**2 / 50.0
+    ranks = pack(torch.arange(len(rows)), lengths, 10**6, num_ranks, 50.0)
+    assert {len(parts) for parts in ranks} == {1}
+    totals = [float(costs[parts[0]].sum()) for parts in ranks]
+    assert max(totals) - min(totals) <= float(costs.max()) + 1e-6
 
 
-@quickly
-@given(shapes, st.floats(0, 1), st.integers(1, 10))
-def test_a_split_is_as_fine_as_asked_if_there_are_rows(rows: list[Shape], share: float, at_least: int) -> None:
-    lengths = torch.tensor([sum(row) for row in rows])
-    parts = split_by_tokens(torch.arange(len(rows)), lengths, budget_of(rows, share), at_least)
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(rows)))
-    assert len(parts) >= min(at_least, len(rows))
-    assert all(len(part) for part in parts)
+def test_a_long_row_weighs_more_than_its_tokens() -> None:
+    """One of 100 tokens and twelve of 10: with attention it is more work than all others together."""
+    lengths = torch.tensor([100, *[10] * 12])
+    sizes = {}
+    for attention_tokens in (math.inf, 10.0):
+        (alone,), (others,) = pack(torch.arange(13), lengths, 1000, 2, attention_tokens)
+        sizes[attention_tokens] = sorted([alone.tolist(), others.tolist()])[0]
+    assert len(sizes[math.inf]) == 2 and sizes[10.0] == [0]
 
 
-def test_no_rows_make_no_parts() -> None:
-    assert split_by_tokens(torch.arange(0), torch.tensor([3]), 10, at_least=4) == []
+@pytest.mark.parametrize("lengths", [[7, 7, 7, 7], [9, 1, 1, 1, 1], [5, 5, 5, 4, 4, 3]])
+def test_few_parts_are_made(lengths: list[int]) -> None:
+    for num_ranks in (1, 2):
+        parts = pack(torch.arange(len(lengths)), torch.tensor(lengths), 14, num_ranks)
+        fewest = -(-sum(lengths) // (14 * num_ranks))
+        assert fewest <= len(parts[0]) <= fewest + 1
+
+
+def test_a_row_above_the_budget_gets_a_part_of_its_own() -> None:
+    parts = pack(torch.arange(3), torch.tensor([50, 3, 4]), 10, 1)[0]
+    assert sorted(part.tolist() for part in parts) == [[0], [2, 1]]
 
 
 @quickly
@@ -146,18 +160,23 @@ def test_another_seed_draws_others() -> None:
 
 @quickly
 @given(shapes, st.randoms(use_true_random=False))
-def test_a_micro_batch_is_prompt_response_padding(rows: list[Shape], random: Any) -> None:
+def test_a_micro_batch_is_prompts_and_responses_back_to_back(rows: list[Shape], random: Any) -> None:
     batch = make_batch(rows)
     chosen = random.sample(range(len(rows)), random.randint(1, len(rows)))
     micro = build_micro_batch(batch, torch.tensor(chosen))
-    assert micro.input_ids.shape == (len(chosen), max(sum(rows[i]) for i in chosen))
+    expected: list[int] = []
     before: list[int] = []  # the token that stands before each response token
-    for line, i in zip(micro.input_ids.tolist(), chosen, strict=True):
+    for i in chosen:
         prompt = batch.prompt_token_ids[batch.prompt_offsets[i] : batch.prompt_offsets[i + 1]].tolist()
         response = batch.token_ids[batch.offsets[i] : batch.offsets[i + 1]].tolist()
-        assert line == prompt + response + [0] * (len(line) - len(prompt) - len(response))
+        expected += prompt + response
         before += [prompt[-1], *response[:-1]]
-    assert micro.input_ids.flatten()[micro.state_index].tolist() == before
+    assert micro.input_ids.tolist() == [expected]
+    assert micro.lengths == tuple(sum(rows[i]) for i in chosen)
+    assert micro.position_ids.tolist() == [[t for length in micro.lengths for t in range(length)]]
+    assert micro.input_ids[0][micro.state_index].tolist() == before
+    ends = micro.attention_arguments()["cu_seq_lens_q"].tolist()
+    assert ends == [0, *accumulate(micro.lengths)] and [e - 1 for e in ends[1:]] == micro.final_index.tolist()
 
 
 @quickly
@@ -198,7 +217,8 @@ def test_the_critic_tells_the_value_behind_a_response(tiny_model: Path, holes: l
     for row in rows.tolist():
         start, end = batch.offsets[row], batch.offsets[row + 1]
         prompt = batch.prompt_token_ids[batch.prompt_offsets[row] : batch.prompt_offsets[row + 1]]
-        hidden = network.backbone(input_ids=torch.cat([prompt, batch.token_ids[start:end]])[None]).last_hidden_state
+        alone_ids = torch.cat([prompt, batch.token_ids[start:end]])[None]
+        hidden = network.backbone(input_ids=alone_ids, sequence_lengths=(alone_ids.numel(),)).last_hidden_state
         alone = network.value_head(hidden).flatten()[len(prompt) - 1 :]
         at = ((micro.token_index >= start) & (micro.token_index < end)).nonzero().flatten()
         assert torch.allclose(values[at], alone[:-1][sampled[start:end]], atol=1e-5)

@@ -1,0 +1,152 @@
+"""A packed row is what transformers makes of each sequence padded: for every architecture, to rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from sae_rl.backends.models import CriticNetwork, PolicyNetwork, load_causal_lm
+from sae_rl.backends.packing import build_micro_batch
+from sae_rl.config import ModelConfig
+from sae_rl.types import Batch, offsets_of
+
+VOCABULARY, TEMPERATURE = 61, 0.8
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+ARCHITECTURES = {
+    "qwen2": Qwen2Config(**SIZE, tie_word_embeddings=False),
+    "qwen2 tied": Qwen2Config(**SIZE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SIZE, head_dim=16, tie_word_embeddings=True),
+    "llama": LlamaConfig(**SIZE, tie_word_embeddings=False),
+}
+LENGTHS = [(3, 5), (2, 1), (4, 17), (1, 9), (3, 5)]  # prompt and response
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model")
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[request.param])
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)  # far from uniform, so that a leak between sequences would show
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def batch() -> Batch:
+    draw = torch.Generator().manual_seed(1)
+    num_prompt, num_response = (sum(column) for column in zip(*LENGTHS, strict=True))
+    return Batch(
+        prompt_token_ids=torch.randint(0, VOCABULARY, (num_prompt,), generator=draw),
+        prompt_offsets=offsets_of([p for p, _ in LENGTHS]),
+        token_ids=torch.randint(0, VOCABULARY, (num_response,), generator=draw),
+        offsets=offsets_of([t for _, t in LENGTHS]),
+        rollout_logprobs=torch.zeros(num_response),
+        rewards=torch.zeros(len(LENGTHS)),
+        groups=torch.arange(len(LENGTHS)),
+        truncated=torch.zeros(len(LENGTHS), dtype=torch.bool),
+        temperature=TEMPERATURE,
+    )
+
+
+def model_config(folder: Path, attention: Any = "sdpa") -> ModelConfig:
+    return ModelConfig(path=str(folder), precision="float32", attention=attention)
+
+
+def padded(batch: Batch) -> tuple[Tensor, Tensor]:
+    """(B, width) token ids and mask, padded at the right, as transformers wants them."""
+    rows = []
+    for i in range(batch.num_responses):
+        prompt = batch.prompt_token_ids[batch.prompt_offsets[i] : batch.prompt_offsets[i + 1]]
+        rows.append(torch.cat([prompt, batch.token_ids[batch.offsets[i] : batch.offsets[i + 1]]]))
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+def padded_answers(folder: Path, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """A fresh model, and the logprobs, entropies and last hidden states of response tokens as transformers computes them."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    ids, mask = padded(batch)
+    output = model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+    every = torch.log_softmax(output.logits / TEMPERATURE, -1)
+    logprobs, entropies, states = [], [], []
+    for i, (p, t) in enumerate(LENGTHS):
+        at = every[i, p - 1 : p + t - 1]
+        logprobs.append(at.gather(1, ids[i, p : p + t, None])[:, 0])
+        entropies.append(-(at.exp() * at).sum(-1))
+        states.append(output.hidden_states[-1][i, p - 1 : p + t - 1])
+    return model, torch.cat(logprobs), torch.cat(entropies), torch.cat(states)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4]], [[2, 0], [4, 3, 1]]], ids=["one row", "two rows"])
+def test_policy(folder: Path, batch: Batch, attention: str, parts: list[list[int]]) -> None:
+    model, logprobs, entropies, _ = padded_answers(folder, batch)
+    weights = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(2))
+    ((logprobs + 0.3 * entropies) * weights).sum().backward()
+    policy = PolicyNetwork(load_causal_lm(model_config(folder, attention)))
+    found, found_entropies = torch.zeros(batch.num_tokens), torch.zeros(batch.num_tokens)
+    for rows in parts:
+        micro = build_micro_batch(batch, torch.tensor(rows))
+        own, own_entropies = policy(micro, TEMPERATURE, True)
+        assert own_entropies is not None
+        ((own + 0.3 * own_entropies) * weights[micro.token_index]).sum().backward()
+        found[micro.token_index], found_entropies[micro.token_index] = own.detach(), own_entropies.detach()
+    torch.testing.assert_close(found, logprobs.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found_entropies, entropies.detach(), atol=1e-5, rtol=1e-5)
+    expected = dict(model.named_parameters())
+    for name, parameter in policy.causal_lm.named_parameters():
+        assert parameter.grad is not None
+        scale = float(expected[name].grad.abs().max())
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5 * scale, rtol=1e-4, msg=name)
+
+
+def test_critic(folder: Path, batch: Batch) -> None:
+    _, _, _, states = padded_answers(folder, batch)
+    critic = CriticNetwork(load_causal_lm(model_config(folder)))
+    nn.init.normal_(critic.value_head.weight)
+    values, _ = critic(build_micro_batch(batch, torch.arange(5)))
+    torch.testing.assert_close(values, critic.value_head(states)[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_no_token_sees_another_sequence(folder: Path, batch: Batch) -> None:
+    """Another neighbour, other tokens before and behind: the same bits."""
+    policy = PolicyNetwork(load_causal_lm(model_config(folder)))
+    micro = build_micro_batch(batch, torch.tensor([0, 2, 3]))
+    other = replace(batch, token_ids=batch.token_ids.clone(), prompt_token_ids=batch.prompt_token_ids.clone())
+    for i in (0, 3):  # the one before and the one behind
+        other.token_ids[other.offsets[i] : other.offsets[i + 1]] += 1
+        other.prompt_token_ids[other.prompt_offsets[i] : other.prompt_offsets[i + 1]] += 1
+    other = replace(other, token_ids=other.token_ids % VOCABULARY, prompt_token_ids=other.prompt_token_ids % VOCABULARY)
+    perturbed = build_micro_batch(other, torch.tensor([0, 2, 3]))
+    middle = (micro.token_index >= batch.offsets[2]) & (micro.token_index < batch.offsets[3])
+    with torch.no_grad():
+        before, after = policy(micro, 1.0, False)[0], policy(perturbed, 1.0, False)[0]
+    assert torch.equal(before[middle], after[middle])
+    assert not bool(torch.isclose(before[~middle], after[~middle]).all())
+
+
+def test_a_sliding_window_is_refused_where_it_matters(tmp_path: Path, batch: Batch) -> None:
+    config = Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=12, max_window_layers=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = PolicyNetwork(load_causal_lm(model_config(tmp_path)))
+    assert bool(policy(build_micro_batch(batch, torch.tensor([0, 1])), 1.0, False)[0].isfinite().all())
+    with pytest.raises(
+        NotImplementedError, match="a sequence of 21 tokens is longer than the model's sliding window of 12"
+    ):
+        policy(build_micro_batch(batch, torch.tensor([0, 2])), 1.0, False)
