@@ -273,7 +273,9 @@ def attention_tokens(network: nn.Module) -> float:
     config = next(m.config for m in network.modules() if hasattr(getattr(m, "config", None), "num_hidden_layers"))
     layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
     size = sum(math.prod(getattr(layer.weight, "ds_shape", layer.weight.shape)) for layer in layers)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return size / (config.num_hidden_layers * width)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_rl.backends.attention import PACKED_SDPA
-from sae_rl.backends.logprobs import token_entropies, token_logprobs
+from sae_rl.backends.logprobs import OutputHead
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.config import ModelConfig
 
@@ -33,6 +33,7 @@ class PolicyNetwork(nn.Module):
 
     def __init__(self, causal_lm: Any) -> None:
         super().__init__()
+        OutputHead.of(causal_lm)
         self.causal_lm = causal_lm
 
     def forward(self, micro: MicroBatch, temperature: float, with_entropies: bool) -> tuple[Tensor, Tensor | None]:
@@ -41,9 +42,9 @@ class PolicyNetwork(nn.Module):
             logprobs (n,) and entropies (n,), float32; entropies None unless asked for.
         """
         hidden = _hidden_states(self.causal_lm.base_model, micro)
-        logits = self.causal_lm.get_output_embeddings()(hidden[micro.state_index])
-        logprobs = token_logprobs(logits, micro.token_ids, temperature)
-        return logprobs, token_entropies(logits, temperature) if with_entropies else None
+        head = self.causal_lm.get_output_embeddings()
+        logprobs, entropies = head(hidden[micro.state_index], micro.token_ids, temperature, with_entropies)
+        return logprobs, entropies if with_entropies else None
 
 
 class CriticNetwork(nn.Module):
