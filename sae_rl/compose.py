@@ -58,7 +58,8 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError([f"cannot read an override: {_first_line(error)}"]) from error
-    groups = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir()}
+    # Files in folders named base are what options share, and no choice.
+    groups = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir() and folder.name != "base"}
     choices = [override for override in parsed if _group_of(override) in groups]
     problems = [problem for override in choices if (problem := _check_choice(override)) is not None]
     if problems:

@@ -3,6 +3,7 @@
 Read in the order of the loop: `segmenters`, `shaping`, `estimators` (over `recursion`), `losses` (over `kl`), `stats`.
 """
 
+from sae_rl.algo.corrections import ImportanceCorrection
 from sae_rl.algo.estimators import (
     ESTIMATORS,
     GAE,
@@ -16,7 +17,7 @@ from sae_rl.algo.estimators import (
     td_targets,
 )
 from sae_rl.algo.kl import KL_ESTIMATORS
-from sae_rl.algo.losses import LossSum, PolicyLoss, ValueLoss
+from sae_rl.algo.losses import LossSum, PolicyLoss, PolicyTokens, ValueLoss
 from sae_rl.algo.recursion import td_recursion, td_recursion_reference
 from sae_rl.algo.segmental import segmental_advantages
 from sae_rl.algo.segmenter_sets import SEGMENTERS, MinimumLength, Union, with_vocabulary
@@ -55,12 +56,14 @@ __all__ = [
     "Entropy",
     "Estimator",
     "FixedLength",
+    "ImportanceCorrection",
     "LengthAdaptiveGAE",
     "LossSum",
     "LowProbability",
     "MinimumLength",
     "MonteCarlo",
     "PolicyLoss",
+    "PolicyTokens",
     "Random",
     "Segmenter",
     "Surprisal",

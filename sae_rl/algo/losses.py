@@ -1,19 +1,24 @@
 """What the policy and the critic minimise, as sums over tokens.
 
-A loss is called on a micro-batch of flat tensors (N,) and returns sums; the caller divides them by the token count of
-the whole optimizer step, over micro-batches and ranks. So neither micro-batch size nor packing changes a gradient.
+A loss is called on a micro-batch of flat tensors (n,) and returns sums; the caller divides them by the total of the whole
+optimizer step (`PolicyLoss.total`, or its tokens), over micro-batches and ranks. So neither micro-batch size nor packing
+changes a gradient.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sae_rl.algo.corrections import ImportanceCorrection, spread, sums
 from sae_rl.algo.kl import KL_ESTIMATORS, MAX_LOG_RATIO, k3
-from sae_rl.algo.knobs import check_choice, check_number
+from sae_rl.algo.knobs import check_choice, check_integer, check_number
+
+Surrogate = Literal["ppo", "gspo", "cispo"]
+Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +29,34 @@ class LossSum:
     stats: dict[str, Tensor]  # scalars without: each, summed and divided by the tokens, is the metric of its name
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyTokens:
+    """What a policy loss reads: the sampled tokens of b responses, flat (n,), response after response."""
+
+    logprobs: Tensor  # with gradient
+    old_logprobs: Tensor
+    advantages: Tensor
+    counts: Tensor | None = None  # (b,) int64, tokens of each response; None: one response
+    ref_logprobs: Tensor | None = None  # measured where given, required by kl_coef
+    entropies: Tensor | None = None  # with gradient; measured where given, required by entropy_coef
+    rollout_logprobs: Tensor | None = None  # required by a correction
+    rewards: Tensor | None = None  # (b,) of each response, required by positive_nll_coef
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """PPO's clipped surrogate (arXiv 1707.06347) with separate bounds (DAPO, arXiv 2503.14476). Per token:
+    """``-surrogate + kl_coef * kl - entropy_coef * entropy + positive_nll_coef * nll`` per token, with ``r = pi / pi_old``:
 
-    ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef * kl - entropy_coef * entropy``, ``r = pi / pi_old``,
-    with ``kl`` an estimate of KL(pi || pi_ref). The paper's recipe has neither of the last two terms.
+    - ``ppo``: ``min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` (arXiv 1707.06347), with separate bounds (DAPO, arXiv
+      2503.14476); with ``dual_clip`` = c, where A < 0, no less than ``c A`` (arXiv 1912.09729)
+    - ``gspo``: the same with the geometric mean of r over the response, whose gradient is shared by its tokens (arXiv
+      2507.18071, eq. 13); its bounds are far smaller, such as 3e-4
+    - ``cispo``: ``clip(r, 1 - clip_low, 1 + clip_high) A log pi``, r without gradient (arXiv 2506.13585)
+
+    ``kl`` estimates KL(pi || pi_ref); ``nll = -log pi`` at the tokens of responses with a reward above 0 (VAPO, arXiv
+    2504.05118). The paper's recipe is ``ppo`` with none of the others. Tokens count alike (``token_mean``), or responses do
+    (``sequence_mean``), or tokens do but the sum is divided by ``constant_tokens`` per response (Dr. GRPO, arXiv
+    2503.20783).
     """
 
     clip_low: float = 0.2  # in [0, 1]
@@ -37,6 +64,12 @@ class PolicyLoss:
     kl_coef: float = 0.0  # at least 0
     kl_estimator: Literal["k2", "k3"] = "k3"  # see kl.py; k1 is no loss, its expected gradient does not see pi_ref
     entropy_coef: float = 0.0  # at least 0
+    surrogate: Surrogate = "ppo"
+    dual_clip: float | None = None  # above 1; None: no such bound
+    aggregation: Aggregation = "token_mean"
+    constant_tokens: int | None = None  # at least 1, for aggregation = constant
+    positive_nll_coef: float = 0.0  # at least 0
+    correction: ImportanceCorrection = field(default_factory=ImportanceCorrection)
 
     def __post_init__(self) -> None:
         check_number("PolicyLoss.clip_low", self.clip_low, 0, 1)
@@ -44,43 +77,102 @@ class PolicyLoss:
         check_number("PolicyLoss.kl_coef", self.kl_coef, 0)
         check_choice("PolicyLoss.kl_estimator", self.kl_estimator, ("k2", "k3"))
         check_number("PolicyLoss.entropy_coef", self.entropy_coef, 0)
+        check_choice("PolicyLoss.surrogate", self.surrogate, ("ppo", "gspo", "cispo"))
+        check_choice("PolicyLoss.aggregation", self.aggregation, ("token_mean", "sequence_mean", "constant"))
+        check_number("PolicyLoss.positive_nll_coef", self.positive_nll_coef, 0)
+        if self.dual_clip is not None:
+            check_number("PolicyLoss.dual_clip", self.dual_clip, 1, above_low=True)
+        if self.aggregation == "constant":
+            if self.constant_tokens is None:
+                raise ValueError("PolicyLoss.aggregation = 'constant' needs constant_tokens, found None")
+            check_integer("PolicyLoss.constant_tokens", self.constant_tokens, 1)
 
-    def __call__(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        ref_logprobs: Tensor | None = None,
-        entropies: Tensor | None = None,
-    ) -> LossSum:
-        """All (N,). ``ref_logprobs`` and ``entropies`` are measured where given, required by a coefficient."""
-        _check_shapes(logprobs, old_logprobs, advantages, ref_logprobs, entropies)
-        ratios = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # r
-        surrogate = ratios * advantages
-        clipped = ratios.clamp(1 - self.clip_low, 1 + self.clip_high) * advantages
-        loss = -torch.minimum(surrogate, clipped).sum()
-        binding = clipped < surrogate  # the clip decides, and the token has no gradient
+    def __call__(self, tokens: PolicyTokens) -> LossSum:
+        """
+        Raises:
+            ValueError: a coefficient needs what is not given.
+        """
+        given = (tokens.ref_logprobs, tokens.entropies, tokens.rollout_logprobs)
+        _check_shapes(tokens.logprobs, tokens.old_logprobs, tokens.advantages, *given)
+        counts = tokens.counts
+        if counts is None:
+            counts = torch.tensor([tokens.logprobs.numel()], device=tokens.logprobs.device)
+        objective, stats = self._surrogate(tokens, counts)
+        objective, more = self._corrected(objective, tokens, counts)
+        losses, others = self._with_other_terms(-objective, tokens, counts)
+        weighted = losses if self.aggregation != "sequence_mean" else losses / spread(counts, counts)
+        return _loss_sum(weighted.sum(), stats | more | others | {"policy/loss": losses.sum()})
+
+    def total(self, counts: Tensor) -> float:
+        """What the sums of an optimizer step are divided by, from the tokens of each of its responses."""
+        num_responses = counts.numel()
+        if self.aggregation == "token_mean":
+            return float(counts.sum())
+        if self.aggregation == "sequence_mean":
+            return float(num_responses)
+        assert self.constant_tokens is not None
+        return float(num_responses * self.constant_tokens)
+
+    def _surrogate(self, tokens: PolicyTokens, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(n,) to be maximised."""
+        logprobs, advantages = tokens.logprobs, tokens.advantages
+        log_ratios = logprobs - tokens.old_logprobs
+        if self.surrogate == "gspo":
+            mean = spread(sums(log_ratios.detach(), counts) / counts, counts)
+            log_ratios = mean + logprobs - logprobs.detach()
+        ratios = log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # r
+        bounded = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
+        plain, clipped = ratios * advantages, bounded * advantages
+        binding = clipped < plain  # the clip decides: but for cispo the token has no gradient
+        detached = bounded.detach() * advantages * logprobs
+        objective = detached if self.surrogate == "cispo" else torch.minimum(plain, clipped)
         stats = {
             "policy/clip_fraction": binding.sum(),
             "policy/clip_low_fraction": (binding & (advantages < 0)).sum(),
             "policy/clip_high_fraction": (binding & (advantages > 0)).sum(),
-            "policy/approx_kl": k3(old_logprobs, logprobs).sum(),
+            "policy/approx_kl": k3(tokens.old_logprobs, logprobs).sum(),
             "policy/ratio_mean": ratios.sum(),
         }
-        if ref_logprobs is not None:
-            kl = KL_ESTIMATORS[self.kl_estimator](logprobs, ref_logprobs).sum()
-            stats["policy/ref_kl"] = kl
-            loss = loss + self.kl_coef * kl if self.kl_coef > 0 else loss
+        if self.dual_clip is not None and self.surrogate != "cispo":
+            lowest = self.dual_clip * advantages
+            too_low = (advantages < 0) & (objective < lowest)
+            objective = torch.where(too_low, lowest, objective)
+            stats["policy/dual_clip_fraction"] = too_low.sum()
+        return objective, stats
+
+    def _corrected(self, objective: Tensor, tokens: PolicyTokens, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.correction.mode == "none":
+            return objective, {}
+        if tokens.rollout_logprobs is None:
+            raise ValueError(f"PolicyLoss.correction.mode = {self.correction.mode!r}, but rollout_logprobs is None")
+        weights, capped = self.correction(tokens.old_logprobs, tokens.rollout_logprobs, counts)
+        stats = {"correction/weight_mean": weights.sum(), "correction/capped_fraction": capped.sum()}
+        return objective * weights, stats
+
+    def _with_other_terms(
+        self, losses: Tensor, tokens: PolicyTokens, counts: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        stats: dict[str, Tensor] = {}
+        if tokens.ref_logprobs is not None:
+            kl = KL_ESTIMATORS[self.kl_estimator](tokens.logprobs, tokens.ref_logprobs)
+            stats["policy/ref_kl"] = kl.sum()
+            losses = losses + self.kl_coef * kl if self.kl_coef > 0 else losses
         elif self.kl_coef > 0:
             raise ValueError(f"PolicyLoss.kl_coef = {self.kl_coef}, but ref_logprobs is None: set it to 0 or give them")
-        if entropies is not None:
-            stats["policy/entropy_mean"] = entropies.sum()
-            loss = loss - self.entropy_coef * entropies.sum() if self.entropy_coef > 0 else loss
+        if tokens.entropies is not None:
+            stats["policy/entropy_mean"] = tokens.entropies.sum()
+            losses = losses - self.entropy_coef * tokens.entropies if self.entropy_coef > 0 else losses
         elif self.entropy_coef > 0:
             raise ValueError(
                 f"PolicyLoss.entropy_coef = {self.entropy_coef}, but entropies is None: set it to 0 or give them"
             )
-        return _loss_sum(loss, stats | {"policy/loss": loss})
+        if self.positive_nll_coef > 0:
+            if tokens.rewards is None:
+                raise ValueError(f"PolicyLoss.positive_nll_coef = {self.positive_nll_coef}, but rewards is None")
+            nll = -tokens.logprobs * spread((tokens.rewards > 0).to(tokens.logprobs), counts)
+            stats["policy/positive_nll"] = nll.sum()
+            losses = losses + self.positive_nll_coef * nll
+        return losses, stats
 
 
 @dataclass(frozen=True, slots=True)

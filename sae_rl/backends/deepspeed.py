@@ -179,10 +179,12 @@ class Learner:
             return torch.empty(0, dtype=torch.int64), ()
         return torch.cat(index), tuple(torch.cat(column) for column in zip(*outputs, strict=True))
 
-    def update(self, batch: Batch, rows: Tensor, loss: Callable[[MicroBatch], LossSum]) -> dict[str, float]:
+    def update(
+        self, batch: Batch, rows: Tensor, loss: Callable[[MicroBatch], LossSum], total: float
+    ) -> dict[str, float]:
         """One optimizer update on the responses ``rows``.
 
-        The gradient is that of ``sum over tokens / tokens of all ranks``, whatever the ranks and micro-batches.
+        The gradient is that of ``sum over the tokens of all ranks / total``, whatever the ranks and micro-batches.
 
         Returns:
             sums over this rank's tokens: the statistics of ``loss`` by metric name, and their number as ``tokens``; and
@@ -190,12 +192,11 @@ class Learner:
         """
         started = time.perf_counter()
         self.engine.train()
-        num_tokens = int(batch.num_sampled[rows].sum())
         totals: dict[str, float] = {"tokens": 0.0}
         for micro, counts in self._micro_batches(batch, rows):
             summed = loss(micro)
-            # DeepSpeed averages gradients over ranks; the mean over tokens needs their sum.
-            scale = self.rank.size / num_tokens if counts else 0.0
+            # DeepSpeed averages gradients over ranks; the loss needs their sum.
+            scale = self.rank.size / total if counts else 0.0
             self.engine.backward(summed.sum * scale)
             if counts:
                 totals["tokens"] += micro.token_ids.numel()
@@ -270,13 +271,10 @@ def attention_tokens(network: nn.Module) -> float:
 
     A layer's matrices take ``2 parameters`` operations a token, its attention over T tokens ``2 T width`` on average.
     """
-    config = next(m.config for m in network.modules() if hasattr(getattr(m, "config", None), "num_hidden_layers"))
-    layers = [m for m in network.modules() if isinstance(m, nn.Linear)]
-    size = sum(math.prod(getattr(layer.weight, "ds_shape", layer.weight.shape)) for layer in layers)
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    return size / (config.num_hidden_layers * width)
+    matrices = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    size = sum(matrix.in_features * matrix.out_features for matrix in matrices.values())
+    width = sum(matrix.in_features for name, matrix in matrices.items() if name.endswith("o_proj"))  # of all layers
+    return size / width if width else math.inf
 
 
 def _enable_activation_checkpointing(module: nn.Module) -> None:

@@ -68,7 +68,7 @@ class CriticNetwork(nn.Module):
         if not with_final:
             return values, None
         final = self.value_head(hidden[micro.final_index]).squeeze(-1).float()
-        return values, torch.zeros_like(values).index_copy(0, micro.last_index, final)
+        return values, torch.zeros_like(values).index_copy(0, micro.counts.cumsum(0) - 1, final)
 
 
 def _hidden_states(backbone: nn.Module, micro: MicroBatch) -> Tensor:

@@ -31,7 +31,7 @@ class MicroBatch:
     token_ids: Tensor  # (n,) int64, the sampled tokens of the responses, row after row
     token_index: Tensor  # (n,) int64, where these tokens are in the batch's flat (N,) tensors
     final_index: Tensor  # (b,) int64 into the L: the last token of each sequence
-    last_index: Tensor  # (b,) int64 into the n tokens: the last sampled one of each row
+    counts: Tensor  # (b,) int64, sampled tokens of each row
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "lengths"}
@@ -128,5 +128,5 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
         token_ids=batch.token_ids[token_index],
         token_index=token_index,
         final_index=torch.tensor(ends),
-        last_index=batch.num_sampled[rows].cumsum(0) - 1,
+        counts=batch.num_sampled[rows],
     )

@@ -59,7 +59,7 @@ class CriticWorker(Process):
             return self._loss(values, old_values[at].to(values.device), returns[at].to(values.device))
 
         return [
-            self._learner.update(batch, rows, loss)
+            self._learner.update(batch, rows, loss, float(batch.num_sampled[rows].sum()))
             for rows in draw_mini_batches(batch.num_responses, num_mini_batches, seed)
         ]
 

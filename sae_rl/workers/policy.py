@@ -9,7 +9,7 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from sae_rl.algo.losses import LossSum, PolicyLoss
+from sae_rl.algo.losses import LossSum, PolicyLoss, PolicyTokens
 from sae_rl.backends.deepspeed import Learner, Rank, join_group
 from sae_rl.backends.models import PolicyNetwork, export_causal_lm, load_causal_lm
 from sae_rl.backends.packing import MicroBatch, draw_mini_batches
@@ -46,19 +46,23 @@ class PolicyWorker(Process):
 
         def loss(micro: MicroBatch) -> LossSum:
             logprobs, entropies = self._learner.engine(micro, batch.temperature, with_entropies)
-            at = micro.token_index.cpu()
-            return self._loss(
-                logprobs,
-                scores.old_logprobs[at].to(logprobs.device),
-                targets.advantages[at].to(logprobs.device),
-                None if scores.ref_logprobs is None else scores.ref_logprobs[at].to(logprobs.device),
-                entropies,
+            at, device = micro.token_index.cpu(), logprobs.device
+            tokens = PolicyTokens(
+                logprobs=logprobs,
+                old_logprobs=scores.old_logprobs[at].to(device),
+                advantages=targets.advantages[at].to(device),
+                counts=micro.counts,
+                ref_logprobs=None if scores.ref_logprobs is None else scores.ref_logprobs[at].to(device),
+                entropies=entropies,
+                rollout_logprobs=batch.rollout_logprobs[at].to(device),
+                rewards=batch.rewards[micro.rows.cpu()].to(device),
             )
+            return self._loss(tokens)
 
         updates = []
         for epoch in range(self._config.num_epochs):
             for rows in draw_mini_batches(batch.num_responses, self._config.num_mini_batches, seed + epoch):
-                updates.append(self._learner.update(batch, rows, loss))
+                updates.append(self._learner.update(batch, rows, loss, self._loss.total(batch.num_sampled[rows])))
         return updates
 
     def open_weight_transfer(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_rl.algo import LossSum, PolicyLoss, ValueLoss
+from sae_rl.algo import LossSum, PolicyLoss, PolicyTokens, ValueLoss
 
 from .oracle import property_test
 
@@ -31,11 +31,31 @@ def policy_inputs(num_tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor, T
     return logprobs, old, advantages, old + draw(num_tokens, seed + 3, 0.4), draw(num_tokens, seed + 4).abs()
 
 
+def tokens_of(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None = None,
+    entropies: Tensor | None = None,
+    **more: Any,
+) -> PolicyTokens:
+    return PolicyTokens(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        ref_logprobs=ref_logprobs,
+        entropies=entropies,
+        **more,
+    )
+
+
 @property_test
 @given(num_tokens=sizes, seed=seeds, clip_low=st.floats(0.05, 0.5), clip_high=st.floats(0.05, 0.5))
 def test_policy_loss_against_a_loop(num_tokens: int, seed: int, clip_low: float, clip_high: float) -> None:
     logprobs, old, advantages, ref, entropies = policy_inputs(num_tokens, seed)
-    found = PolicyLoss(clip_low, clip_high, kl_coef=0.3, entropy_coef=0.2)(logprobs, old, advantages, ref, entropies)
+    found = PolicyLoss(clip_low, clip_high, kl_coef=0.3, entropy_coef=0.2)(
+        tokens_of(logprobs, old, advantages, ref, entropies)
+    )
     expected = dict.fromkeys(found.stats, 0.0)
     loss, gradient = 0.0, []
     for lp, o, a, f, h in zip(*(x.tolist() for x in (logprobs, old, advantages, ref, entropies)), strict=True):
@@ -65,7 +85,7 @@ def test_policy_loss_against_a_loop(num_tokens: int, seed: int, clip_low: float,
 def test_k2_as_a_loss_has_the_gradient_of_the_kl(num_tokens: int, seed: int) -> None:
     """d/d log pi of (log pi - log ref)^2 / 2 is log pi - log ref: the score-function gradient of KL(pi || ref)."""
     logprobs, old, advantages, ref, _ = policy_inputs(num_tokens, seed)
-    loss = PolicyLoss(kl_coef=0.5, kl_estimator="k2")(logprobs, old, 0 * advantages, ref)
+    loss = PolicyLoss(kl_coef=0.5, kl_estimator="k2")(tokens_of(logprobs, old, 0 * advantages, ref))
     (gradient,) = torch.autograd.grad(loss.sum, logprobs)
     assert torch.allclose(gradient, 0.5 * (logprobs - ref).detach(), atol=1e-12)
 
@@ -76,8 +96,8 @@ def test_micro_batches_add_up(num_tokens: int, seed: int) -> None:
     inputs = policy_inputs(num_tokens, seed)
     half = num_tokens // 2
     loss = PolicyLoss(kl_coef=0.1, entropy_coef=0.1)
-    whole = loss(*inputs)
-    parts = [loss(*(x[:half] for x in inputs)), loss(*(x[half:] for x in inputs))]
+    whole = loss(tokens_of(*inputs))
+    parts = [loss(tokens_of(*(x[:half] for x in inputs))), loss(tokens_of(*(x[half:] for x in inputs)))]
     assert torch.allclose(whole.sum, parts[0].sum + parts[1].sum, atol=1e-10)
     for name, value in whole.stats.items():
         assert torch.allclose(value, parts[0].stats[name] + parts[1].stats[name], atol=1e-4), name
@@ -85,9 +105,9 @@ def test_micro_batches_add_up(num_tokens: int, seed: int) -> None:
 
 def test_stats_carry_no_gradient_and_only_what_was_given() -> None:
     logprobs, old, advantages, ref, entropies = policy_inputs(8, 0)
-    plain = PolicyLoss()(logprobs, old, advantages)
+    plain = PolicyLoss()(tokens_of(logprobs, old, advantages))
     assert "policy/ref_kl" not in plain.stats and "policy/entropy_mean" not in plain.stats
-    measured = PolicyLoss()(logprobs, old, advantages, ref, entropies)
+    measured = PolicyLoss()(tokens_of(logprobs, old, advantages, ref, entropies))
     assert torch.equal(measured.sum, plain.sum), "measuring changes no loss"
     assert {"policy/ref_kl", "policy/entropy_mean"} < set(measured.stats)
     for loss in (measured, ValueLoss()(logprobs, old, advantages)):
@@ -99,7 +119,7 @@ def test_the_entropy_bonus_raises_entropy() -> None:
     logprobs, old, advantages, _, entropies = policy_inputs(8, 0)
     entropies.requires_grad_()
     (gradient,) = torch.autograd.grad(
-        PolicyLoss(entropy_coef=0.3)(logprobs, old, advantages, None, entropies).sum, entropies
+        PolicyLoss(entropy_coef=0.3)(tokens_of(logprobs, old, advantages, None, entropies)).sum, entropies
     )
     assert torch.allclose(gradient, torch.full_like(gradient, -0.3))
 
@@ -107,7 +127,7 @@ def test_the_entropy_bonus_raises_entropy() -> None:
 def test_far_ratios_stay_finite() -> None:
     logprobs = torch.tensor([0.0, -200.0, 0.0], requires_grad=True)
     old, ref = torch.tensor([-200.0, 0.0, -200.0]), torch.tensor([0.0, 0.0, -200.0])
-    loss = PolicyLoss(kl_coef=1.0)(logprobs, old, torch.tensor([-1.0, 1.0, 0.0]), ref)
+    loss = PolicyLoss(kl_coef=1.0)(tokens_of(logprobs, old, torch.tensor([-1.0, 1.0, 0.0]), ref))
     (gradient,) = torch.autograd.grad(loss.sum, logprobs)
     assert bool(gradient.isfinite().all() & loss.sum.isfinite())
     assert all(bool(value.isfinite()) for value in loss.stats.values())
@@ -138,11 +158,11 @@ def test_value_loss_against_a_loop(num_tokens: int, seed: int, value_clip: float
 def test_missing_inputs_and_wrong_shapes() -> None:
     logprobs, old, advantages, _, _ = policy_inputs(4, 0)
     with pytest.raises(ValueError, match=r"PolicyLoss.kl_coef = 0.1, but ref_logprobs is None"):
-        PolicyLoss(kl_coef=0.1)(logprobs, old, advantages)
+        PolicyLoss(kl_coef=0.1)(tokens_of(logprobs, old, advantages))
     with pytest.raises(ValueError, match=r"PolicyLoss.entropy_coef = 0.1, but entropies is None"):
-        PolicyLoss(entropy_coef=0.1)(logprobs, old, advantages)
+        PolicyLoss(entropy_coef=0.1)(tokens_of(logprobs, old, advantages))
     with pytest.raises(AssertionError, match="flat tensors of one length"):
-        PolicyLoss()(logprobs, old[:, None], advantages)
+        PolicyLoss()(tokens_of(logprobs, old[:, None], advantages))
     with pytest.raises(AssertionError, match="flat tensors of one length"):
         ValueLoss()(logprobs, old[:3], advantages)
 

@@ -65,7 +65,9 @@ class NotADataclass:
 
 
 def group_options() -> list[str]:
-    files = [file for file in CONF.rglob("*.yaml") if file.parent != CONF and file.parent.name != "experiment"]
+    files = [
+        file for file in CONF.rglob("*.yaml") if file.parent != CONF and file.parent.name not in ("experiment", "base")
+    ]
     return sorted(f"{file.parent.relative_to(CONF)}={file.stem}" for file in files)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from sae_rl.backends.deepspeed import attention_tokens
 from sae_rl.backends.models import CriticNetwork, PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import build_micro_batch
 from sae_rl.config import ModelConfig
@@ -150,3 +151,15 @@ def test_a_sliding_window_is_refused_where_it_matters(tmp_path: Path, batch: Bat
         NotImplementedError, match="a sequence of 21 tokens is longer than the model's sliding window of 12"
     ):
         policy(build_micro_batch(batch, torch.tensor([0, 2])), 1.0, False)
+
+
+def test_the_length_at_which_attention_costs_as_much_as_the_matrices(folder: Path) -> None:
+    """Operations a token: two for each weight; QK^T and PV over half of the T tokens on average."""
+    policy = PolicyNetwork(load_causal_lm(model_config(folder)))
+    found = attention_tokens(policy)
+    config = policy.causal_lm.config
+    linear = sum(m.weight.numel() for m in policy.modules() if isinstance(m, nn.Linear))
+    heads = config.num_attention_heads * policy.causal_lm.base_model.layers[0].self_attn.head_dim
+    per_token_matrices = 2 * linear
+    per_token_attention = config.num_hidden_layers * 2 * 2 * heads * (found / 2)
+    assert per_token_attention == pytest.approx(per_token_matrices)

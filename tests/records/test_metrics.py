@@ -9,7 +9,9 @@ import re
 import pytest
 
 from sae_rl.algo import (
+    ImportanceCorrection,
     PolicyLoss,
+    PolicyTokens,
     ValueLoss,
     mismatch_stats,
     rollout_stats,
@@ -28,8 +30,24 @@ def computed_names() -> set[str]:
     scores, targets, opens = score(batch, skill=0.5)
     values, ref_logprobs = scores.values, batch.rollout_logprobs - 0.1
     assert values is not None
-    loss = PolicyLoss(kl_coef=0.1, entropy_coef=0.1)
-    policy = loss(scores.old_logprobs, batch.rollout_logprobs, targets.advantages, ref_logprobs, values.abs())
+    loss = PolicyLoss(
+        kl_coef=0.1,
+        entropy_coef=0.1,
+        dual_clip=3.0,
+        positive_nll_coef=0.1,
+        correction=ImportanceCorrection(mode="mask"),
+    )
+    tokens = PolicyTokens(
+        logprobs=scores.old_logprobs,
+        old_logprobs=batch.rollout_logprobs,
+        advantages=targets.advantages,
+        counts=batch.lengths,
+        ref_logprobs=ref_logprobs,
+        entropies=values.abs(),
+        rollout_logprobs=batch.rollout_logprobs,
+        rewards=batch.rewards,
+    )
+    policy = loss(tokens)
     critic = ValueLoss(value_clip=0.2)(values, values + 1, values - 1)
     evaluation = Evaluation(
         success_mean=0.5,
