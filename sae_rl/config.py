@@ -170,6 +170,7 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_updates: NonNegative  # linear from 0
     max_grad_norm: Annotated[float, Field(gt=0)]
+    max_skipped_updates: NonNegative  # in a row, whose gradient is not finite; one more ends the run
 
 
 class LearnerConfig(Section):

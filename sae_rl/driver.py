@@ -6,9 +6,12 @@ decided in `sae_rl.run`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sae_rl import checkpoint
@@ -51,6 +54,9 @@ class Run:
         return self.config.output_dir / "checkpoints"
 
 
+FAILED_UPDATE = "failed_update.pt"
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """One step's responses and what was computed of them, for the records."""
@@ -82,10 +88,22 @@ def train(run: Run) -> None:
             targets = estimate(algorithm.estimator, batch, scores, token_rewards, opens)
             whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.sampled))
         seed = derive_seed(config.seed, "update", step)
-        metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
+        with kept_if_it_fails(config.output_dir, step, batch, scores, whitened):
+            metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
         metrics |= workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
         metrics |= measure(batch, rewards, scores, targets, opens)
         finish(run, step, metrics, Sampled(rollouts, rewards.scores, opens, scores, targets))
+
+
+@contextlib.contextmanager
+def kept_if_it_fails(folder: Path, step: int, *inputs: Batch | Scores | Targets) -> Iterator[None]:
+    """Saves what an update was given, for `torch.load`, if it raises; the error says where."""
+    try:
+        yield
+    except Exception as error:
+        path = folder / FAILED_UPDATE
+        torch.save({f.name: getattr(part, f.name) for part in inputs for f in fields(part)}, path)
+        raise RuntimeError(f"the update of step {step} failed; its batch is in {path}. {error}") from error
 
 
 def begin(run: Run) -> int:

@@ -70,6 +70,7 @@ METRICS: dict[str, Metric] = {
     "policy/grad_norm": Metric("", "gradient norm before clipping, mean over updates"),
     "policy/lr": Metric("", "learning rate of the last update"),
     "policy/num_updates": Metric("", "optimizer updates of the step"),
+    "policy/skipped_updates": Metric("", "of these, those that did nothing, since the gradient was not finite"),
     # the critic's update
     "critic/loss": Metric("", "what the critic minimised, per token"),
     "critic/clip_fraction": Metric("fraction", "tokens whose clipped error is the larger one"),
@@ -86,6 +87,7 @@ METRICS: dict[str, Metric] = {
     "critic/grad_norm": Metric("", "gradient norm before clipping, mean over updates"),
     "critic/lr": Metric("", "learning rate of the last update"),
     "critic/num_updates": Metric("", "optimizer updates of the step"),
+    "critic/skipped_updates": Metric("", "of these, those that did nothing, since the gradient was not finite"),
     # value pre-training; its step is the epoch
     "pretraining/epoch": Metric("", "passes over the rollouts of the frozen policy"),
     "pretraining/loss": Metric("", "what the critic minimised, per token of the epoch"),

@@ -75,6 +75,7 @@ class Learner:
         self.rank = rank
         self.device = torch.device(rank.device)
         self.network: nn.Module
+        self._skipped = 0  # updates in a row
         self._clips_itself = trainable and config.zero_stage == 0 and model.precision == "float32"
         ds_config = self._deepspeed_config(model, trainable)
         # from_pretrained shards while it loads as long as this object lives.
@@ -133,6 +134,9 @@ class Learner:
         """ZeRO 0 in float32: DeepSpeed clips but does not tell the norm."""
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.max_grad_norm)
         self._grad_norm = float(norm)
+        if not math.isfinite(self._grad_norm):  # as DeepSpeed's own optimizers do, leave everything as it is
+            for parameter in self.network.parameters():
+                parameter.grad = None
 
     @property
     def grad_norm(self) -> float:
@@ -204,13 +208,17 @@ class Learner:
                     totals[name] = totals.get(name, 0.0) + float(value)
         lr = float(self.engine.get_lr()[0])  # the schedule moves on with the step
         self.engine.step()
-        if not math.isfinite(self.grad_norm):
+        grad_norm = self.grad_norm
+        self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
+        if self._skipped > self.config.optimizer.max_skipped_updates:
             raise FloatingPointError(
-                f"the gradient's norm is {self.grad_norm} after {self.engine.global_steps} updates; lower "
-                "learner.*.optimizer.lr, or look for non-finite rewards and values in the metrics of the last steps"
+                f"the gradient's norm is {grad_norm} in update {self.engine.global_steps}, as in the "
+                f"{self._skipped - 1} before, which were skipped (optimizer.max_skipped_updates = "
+                f"{self.config.optimizer.max_skipped_updates}); lower learner.*.optimizer.lr or max_grad_norm, set "
+                "model.precision=float32, or look at the rewards, values and logprobs of the batch"
             )
         return totals | {
-            "grad_norm": self.grad_norm,
+            "grad_norm": grad_norm,
             "lr": lr,
             "seconds": time.perf_counter() - started,
             "peak_memory_gb": self.peak_memory_gb(),

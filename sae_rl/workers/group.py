@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -110,9 +111,13 @@ class WorkerGroup:
             return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, BaseException) else error
-            raise WorkerError(f"{self.role} worker {rank} failed: {type(cause).__name__}: {cause}") from error
+            raise WorkerError(
+                f"{self.role} worker {rank} failed: {type(cause).__name__}: {cause}{_advice(self.role, str(cause))}"
+            ) from error
         except ray.exceptions.RayActorError as error:
-            raise WorkerError(f"{self.role} worker {rank} died{self.last_lines(rank)}") from error
+            raise WorkerError(
+                f"{self.role} worker {rank} died{_advice(self.role, str(error))}{self.last_lines(rank)}"
+            ) from error
 
     def last_lines(self, rank: int) -> str:
         place = self._places[rank]
@@ -127,6 +132,19 @@ class WorkerGroup:
     def close(self) -> None:
         for worker in self.workers:
             ray.kill(worker)
+
+
+def _advice(role: Role, text: str) -> str:
+    """What to change where memory ran out: of a GPU, of a host, or killed by Ray's memory monitor for it."""
+    if not re.search(r"out of memory|can't allocate memory|OOM|memory pressure|low on memory", text, re.IGNORECASE):
+        return ""
+    if role == "rollout":
+        return "\nMemory ran out: lower rollout.kv_cache_gb or rollout.gpu_memory_utilization"
+    name = "critic" if role == "critic" else "policy"
+    return (
+        f"\nMemory ran out: lower learner.{name}.micro_batch_tokens, set learner.{name}.activation_checkpointing=true, "
+        f"raise learner.{name}.zero_stage, or offload (learner.{name}.offload_optimizer)"
+    )
 
 
 def start_worker(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,7 +126,9 @@ def summarize(ranks: list[list[dict[str, float]]], role: str) -> dict[str, float
     names = [name for name in ranks[0][0] if "/" in name]
     metrics = {name: sum(u.get(name, 0.0) for updates in ranks for u in updates) / num_tokens for name in names}
     first = ranks[0]
-    metrics[f"{role}/grad_norm"] = sum(update["grad_norm"] for update in first) / len(first)
+    norms = [update["grad_norm"] for update in first if math.isfinite(update["grad_norm"])]
+    metrics[f"{role}/grad_norm"] = sum(norms) / len(norms) if norms else math.nan
+    metrics[f"{role}/skipped_updates"] = float(len(first) - len(norms))
     metrics[f"{role}/lr"] = first[-1]["lr"]
     metrics[f"{role}/num_updates"] = float(len(first))
     metrics[f"time/{role}_update_s"] = max(sum(update["seconds"] for update in updates) for updates in ranks)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from sae_rl import checkpoint
 from sae_rl.algo import SAE, LowProbability
@@ -169,6 +170,19 @@ def test_a_checkpoint_comes_behind_the_records_of_its_step(tmp_path: Path) -> No
     """Else a resumed run would never write the step's numbers."""
     names = [call.name for call in trained(tmp_path, "steps=2", "checkpoint.every_steps=1").log]
     assert names == ["sync", "save", *[*STAGES, "save"] * 2]
+
+
+def test_what_a_failed_update_was_given_is_kept(tmp_path: Path) -> None:
+    workers = ScriptedWorkers(fail_in_update=derive_seed(100, "update", 3))
+    with pytest.raises(
+        RuntimeError, match=r"the update of step 3 failed; its batch is in .*failed_update.pt. a worker died"
+    ):
+        train(make_run(make_config(tmp_path), workers))
+    given, kept = workers.asked("update")[-1].of, torch.load(tmp_path / "failed_update.pt", weights_only=True)
+    for part in ("batch", "scores", "targets"):
+        for field in fields(given[part]):
+            value = getattr(given[part], field.name)
+            assert torch.equal(kept[field.name], value) if isinstance(value, Tensor) else kept[field.name] == value
 
 
 @pytest.mark.parametrize("crash_at", [2, 3, 5])

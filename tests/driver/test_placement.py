@@ -14,6 +14,7 @@ import pytest
 
 from sae_rl.compose import load_config
 from sae_rl.config import Config
+from sae_rl.workers.group import _advice
 from sae_rl.workers.placement import Placement, Role, check_resources, plan, reserve, roles_of
 
 FILES = ("task.train.path=/no/train.parquet", "task.evaluation.path=/no/heldout.parquet")
@@ -237,3 +238,18 @@ def test_the_command_line_asks_the_real_ray(
     assert line.startswith("error: the run needs 4 GPUs for its workers (2 rollout, 1 policy, 1 critic)")
     assert "Traceback" not in outcome.stderr
     assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("role", "text", "key"),
+    [
+        ("policy", "CUDA out of memory. Tried to allocate 2.00 GiB", "learner.policy.micro_batch_tokens"),
+        ("reference", "CUDA out of memory.", "learner.policy.micro_batch_tokens"),
+        ("critic", "DefaultCPUAllocator: can't allocate memory: you tried", "learner.critic.micro_batch_tokens"),
+        ("critic", "Task was killed due to the node running low on memory.", "learner.critic.zero_stage"),
+        ("rollout", "CUDA out of memory.", "rollout.gpu_memory_utilization"),
+    ],
+)
+def test_where_memory_ran_out_the_message_says_which_key_to_change(role: Role, text: str, key: str) -> None:
+    assert key in _advice(role, text)
+    assert _advice(role, "Connection reset by peer") == ""
