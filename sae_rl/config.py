@@ -180,7 +180,7 @@ class LearnerConfig(Section):
     activation_checkpointing: bool
     num_epochs: Positive  # passes over the batch of one step
     num_mini_batches: Positive  # optimizer updates per epoch
-    micro_batch_tokens: Positive  # prompt + response tokens of one forward pass per rank, padding included
+    micro_batch_tokens: Positive  # prompt + response tokens of one forward pass per rank
     optimizer: OptimizerConfig
 
 

@@ -1,0 +1,262 @@
+"""One policy update, packed as the learner runs it and padded as most trainers do; and the memory of its logprobs.
+
+    python -m benchmarks.learner [--rounds 3] [--memory-tokens 8192 32768] [--vocabulary 151936]
+
+Time: one optimizer update of PPO on 96 responses of lognormal lengths (sigma 0.8, at most 512 tokens) behind prompts of 16,
+by a Qwen2 of 3 million parameters in float32, on one thread. "Packed" is `sae_rl.backends.deepspeed.Learner`: rows of
+2,048 tokens without padding, attention within each sequence, logprobs in chunks. "Padded" takes the responses in the order
+they came in, eight to a micro-batch, right-padded to its longest, with a mask, and computes the logits of every position.
+"Padded, sorted" takes them by length, and saves most of the padding so. Programs take turns; the table gives the best
+times, tokens are prompt and response tokens without padding.
+
+Memory: logprobs of N tokens and their gradients to hidden states and output layer, by a process of its own: the highest
+resident size less that before. "All logits" is log_softmax over (N, V), in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results" / "learner.json"
+PROMPT_TOKENS, MAX_TOKENS, NUM_RESPONSES, BUDGET, ROWS = 16, 512, 96, 2048, 8
+HIDDEN_FOR_MEMORY = 64  # the logits' size does not depend on it
+PACKED, PADDED, SORTED = "packed", "padded", "padded, sorted"
+ALL, CHUNKS = "all logits", "in chunks"
+
+
+def make_batch(vocabulary: int, seed: int = 0) -> Any:
+    from sae_rl.types import Batch, offsets_of
+
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(np.log(0.35 * MAX_TOKENS), 0.8, NUM_RESPONSES), 1, MAX_TOKENS).astype(int).tolist()
+    draw = torch.Generator().manual_seed(seed)
+    return Batch(
+        prompt_token_ids=torch.randint(0, vocabulary, (PROMPT_TOKENS * NUM_RESPONSES,), generator=draw),
+        prompt_offsets=offsets_of([PROMPT_TOKENS] * NUM_RESPONSES),
+        token_ids=torch.randint(0, vocabulary, (sum(lengths),), generator=draw),
+        offsets=offsets_of(lengths),
+        rollout_logprobs=torch.full((sum(lengths),), -1.0),
+        rewards=torch.zeros(NUM_RESPONSES),
+        groups=torch.arange(NUM_RESPONSES),
+        truncated=torch.zeros(NUM_RESPONSES, dtype=torch.bool),
+        temperature=1.0,
+    )
+
+
+def make_model(folder: Path) -> int:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=4096, hidden_size=192, intermediate_size=512, num_hidden_layers=5, num_attention_heads=6,
+        num_key_value_heads=6, tie_word_embeddings=True, max_position_embeddings=1024,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return config.vocab_size
+
+
+def packed_update(folder: Path, batch: Any, advantages: Tensor) -> Callable[[], object]:
+    from sae_rl.algo import PolicyLoss, PolicyTokens
+    from sae_rl.backends.deepspeed import Learner, Rank, join_group
+    from sae_rl.backends.models import PolicyNetwork, load_causal_lm
+    from sae_rl.compose import load_config
+
+    config = load_config([f"model.path={folder}", "model.precision=float32", "learner=small"])
+    learner_config = config.learner.policy.model_copy(update={"micro_batch_tokens": BUDGET})
+    rank = Rank(index=0, size=1, master_address="127.0.0.1", master_port=29555, device="cpu", threads=1)
+    join_group(rank)
+    learner = Learner(lambda: PolicyNetwork(load_causal_lm(config.model)), config.model, learner_config, rank)
+    loss = PolicyLoss()
+
+    def of(micro: Any) -> Any:
+        logprobs, _ = learner.engine(micro, 1.0, False)
+        at = micro.token_index
+        return loss(
+            PolicyTokens(
+                logprobs=logprobs,
+                old_logprobs=batch.rollout_logprobs[at],
+                advantages=advantages[at],
+                counts=micro.counts,
+            )
+        )
+
+    rows = torch.arange(batch.num_responses)
+    return lambda: learner.update(batch, rows, of, loss.total(batch.num_sampled))
+
+
+def padded_update(folder: Path, batch: Any, advantages: Tensor, by_length: bool) -> Callable[[], object]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+    order = batch.lengths.argsort() if by_length else torch.arange(batch.num_responses)
+    parts = [padded_part(batch, rows, advantages) for rows in order.split(ROWS)]
+
+    def update() -> None:
+        for ids, mask, of_response, part_advantages in parts:
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+            every = torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+            ratios = (every[of_response] + 1.0).exp()  # old_logprobs are -1
+            clipped = ratios.clamp(0.8, 1.2)
+            (-torch.minimum(ratios * part_advantages, clipped * part_advantages).sum() / batch.num_tokens).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+def padded_part(batch: Any, rows: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token ids, attention mask, which of the next tokens are of the response, and their advantages."""
+    sequences, flat = [], []
+    for row in rows.tolist():
+        start, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
+        prompt = batch.prompt_token_ids[row * PROMPT_TOKENS : (row + 1) * PROMPT_TOKENS]
+        sequences.append(torch.cat([prompt, batch.token_ids[start:end]]))
+        flat.append(advantages[start:end])
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
+    position = torch.arange(ids.shape[1])[None, :]
+    of_response = (position >= PROMPT_TOKENS) & (position < lengths)
+    return ids, (position < lengths).long(), of_response[:, 1:], torch.cat(flat)
+
+
+def padding_fraction(batch: Any) -> float:
+    """Of the padded micro-batches in the order that the responses came in."""
+    widths = [(int(part.max()) + PROMPT_TOKENS) * len(part) for part in batch.lengths.split(ROWS)]
+    return 1 - (batch.num_tokens + PROMPT_TOKENS * batch.num_responses) / sum(widths)
+
+
+def measure_updates(rounds: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        batch = make_batch(make_model(folder))
+        advantages = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(1))
+        updates = {
+            PACKED: packed_update(folder, batch, advantages),
+            PADDED: padded_update(folder, batch, advantages, False),
+            SORTED: padded_update(folder, batch, advantages, True),
+        }
+        seconds: dict[str, list[float]] = {program: [] for program in updates}
+        for turn in range(rounds + 1):
+            for program, update in updates.items():
+                started = time.perf_counter()
+                update()
+                if turn:
+                    seconds[program].append(time.perf_counter() - started)
+    best = {program: min(runs) for program, runs in seconds.items()}
+    num_tokens = batch.num_tokens + PROMPT_TOKENS * batch.num_responses
+    return {
+        "tokens": num_tokens,
+        "padding_fraction": padding_fraction(batch),
+        "programs": {
+            program: {
+                "best_s": best[program],
+                "seconds": seconds[program],
+                "tokens_per_s": num_tokens / best[program],
+                "packed_is_faster_by": best[program] / best[PACKED],
+            }
+            for program in updates
+        },
+    }
+
+
+def peak_bytes(way: str, num_tokens: int, vocabulary: int) -> int:
+    """Of this process, above what it held before."""
+    from sae_rl.backends.logprobs import OutputHead
+
+    head = nn.Linear(HIDDEN_FOR_MEMORY, vocabulary, bias=False)
+    head.__class__ = OutputHead
+    hidden, token_ids = torch.randn(num_tokens, HIDDEN_FOR_MEMORY).requires_grad_(), torch.arange(num_tokens)
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
+    before = _resident_bytes("VmRSS")
+    if way == CHUNKS:
+        logprobs = head(hidden, token_ids, 1.0)[0]
+    else:
+        logits = nn.functional.linear(hidden, head.weight)
+        logprobs = torch.log_softmax(logits, -1).gather(-1, token_ids[:, None])
+        del logits
+    logprobs.sum().backward()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(name: str) -> int:
+    """VmRSS now, VmHWM at most."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{name}:")[1].split()[0])
+
+
+def measure_memory(token_counts: list[int], vocabulary: int) -> list[dict[str, Any]]:
+    """All logits only for the smallest count; their memory grows in proportion, and soon fits no machine."""
+    runs = [(CHUNKS, count) for count in token_counts] + [(ALL, min(token_counts))]
+    found = []
+    for way, count in runs:
+        command = [sys.executable, "-m", "benchmarks.learner", "--peak", way, str(count), str(vocabulary)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.append({"way": way, "tokens": count, "peak_gb": int(done.stdout.split()[-1]) / 2**30, "measured": True})
+    full = found[-1]
+    for count in token_counts:
+        if count != full["tokens"]:
+            peak = full["peak_gb"] * count / full["tokens"]
+            found.append({"way": ALL, "tokens": count, "peak_gb": peak, "measured": False})
+    return found
+
+
+def show(updates: dict[str, Any], memory: list[dict[str, Any]], vocabulary: int) -> list[Table]:
+    padding = 100 * updates["padding_fraction"]
+    times = Table("", "s", "tokens/s", "packed is faster by", title=f"one update, {padding:.0f} % padding as they came")
+    for name, one in updates["programs"].items():
+        times.add_row(name, f"{one['best_s']:.2f}", f"{one['tokens_per_s']:,.0f}", f"{one['packed_is_faster_by']:.2f}x")
+    peaks = Table("", "tokens", "peak GiB", title=f"logprobs and their gradients, {vocabulary:,} words")
+    for one in memory:
+        peaks.add_row(
+            one["way"], f"{one['tokens']:,}", f"{one['peak_gb']:.2f}" + ("" if one["measured"] else " computed")
+        )
+    return [times, peaks]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory-tokens", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # how this program calls itself
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.peak is not None:
+        way, count, vocabulary = options.peak
+        print(peak_bytes(way, int(count), int(vocabulary)))
+        return
+    if options.rounds < 1:
+        parser.error(f"--rounds: found {options.rounds}, allowed: at least 1")
+    updates = measure_updates(options.rounds)
+    memory = measure_memory(options.memory_tokens, options.vocabulary)
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine, "updates": updates, "vocabulary": options.vocabulary, "memory": memory}
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    for table in show(updates, memory, options.vocabulary):
+        Console().print(table)
+    print(f"figures: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
