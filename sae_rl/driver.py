@@ -178,11 +178,21 @@ def finish(run: Run, step: int, metrics: Metrics, sampled: Sampled) -> None:
         evaluate_policy(run, done)
     run.records.rollouts(step, sampled.rollouts, sampled.rewards, sampled.opens, sampled.scores, sampled.targets)
     times = run.clock.lap()
-    metrics["throughput/tokens_per_s"] = sampled.opens.numel() / times["time/step_s"]
+    metrics |= throughput(sampled.opens.numel(), times)
     run.records.log(step, metrics | times | {"data/epoch": float(run.sampler.epoch)})
     # Behind the records: a resumed run drops what was recorded after its checkpoint, and nothing else.
     if last or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
         save(run, done)
+
+
+def throughput(num_tokens: int, times: Metrics) -> Metrics:
+    """Response tokens per second of the whole step, and of each phase that works through them."""
+    phases = {"": "step", **{f"{phase}_": phase for phase in ("generate", "score", "update")}}
+    return {
+        f"throughput/{name}tokens_per_s": num_tokens / times[f"time/{phase}_s"]
+        for name, phase in phases.items()
+        if times.get(f"time/{phase}_s")
+    }
 
 
 def evaluate_policy(run: Run, step: int) -> None:

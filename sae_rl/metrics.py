@@ -115,6 +115,10 @@ METRICS: dict[str, Metric] = {
     "time/driver_s": Metric("s", "step minus the phases above", "driver"),
     "time/step_s": Metric("s", "wall time since the last step ended", "step"),
     "throughput/tokens_per_s": Metric("tokens/s", "response tokens / time/step_s", "tokens per second"),
+    **{
+        f"throughput/{phase}_tokens_per_s": Metric("tokens/s", f"response tokens / time/{phase}_s")
+        for phase in ("generate", "score", "update")
+    },
     "memory/policy_peak_gb": Metric("GiB", "peak memory of the largest rank"),
     "memory/critic_peak_gb": Metric("GiB", "peak memory of the largest rank"),
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_rl import checkpoint
 from sae_rl.algo import SAE, LowProbability
-from sae_rl.driver import train
+from sae_rl.driver import throughput, train
 from sae_rl.metrics import check_names
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch
@@ -247,3 +247,12 @@ def test_the_drivers_state_is_what_the_sampler_says(tmp_path: Path) -> None:
     state = checkpoint.read_state(newest)
     assert state == replace(state, step=3)
     assert dict(state.sampler) == dict(run.sampler.state())
+
+
+def test_throughput_by_phase() -> None:
+    times = {"time/step_s": 8.0, "time/generate_s": 4.0, "time/score_s": 0.0, "time/update_s": 2.0, "time/sync_s": 1.0}
+    assert throughput(16, times) == {
+        "throughput/tokens_per_s": 2.0,
+        "throughput/generate_tokens_per_s": 4.0,
+        "throughput/update_tokens_per_s": 8.0,
+    }
