@@ -46,9 +46,7 @@ class AlgorithmConfig(Section):
     policy_loss: PolicyLoss
     value_loss: ValueLoss
     whitening: Whitening
-    bootstrap_truncated: (
-        bool  # responses cut at the length limit: true, V behind their last token; false, they end there
-    )
+    bootstrap_truncated: bool  # a response cut at the length limit goes on with V, or else ends there
 
     @property
     def needs_critic(self) -> bool:

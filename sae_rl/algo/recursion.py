@@ -111,9 +111,7 @@ def td_recursion_reference(
         next_value = torch.tensor(0.0) if final_values is None else final_values[response].double()
         advantage = value_advantage = next_weight = torch.tensor(0.0, dtype=torch.float64)
         for t, following in zip(reversed(tokens), reversed(ends), strict=True):
-            reward = (
-                rewards[t:following].double().sum()
-            )  # with what is paid at transparent tokens up to the next sampled
+            reward = rewards[t:following].double().sum()  # with what is paid up to the next sampled token
             delta = reward + gammas[t] * next_value - values[t].double()
             advantage = delta + gammas[t] * lams[t] ** next_weight * advantage
             value_advantage = delta + gammas[t] * value_lams[t] ** next_weight * value_advantage

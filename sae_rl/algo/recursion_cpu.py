@@ -186,10 +186,9 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="td_recursion")
 
 
+# Threads do not outlive a fork: in the child a pool of its parent's would never do its work.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        after_in_child=_pool.cache_clear
-    )  # threads do not outlive a fork: their queue would never empty
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _cuts(offsets: npt.NDArray[np.int64], num_parts: int) -> list[int]:

@@ -117,6 +117,20 @@ def test_policy(folder: Path, batch: Batch, attention: str, parts: list[list[int
         torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5 * scale, rtol=1e-4, msg=name)
 
 
+def test_activation_checkpointing_changes_nothing(folder: Path, batch: Batch) -> None:
+    gradients = []
+    for enabled in (False, True):
+        policy = PolicyNetwork(load_causal_lm(model_config(folder))).train()
+        if enabled:
+            policy.causal_lm.gradient_checkpointing_enable()
+            assert policy.causal_lm.is_gradient_checkpointing
+        policy(build_micro_batch(batch, torch.arange(5)), 1.0, False)[0].sum().backward()
+        gradients.append([parameter.grad for parameter in policy.parameters()])
+    for with_it, without in zip(*gradients, strict=True):
+        assert without is not None
+        torch.testing.assert_close(with_it, without)
+
+
 def test_critic(folder: Path, batch: Batch) -> None:
     _, _, _, states = padded_answers(folder, batch)
     critic = CriticNetwork(load_causal_lm(model_config(folder)))
