@@ -26,7 +26,7 @@ from sae_rl.algo.stats import (
     segment_stats,
 )
 from sae_rl.clock import Clock
-from sae_rl.config import Config
+from sae_rl.config import AlgorithmConfig, Config
 from sae_rl.data.sampler import Sampler
 from sae_rl.evaluate import evaluate
 from sae_rl.pretraining import pretrain_critic
@@ -91,7 +91,7 @@ def train(run: Run) -> None:
         with kept_if_it_fails(config.output_dir, step, batch, scores, whitened):
             metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
         metrics |= workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
-        metrics |= measure(batch, rewards, scores, targets, opens)
+        metrics |= measure(algorithm, batch, rewards, scores, targets, opens)
         finish(run, step, metrics, Sampled(rollouts, rewards.scores, opens, scores, targets))
 
 
@@ -160,11 +160,15 @@ def score(run: Run, rollouts: list[Rollout]) -> Rewards:
         return run.rewards.score(rollouts)
 
 
-def measure(batch: Batch, rewards: Rewards, scores: Scores, targets: Targets, opens: Tensor) -> Metrics:
+def measure(
+    algorithm: AlgorithmConfig, batch: Batch, rewards: Rewards, scores: Scores, targets: Targets, opens: Tensor
+) -> Metrics:
     """Everything there is to say about a step besides the update."""
     metrics = rollout_stats(batch) | segment_stats(batch, opens) | probability_stats(batch)
     metrics |= advantage_stats(batch, targets.advantages) | mismatch_stats(batch, scores)
     metrics["reward/failed_fraction"] = rewards.failed_fraction
+    if algorithm.token_rewards.overlong_buffer_tokens:
+        metrics["rollout/overlong_penalty_mean"] = float(algorithm.token_rewards.overlong(batch).mean())
     if scores.values is not None and targets.returns is not None:
         metrics |= critic_stats(batch, scores.values, targets.returns, opens)
     return metrics

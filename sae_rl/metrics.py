@@ -29,6 +29,7 @@ METRICS: dict[str, Metric] = {
     "rollout/tokens_mean": Metric("tokens", "mean length of a response", "response length"),
     "rollout/tokens_max": Metric("tokens", "longest response"),
     "rollout/truncated_fraction": Metric("fraction", "responses cut at the length limit", "truncated"),
+    "rollout/overlong_penalty_mean": Metric("", "what responses near the length limit lost of their reward"),
     "rollout/zero_variance_fraction": Metric("fraction", "groups whose responses all have the same reward"),
     "reward/failed_fraction": Metric("fraction", "checks that crashed or overran their deadline, and scored 0"),
     "data/epoch": Metric("", "passes over the prompts"),

@@ -256,3 +256,13 @@ def test_throughput_by_phase() -> None:
         "throughput/generate_tokens_per_s": 4.0,
         "throughput/update_tokens_per_s": 8.0,
     }
+
+
+def test_the_overlong_penalty_is_measured_where_there_is_one(tmp_path: Path) -> None:
+    """Of 8 tokens the last 6 are the buffer: a response of 5 loses half of the reward."""
+    name = "rollout/overlong_penalty_mean"
+    workers = trained(tmp_path / "with", "steps=1", "algorithm.token_rewards.overlong_buffer_tokens=6")
+    lengths = workers.asked("score")[0].of["batch"].lengths.tolist()
+    expected = sum(max(0, length - 2) / 6 for length in lengths) / len(lengths)
+    assert expected > 0 and workers.asked("log")[0].of["metrics"][name] == pytest.approx(expected)
+    assert name not in trained(tmp_path / "without", "steps=1").asked("log")[0].of["metrics"]
