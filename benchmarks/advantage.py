@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.turns import take_turns
 from sae_rl.algo import Whitening, segmental_advantages, td_recursion
 
 RESULTS = Path(__file__).parent / "results" / "advantage.json"
@@ -166,22 +166,6 @@ def programs(work: Workload) -> dict[str, Program]:
     return {name: program for name, program in found.items() if program is not None}
 
 
-def measure(work: Workload, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run that counts: not the first, which compiles, but of a slow program only that."""
-    made = programs(work)
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    for turn in range(rounds + 1):
-        for name, program in made.items():
-            if turn and seconds[name] and seconds[name][0] > SLOW_S:
-                continue
-            started = time.perf_counter()
-            program()
-            elapsed = time.perf_counter() - started
-            if turn or elapsed > SLOW_S:
-                seconds[name].append(elapsed)
-    return seconds
-
-
 def summarize(shape: str, work: Workload, seconds: dict[str, list[float]]) -> dict[str, Any]:
     best = {name: min(runs) for name, runs in seconds.items()}
     num_tokens = work.values.numel()
@@ -232,7 +216,7 @@ def main() -> None:
     summaries = []
     for shape in options.shapes:
         work = make(*(int(number) for number in shape.split("x")))
-        summaries.append(summarize(shape, work, measure(work, options.rounds)))
+        summaries.append(summarize(shape, work, take_turns(programs(work), options.rounds, SLOW_S)))
         console.print(f"{shape} measured")
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+
+from benchmarks.turns import take_turns
 
 RESULTS = Path(__file__).parent / "results" / "learner.json"
 PROMPT_TOKENS, MAX_TOKENS, NUM_RESPONSES, BUDGET, ROWS = 16, 512, 96, 2048, 8
@@ -154,13 +155,7 @@ def measure_updates(rounds: int) -> dict[str, Any]:
             PADDED: padded_update(folder, batch, advantages, False),
             SORTED: padded_update(folder, batch, advantages, True),
         }
-        seconds: dict[str, list[float]] = {program: [] for program in updates}
-        for turn in range(rounds + 1):
-            for program, update in updates.items():
-                started = time.perf_counter()
-                update()
-                if turn:
-                    seconds[program].append(time.perf_counter() - started)
+        seconds = take_turns(updates, rounds)
     best = {program: min(runs) for program, runs in seconds.items()}
     num_tokens = batch.num_tokens + PROMPT_TOKENS * batch.num_responses
     return {

@@ -102,8 +102,13 @@ def kept_if_it_fails(folder: Path, step: int, *inputs: Batch | Scores | Targets)
         yield
     except Exception as error:
         path = folder / FAILED_UPDATE
-        torch.save({f.name: getattr(part, f.name) for part in inputs for f in fields(part)}, path)
-        raise RuntimeError(f"the update of step {step} failed; its batch is in {path}. {error}") from error
+        try:
+            torch.save({f.name: getattr(part, f.name) for part in inputs for f in fields(part)}, path)
+            kept = f"its batch is in {path}"
+        except (OSError, RuntimeError) as unsaved:  # a full disk must not hide what happened before
+            path.unlink(missing_ok=True)
+            kept = f"its batch could not be written to {path} ({unsaved})"
+        raise RuntimeError(f"the update of step {step} failed; {kept}. {error}") from error
 
 
 def begin(run: Run) -> int:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from sae_rl.algo.kl import MAX_LOG_RATIO
 from sae_rl.algo.knobs import check_choice, check_number
+from sae_rl.algo.ragged import response_sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +37,9 @@ class ImportanceCorrection:
         """(n,), (n,), tokens of each response (b,) -> weights (n,), and where the cap changed them (n,) bool."""
         log_ratios = old_logprobs - rollout_logprobs
         if self.level == "sequence":
-            log_ratios = spread(sums(log_ratios, counts), counts)
+            log_ratios = response_sums(log_ratios, counts).repeat_interleave(counts)
         ratios = log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         if self.mode == "truncate":
             return ratios.clamp(max=self.cap), ratios > self.cap
         outside = (ratios > self.cap) | (ratios < 1 / self.cap)
         return ratios.masked_fill(outside, 0.0), outside
-
-
-def sums(flat: Tensor, counts: Tensor) -> Tensor:
-    """(n,) -> (b,) sums over responses of ``counts`` tokens each, in their order."""
-    rows = torch.arange(counts.numel(), device=flat.device).repeat_interleave(counts)
-    return flat.new_zeros(counts.numel()).index_add(0, rows, flat)
-
-
-def spread(per_response: Tensor, counts: Tensor) -> Tensor:
-    """(b,) -> (n,) each number at all tokens of its response."""
-    return per_response.repeat_interleave(counts)

@@ -225,7 +225,7 @@ def _centred_in_groups(name: str, batch: Batch, scores: Scores, token_rewards: T
             f"group {int(names[sizes.argmin()])} has 1 response, but {name} compares the responses of a group: "
             "set a group size of at least 2"
         )
-    totals = response_sums(token_rewards, batch.offsets)
+    totals = response_sums(token_rewards.double(), batch.lengths)
     return totals - (_group_sums(totals, groups, sizes) / sizes)[groups], groups, sizes
 
 

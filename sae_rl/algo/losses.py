@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sae_rl.algo.corrections import ImportanceCorrection, spread, sums
+from sae_rl.algo.corrections import ImportanceCorrection
 from sae_rl.algo.kl import KL_ESTIMATORS, MAX_LOG_RATIO, k3
 from sae_rl.algo.knobs import check_choice, check_integer, check_number
+from sae_rl.algo.ragged import response_sums
 
 Surrogate = Literal["ppo", "gspo", "cispo"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -48,7 +49,7 @@ class PolicyLoss:
     """``-surrogate + kl_coef * kl - entropy_coef * entropy + positive_nll_coef * nll`` per token, with ``r = pi / pi_old``:
 
     - ``ppo``: ``min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` (arXiv 1707.06347), with separate bounds (DAPO, arXiv
-      2503.14476); with ``dual_clip`` = c, where A < 0, no less than ``c A`` (arXiv 1912.09729)
+      2503.14476); with ``dual_clip`` = c, where A < 0, no less than ``c A`` (arXiv 1912.09729; for gspo as well)
     - ``gspo``: the same with the geometric mean of r over the response, whose gradient is shared by its tokens (arXiv
       2507.18071, eq. 13); its bounds are far smaller, such as 3e-4
     - ``cispo``: ``clip(r, 1 - clip_low, 1 + clip_high) A log pi``, r without gradient (arXiv 2506.13585)
@@ -82,6 +83,10 @@ class PolicyLoss:
         check_number("PolicyLoss.positive_nll_coef", self.positive_nll_coef, 0)
         if self.dual_clip is not None:
             check_number("PolicyLoss.dual_clip", self.dual_clip, 1, above_low=True)
+            if self.surrogate == "cispo":
+                raise ValueError(
+                    f"PolicyLoss.dual_clip = {self.dual_clip} does nothing for surrogate = 'cispo': set it to null"
+                )
         if self.aggregation == "constant":
             if self.constant_tokens is None:
                 raise ValueError("PolicyLoss.aggregation = 'constant' needs constant_tokens, found None")
@@ -100,7 +105,7 @@ class PolicyLoss:
         objective, stats = self._surrogate(tokens, counts)
         objective, more = self._corrected(objective, tokens, counts)
         losses, others = self._with_other_terms(-objective, tokens, counts)
-        weighted = losses if self.aggregation != "sequence_mean" else losses / spread(counts, counts)
+        weighted = losses if self.aggregation != "sequence_mean" else losses / counts.repeat_interleave(counts)
         return _loss_sum(weighted.sum(), stats | more | others | {"policy/loss": losses.sum()})
 
     def total(self, counts: Tensor) -> float:
@@ -118,14 +123,13 @@ class PolicyLoss:
         logprobs, advantages = tokens.logprobs, tokens.advantages
         log_ratios = logprobs - tokens.old_logprobs
         if self.surrogate == "gspo":
-            mean = spread(sums(log_ratios.detach(), counts) / counts, counts)
+            mean = (response_sums(log_ratios.detach(), counts) / counts).repeat_interleave(counts)
             log_ratios = mean + logprobs - logprobs.detach()
         ratios = log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # r
         bounded = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
         plain, clipped = ratios * advantages, bounded * advantages
         binding = clipped < plain  # the clip decides: but for cispo the token has no gradient
-        detached = bounded.detach() * advantages * logprobs
-        objective = detached if self.surrogate == "cispo" else torch.minimum(plain, clipped)
+        objective = torch.minimum(plain, clipped) if self.surrogate != "cispo" else clipped.detach() * logprobs
         stats = {
             "policy/clip_fraction": binding.sum(),
             "policy/clip_low_fraction": (binding & (advantages < 0)).sum(),
@@ -133,7 +137,7 @@ class PolicyLoss:
             "policy/approx_kl": k3(tokens.old_logprobs, logprobs).sum(),
             "policy/ratio_mean": ratios.sum(),
         }
-        if self.dual_clip is not None and self.surrogate != "cispo":
+        if self.dual_clip is not None:
             lowest = self.dual_clip * advantages
             too_low = (advantages < 0) & (objective < lowest)
             objective = torch.where(too_low, lowest, objective)
@@ -169,7 +173,7 @@ class PolicyLoss:
         if self.positive_nll_coef > 0:
             if tokens.rewards is None:
                 raise ValueError(f"PolicyLoss.positive_nll_coef = {self.positive_nll_coef}, but rewards is None")
-            nll = -tokens.logprobs * spread((tokens.rewards > 0).to(tokens.logprobs), counts)
+            nll = -tokens.logprobs * (tokens.rewards > 0).repeat_interleave(counts)
             stats["policy/positive_nll"] = nll.sum()
             losses = losses + self.positive_nll_coef * nll
         return losses, stats

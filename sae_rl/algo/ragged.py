@@ -22,10 +22,10 @@ def positions(offsets: Tensor) -> Tensor:
     return torch.arange(int(offsets[-1])) - offsets[:-1].repeat_interleave(offsets.diff())
 
 
-def response_sums(flat: Tensor, offsets: Tensor) -> Tensor:
-    """(B,) float64 sum of a (N,) tensor over each response."""
-    responses = torch.arange(offsets.numel() - 1).repeat_interleave(offsets.diff())
-    return torch.zeros(offsets.numel() - 1, dtype=torch.float64).index_add(0, responses, flat.double())
+def response_sums(flat: Tensor, lengths: Tensor) -> Tensor:
+    """(B,) sum of a (N,) tensor over each response, of ``lengths`` (B,) tokens, in the tensor's type."""
+    responses = torch.arange(lengths.numel(), device=flat.device).repeat_interleave(lengths)
+    return flat.new_zeros(lengths.numel()).index_add(0, responses, flat)
 
 
 def sampled_tokens(flat: Tensor, batch: Batch) -> Tensor:

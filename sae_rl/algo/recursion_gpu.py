@@ -49,28 +49,10 @@ def run(
 ) -> bool:
     """See `recursion_cpu.run`."""
     offsets = offsets.to(values.device, torch.int64)
-    if sampled is None:
-        found = _run(rewards, values, weights, offsets, gamma, lams, value_lams, final_values)
-    else:
-        found = _without_transparent_tokens(
-            rewards, values, weights, offsets, gamma, lams, value_lams, final_values, sampled
-        )
-    for place, part in zip(out, found, strict=True):
-        place.copy_(part)
-    return bool(out[0].sum(dtype=torch.float64).isfinite())
-
-
-def _run(
-    rewards: Tensor,
-    values: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    gamma: float | Tensor,
-    lams: Tensor,
-    value_lams: Tensor,
-    final_values: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(N,) float64 advantages and returns where all tokens are sampled."""
+    if sampled is not None:  # the recursion runs on the others, and leaves zeros in the places of these
+        rewards, offsets = _paid_to_sampled_tokens(rewards, offsets, sampled)
+        values, weights = values[sampled], weights[sampled]
+        gamma = gamma[sampled] if isinstance(gamma, Tensor) else gamma
     lengths, ends, exact = offsets.diff(), offsets[1:], values.double()
     next_values = torch.cat([exact[1:], exact.new_zeros(1)])
     next_weights = torch.cat([weights[1:], weights.new_zeros(1)]).double()
@@ -79,7 +61,12 @@ def _run(
     advantages, value_advantages = (
         _scan(deltas, gamma * lam.repeat_interleave(lengths) ** next_weights, offsets) for lam in (lams, value_lams)
     )
-    return advantages, value_advantages + exact
+    for place, found in zip(out, (advantages, value_advantages + exact), strict=True):
+        if sampled is None:
+            place.copy_(found)
+        else:
+            place.zero_()[sampled] = found.to(place)
+    return bool(out[0].sum(dtype=torch.float64).isfinite())
 
 
 def _scan(deltas: Tensor, decays: Tensor, offsets: Tensor) -> Tensor:
@@ -88,36 +75,12 @@ def _scan(deltas: Tensor, decays: Tensor, offsets: Tensor) -> Tensor:
     return sums
 
 
-def _without_transparent_tokens(
-    rewards: Tensor,
-    values: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    gamma: float | Tensor,
-    lams: Tensor,
-    value_lams: Tensor,
-    final_values: Tensor,
-    sampled: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Takes the transparent tokens out, runs on the rest, and puts zeros in their places."""
+def _paid_to_sampled_tokens(rewards: Tensor, offsets: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewards of the sampled tokens, each with those of the transparent ones behind it, and the sampled tokens' offsets."""
     count = torch.cat([offsets.new_zeros(1), sampled.cumsum(0)])  # sampled tokens before each token
     kept = count[offsets]
     first_of_response = kept[:-1].repeat_interleave(offsets.diff())
     owner = count[1:] - 1  # the sampled token at or before each token, counted among the sampled
     owned = owner >= first_of_response
-    paid = torch.zeros(int(kept[-1]), dtype=torch.float64, device=values.device)
-    paid.index_add_(0, owner[owned], rewards.double()[owned])
-    found = _run(
-        paid,
-        values[sampled],
-        weights[sampled],
-        kept,
-        gamma[sampled] if isinstance(gamma, Tensor) else gamma,
-        lams,
-        value_lams,
-        final_values,
-    )
-    places = [torch.zeros(values.shape, dtype=part.dtype, device=values.device) for part in found]
-    for place, part in zip(places, found, strict=True):
-        place[sampled] = part
-    return places[0], places[1]
+    paid = torch.zeros(int(kept[-1]), dtype=torch.float64, device=rewards.device)
+    return paid.index_add_(0, owner[owned], rewards.double()[owned]), kept

@@ -55,8 +55,10 @@ def checked_opens(name: str, opens: Tensor, batch: Batch) -> Tensor:
     """``opens`` as it is, if it is bool, or float in [0, 1], for each token of the batch; else ValueError."""
     if opens.dtype != torch.bool and not opens.is_floating_point():
         raise ValueError(f"{name} has type {opens.dtype}, allowed: bool, or float weights in [0, 1]")
-    check_tokens(name, opens, batch)
-    if opens.dtype != torch.bool:
+    if opens.dtype == torch.bool:
+        check_shape(name, opens, batch)
+    else:
+        check_tokens(name, opens, batch)
         lowest, highest = (float(end) for end in opens.aminmax())
         if lowest < 0 or highest > 1:
             raise ValueError(f"{name} spans [{lowest}, {highest}], but a segmenter's weights must be in [0, 1]")

@@ -128,5 +128,5 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
         token_ids=batch.token_ids[token_index],
         token_index=token_index,
         final_index=torch.tensor(ends),
-        counts=batch.num_sampled[rows],
+        counts=torch.tensor([own.numel() for own in tokens]),
     )

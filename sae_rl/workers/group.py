@@ -136,7 +136,7 @@ class WorkerGroup:
 
 def _advice(role: Role, text: str) -> str:
     """What to change where memory ran out: of a GPU, of a host, or killed by Ray's memory monitor for it."""
-    if not re.search(r"out of memory|can't allocate memory|OOM|memory pressure|low on memory", text, re.IGNORECASE):
+    if not re.search(r"(?i:out of memory|can't allocate memory|memory pressure|low on memory)|\bOOM\b", text):
         return ""
     if role == "rollout":
         return "\nMemory ran out: lower rollout.kv_cache_gb or rollout.gpu_memory_utilization"

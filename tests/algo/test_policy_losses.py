@@ -192,6 +192,7 @@ def test_the_nll_of_rewarded_responses() -> None:
     [
         (lambda: PolicyLoss(surrogate="reinforce"), r"surrogate = 'reinforce'"),
         (lambda: PolicyLoss(dual_clip=1.0), r"dual_clip = 1.0, but it must be a number in \(1, inf\)"),
+        (lambda: PolicyLoss(surrogate="cispo", dual_clip=3.0), r"dual_clip = 3.0 does nothing for surrogate = 'cispo'"),
         (lambda: PolicyLoss(aggregation="mean"), r"aggregation = 'mean'"),
         (lambda: PolicyLoss(aggregation="constant"), r"needs constant_tokens, found None"),
         (lambda: PolicyLoss(positive_nll_coef=-1), r"positive_nll_coef = -1"),

@@ -185,6 +185,18 @@ def test_what_a_failed_update_was_given_is_kept(tmp_path: Path) -> None:
             assert torch.equal(kept[field.name], value) if isinstance(value, Tensor) else kept[field.name] == value
 
 
+def test_a_full_disk_does_not_hide_why_an_update_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object, path: Path) -> None:
+        path.write_bytes(b"a part of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    workers = ScriptedWorkers(fail_in_update=derive_seed(100, "update", 1))
+    with pytest.raises(RuntimeError, match=r"the update of step 1 failed; .*No space left on device.*a worker died"):
+        train(make_run(make_config(tmp_path), workers))
+    assert not (tmp_path / "failed_update.pt").exists()
+
+
 @pytest.mark.parametrize("crash_at", [2, 3, 5])
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, crash_at: int) -> None:
     """Ten prompts and two a step: the fifth step begins a new epoch, in another order."""

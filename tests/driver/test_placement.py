@@ -252,4 +252,4 @@ def test_the_command_line_asks_the_real_ray(
 )
 def test_where_memory_ran_out_the_message_says_which_key_to_change(role: Role, text: str, key: str) -> None:
     assert key in _advice(role, text)
-    assert _advice(role, "Connection reset by peer") == ""
+    assert _advice(role, "Connection reset by peer") == _advice(role, "there is no room left") == ""

@@ -61,6 +61,15 @@ def overrides(model: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
+def for_learners(**keys: object) -> list[str]:
+    """Overrides of both learners; ``num_workers`` is their number of ranks, the others are keys of ``learner``."""
+    return [
+        f"{'cluster' if key == 'num_workers' else 'learner'}.{role}.{key.replace('__', '.')}={value}"
+        for role in ("policy", "critic")
+        for key, value in keys.items()
+    ]
+
+
 @pytest.fixture
 def configure(tiny_model: Path, tmp_path: Path) -> Configure:
     def configured(*more: str, model: Path = tiny_model, output: Path = tmp_path / "run") -> Config:

@@ -6,58 +6,39 @@ import math
 from dataclasses import replace
 
 import pytest
-import ray
 import torch
-from torch import Tensor
 
 from sae_rl.clock import Clock
 from sae_rl.types import Targets
-from sae_rl.workers.crew import Crew, ray_session, start_learners
+from sae_rl.workers.crew import ray_session, start_learners
 from sae_rl.workers.group import WorkerError
-from tests.stack.conftest import Configure
-from tests.stack.test_layouts import rollouts_of_many_lengths, weights_of
+from tests.stack.conftest import Configure, for_learners
+from tests.stack.test_layouts import learners_weights, rollouts_of_many_lengths
 
 pytestmark = pytest.mark.slow
 
 
-def weights(crew: Crew) -> dict[str, Tensor]:
-    workers = {role: crew._groups[role].workers[0] for role in ("policy", "critic")}  # type: ignore[index]
-    found = {}
-    for role in workers:
-        ranks = [worker.__ray_call__.remote(weights_of) for worker in crew._groups[role].workers]  # type: ignore[index]
-        found |= {f"{role} {name}": tensor for name, tensor in ray.get(ranks)[0].items()}
-    return found
-
-
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
 def test_updates_that_are_not_numbers_are_skipped_and_counted(configure: Configure, ranks: int, stage: int) -> None:
-    layout = [
-        f"{group}={value}"
-        for role in ("policy", "critic")
-        for group, value in (
-            (f"cluster.{role}.num_workers", ranks),
-            (f"learner.{role}.zero_stage", stage),
-            (f"learner.{role}.optimizer.max_skipped_updates", 3),
-        )
-    ]
+    layout = for_learners(num_workers=ranks, zero_stage=stage, optimizer__max_skipped_updates=3)
     config, batch = configure(*layout), rollouts_of_many_lengths()
     with ray_session(config), start_learners(config, Clock()) as crew:
         scores = crew.score(batch)
         draw = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(0))
         good = Targets(advantages=draw, returns=draw.abs())
         everywhere = Targets(advantages=draw * math.nan, returns=draw * math.inf)
-        before = weights(crew)
+        before = learners_weights(crew)
         metrics = crew.update(batch, scores, everywhere, seed=0)
         for role in ("policy", "critic"):
             assert metrics[f"{role}/skipped_updates"] == metrics[f"{role}/num_updates"] == 2
             assert math.isnan(metrics[f"{role}/grad_norm"])
-        after = weights(crew)
+        after = learners_weights(crew)
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
         metrics = crew.update(batch, scores, good, seed=0)
         for role in ("policy", "critic"):
             assert metrics[f"{role}/skipped_updates"] == 0 and metrics[f"{role}/grad_norm"] > 0
-        learned = weights(crew)
+        learned = learners_weights(crew)
         assert all(bool(tensor.isfinite().all()) for tensor in learned.values())
         assert any(not torch.equal(learned[name], tensor) for name, tensor in before.items())
 

@@ -15,7 +15,7 @@ from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.clock import Clock
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 from sae_rl.workers.crew import Crew, ray_session, start_learners
-from tests.stack.conftest import Configure
+from tests.stack.conftest import Configure, for_learners
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +57,15 @@ def weights_of(worker: object) -> dict[str, Tensor]:
     return {name: tensor.float().clone() for name, tensor in worker._learner.full_weights()}  # type: ignore[attr-defined]
 
 
+def learners_weights(crew: Crew) -> dict[str, Tensor]:
+    """Of both networks; every rank takes part, since ZeRO 3 gathers them."""
+    weights = {}
+    for role in ("policy", "critic"):
+        ranks = ray.get([worker.__ray_call__.remote(weights_of) for worker in crew._groups[role].workers])  # type: ignore
+        weights |= {f"{role} {name}": tensor for name, tensor in ranks[0].items()}
+    return weights
+
+
 def train_twice(crew: Crew, batch: Batch) -> Outcome:
     metrics: dict[str, float] = {}
     first = crew.score(batch)
@@ -73,24 +82,11 @@ def train_twice(crew: Crew, batch: Batch) -> Outcome:
         metrics |= {
             f"{step} {name}": value for name, value in update.items() if not name.startswith(("time/", "memory/"))
         }
-    weights = {}
-    for role in ("policy", "critic"):
-        ranks = ray.get([worker.__ray_call__.remote(weights_of) for worker in crew._groups[role].workers])  # type: ignore
-        weights |= {f"{role} {name}": tensor for name, tensor in ranks[0].items()}
-    return Outcome(first, metrics, weights)
+    return Outcome(first, metrics, learners_weights(crew))
 
 
 def outcome_of(configure: Configure, ranks: int, stage: int, budget: int) -> Outcome:
-    layout = [
-        f"{group}={value}"
-        for role in ("policy", "critic")
-        for group, value in (
-            (f"cluster.{role}.num_workers", ranks),
-            (f"learner.{role}.zero_stage", stage),
-            (f"learner.{role}.micro_batch_tokens", budget),
-            (f"learner.{role}.optimizer.lr", 1e-3),
-        )
-    ]
+    layout = for_learners(num_workers=ranks, zero_stage=stage, micro_batch_tokens=budget, optimizer__lr=1e-3)
     config = configure(*layout)
     with ray_session(config), start_learners(config, Clock()) as crew:
         return train_twice(crew, rollouts_of_many_lengths())
