@@ -80,6 +80,16 @@ def evaluate(arguments: list[str]) -> None:
     )
 
 
+def pretrain_critic(arguments: list[str]) -> None:
+    from sae_rl.compose import load_config
+
+    config = load_config(arguments)
+    from sae_rl.run import run_critic_pretraining
+
+    folder = run_critic_pretraining(config)
+    print(f"the critic is in {folder}: sae-rl train ... learner.critic_pretraining.checkpoint={folder}")
+
+
 def warm_start(arguments: list[str]) -> None:
     from sae_rl.base_model import WarmStartConfig, run_warm_start
     from sae_rl.compose import build, compose_tree
@@ -104,6 +114,9 @@ def report(arguments: list[str]) -> None:
 COMMANDS = {
     "train": Command(train, "train as configured; -m sweeps, --print shows the configuration and stops"),
     "evaluate": Command(evaluate, "avg@k of model.path, a folder or a checkpoint, on task.evaluation"),
+    "pretrain-critic": Command(
+        pretrain_critic, "a critic of model.path's returns, for any number of runs to start from"
+    ),
     "warm-start": Command(warm_start, "make a small base model, or fine-tune a local one on a file"),
     "demo": Command(demo, "the whole way on a laptop: base model, training with SAE, report"),
     "report": Command(report, "write report.html of a run's folder"),
@@ -111,7 +124,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    lines = [f"  {name:11} {command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:15} {command.help}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: sae-rl COMMAND [key=value ...]",

@@ -166,7 +166,9 @@ class OptimizerConfig(Section):
     betas: tuple[Fraction, Fraction]
     eps: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
-    warmup_updates: NonNegative  # linear from 0
+    warmup_updates: NonNegative  # lr rises linearly over the first so many
+    schedule: Literal["constant", "linear", "cosine"]  # of lr behind the warm-up, until the run's last update
+    min_lr_fraction: Fraction  # of lr, at the end of a linear or cosine schedule
     max_grad_norm: Annotated[float, Field(gt=0)]
     max_skipped_updates: NonNegative  # in a row, whose gradient is not finite; one more ends the run
 
@@ -185,6 +187,7 @@ class LearnerConfig(Section):
 class CriticPretrainingConfig(Section):
     """Value pre-training on rollouts of the frozen policy, before the first policy update (arXiv 2503.01491)."""
 
+    checkpoint: str | None  # folder of a critic to start from instead, as `sae-rl pretrain-critic` leaves it
     num_prompts: NonNegative  # 0: none
     heldout_fraction: Annotated[float, Field(gt=0, lt=1)]  # of the prompts
     responses_per_update: Positive

@@ -124,15 +124,20 @@ def begin(run: Run) -> int:
     workers.sync_weights(0)
     if config.evaluation.every_steps:
         evaluate_policy(run, 0)
-    if config.algorithm.needs_critic and config.learner.critic_pretraining.num_prompts:
+    pretraining = config.learner.critic_pretraining
+    if config.algorithm.needs_critic and pretraining.num_prompts and pretraining.checkpoint is None:
         prepare_critic(run)
     save(run, 0)
     run.clock.lap()
     return 0
 
 
-def prepare_critic(run: Run) -> None:
-    """Pre-trains the critic on rollouts of the initial policy; its prompts come in an order of their own."""
+def prepare_critic(run: Run) -> tuple[float, int]:
+    """Pre-trains the critic on rollouts of the initial policy; its prompts come in an order of their own.
+
+    Returns:
+        Its explained variance on held-out prompts, and the number of responses.
+    """
     config, pretraining = run.config, run.config.learner.critic_pretraining
     prompts = Sampler(run.sampler.prompts, derive_seed(config.seed, "pretraining")).next(pretraining.num_prompts)
     rollouts = generate(run, prompts, "pretraining")
@@ -145,8 +150,9 @@ def prepare_critic(run: Run) -> None:
         seed=derive_seed(config.seed, "pretraining"),
         log=lambda epoch, metrics: run.records.log(epoch, metrics, phase="pretraining"),
     )
-    run.workers.set_critic_lr(config.learner.critic.optimizer.lr)
+    run.workers.set_critic_lr(None)
     run.records.note(f"critic pre-trained on {len(rollouts)} responses: held-out explained variance {best:.3f}")
+    return best, len(rollouts)
 
 
 def generate(run: Run, prompts: list[Prompt], stream: str) -> list[Rollout]:

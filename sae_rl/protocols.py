@@ -54,7 +54,9 @@ class Workers(Protocol):
         """Values alone; logprobs are nan."""
         ...
 
-    def set_critic_lr(self, lr: float) -> None: ...
+    def set_critic_lr(self, lr: float | None) -> None:
+        """A constant learning rate for pre-training, or None: the configured schedule from its beginning."""
+        ...
 
     def sync_weights(self, version: int) -> Metrics:
         """Sends the policy's weights to every rollout engine and compares logprobs of both sides on probe prompts."""
@@ -69,6 +71,10 @@ class Workers(Protocol):
     def save_critic(self, folder: Path) -> None: ...
 
     def load_critic(self, folder: Path) -> None: ...
+
+    def export_critic(self, folder: Path) -> None:
+        """The critic as a Hugging Face folder, for any number of ranks and any run."""
+        ...
 
 
 class Recorder(Protocol):

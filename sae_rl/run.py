@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sae_rl import checkpoint
+from sae_rl import checkpoint, critic_files
 from sae_rl.algo import with_vocabulary
 from sae_rl.clock import Clock
 from sae_rl.config import Config, ConfigError, SourceConfig, TaskConfig, as_tree
 from sae_rl.data.files import ColumnMap
 from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
 from sae_rl.data.sampler import Sampler
-from sae_rl.driver import Run, train
+from sae_rl.driver import Run, prepare_critic, train
 from sae_rl.evaluate import Evaluation, evaluate
 from sae_rl.plugins import nearest
 from sae_rl.records import Records
@@ -27,6 +29,7 @@ from sae_rl.rewards import resolve_reward
 from sae_rl.rewards.pool import RewardPool
 from sae_rl.types import Prompt
 from sae_rl.workers.crew import ray_session, start_rollout, start_workers
+from sae_rl.workers.placement import Role, pretraining_roles, roles_of
 
 NUM_PROBE_PROMPTS = 2
 
@@ -39,7 +42,53 @@ def run_training(config: Config) -> None:
         WorkerError, RuntimeError: the run failed; its last checkpoint is usable.
     """
     prepare_output(config)
-    resume_from = find_checkpoint(config)
+    resume_from, told = find_checkpoint(config), []
+    if config.algorithm.needs_critic and config.learner.critic_pretraining.checkpoint is not None:
+        told = [critic_files.describe(config)]
+    with assembled(config, roles_of(config), resume_from) as run:
+        for text in told:
+            run.records.note(text)
+        train(run)
+    publish_policy(config)
+
+
+def run_critic_pretraining(config: Config) -> Path:
+    """Pre-trains a critic for ``model.path`` as configured, without training a policy.
+
+    Returns:
+        The folder with the critic, for ``learner.critic_pretraining.checkpoint`` of runs to come.
+
+    Raises:
+        ConfigError: as in `run_training`; or the estimator has no critic, or there are no prompts to pre-train on.
+        RuntimeError: it failed, or the returns did not vary, so that nothing could be learnt.
+    """
+    key, folder = "learner.critic_pretraining", config.output_dir / "critic"
+    if not config.algorithm.needs_critic:
+        raise ConfigError(
+            ["algorithm.estimator has no critic that could be pre-trained: choose algorithm=sae, gae, ..."]
+        )
+    if not config.learner.critic_pretraining.num_prompts:
+        raise ConfigError([f"{key}.num_prompts = 0: pre-training needs prompts, at least 2"])
+    if folder.exists():
+        raise ConfigError([f"output_dir = {config.output_dir} holds a critic already; choose another output_dir"])
+    prepare_output(config)
+    with assembled(config, pretraining_roles(config), None) as run:
+        explained_variance, num_responses = prepare_critic(run)
+        if not math.isfinite(explained_variance):
+            raise RuntimeError(
+                "all responses had the same return, so the critic learnt nothing; are all rewards the same?"
+            )
+        partial = folder.with_name(".partial_critic")
+        shutil.rmtree(partial, ignore_errors=True)
+        run.workers.export_critic(partial)
+        critic_files.write_card(partial, config, explained_variance, num_responses)
+        partial.rename(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> Iterator[Run]:
+    """Everything that a run works with, its workers started; taken apart at the end."""
     tokenizer = load_tokenizer(config.model.path)
     resolved = with_delimiters(config, tokenizer)
     prompts = load_source(config.task.train, config.task, tokenizer, "task.train")
@@ -52,9 +101,9 @@ def run_training(config: Config) -> None:
         write_config(config, records)
         records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
         stack.enter_context(ray_session(config))
-        workers = stack.enter_context(start_workers(config, prompts[:NUM_PROBE_PROMPTS], clock))
+        workers = stack.enter_context(start_workers(config, prompts[:NUM_PROBE_PROMPTS], clock, roles))
         rewards = stack.enter_context(RewardPool(config.rewards))
-        run = Run(
+        yield Run(
             config=resolved,
             sampler=Sampler(prompts, config.seed),
             heldout=heldout,
@@ -64,8 +113,6 @@ def run_training(config: Config) -> None:
             clock=clock,
             resume_from=resume_from,
         )
-        train(run)
-    publish_policy(config)
 
 
 def run_evaluation(config: Config) -> Evaluation:
@@ -215,7 +262,7 @@ def _source_of(source: SourceConfig) -> Problems | File:
 def check_prompts(config: Config, prompts: list[Prompt]) -> None:
     """Raises ConfigError if a step, or the critic's pre-training, asks for more prompts than there are."""
     wanted = {"rollout.prompts_per_step": config.rollout.prompts_per_step}
-    if config.algorithm.needs_critic:
+    if config.algorithm.needs_critic and config.learner.critic_pretraining.checkpoint is None:
         wanted["learner.critic_pretraining.num_prompts"] = config.learner.critic_pretraining.num_prompts
     problems = [
         f"{key} = {count}, but task.train has {len(prompts)} prompts"

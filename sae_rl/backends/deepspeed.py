@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sae_rl.algo.losses import LossSum
+from sae_rl.backends.lr_schedule import LrSchedule
 from sae_rl.backends.packing import MicroBatch, build_micro_batch, pack
 from sae_rl.config import Device, LearnerConfig, ModelConfig
 from sae_rl.types import Batch
@@ -66,8 +67,9 @@ class Learner:
         config: LearnerConfig,
         rank: Rank,
         *,
-        trainable: bool = True,
+        num_steps: int | None,
     ) -> None:
+        """``num_steps`` of the run, for the schedule of the learning rate; None: the network is only evaluated."""
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -76,6 +78,7 @@ class Learner:
         self.device = torch.device(rank.device)
         self.network: nn.Module
         self._skipped = 0  # updates in a row
+        trainable = num_steps is not None
         self._clips_itself = trainable and config.zero_stage == 0 and model.precision == "float32"
         ds_config = self._deepspeed_config(model, trainable)
         # from_pretrained shards while it loads as long as this object lives.
@@ -85,8 +88,9 @@ class Learner:
         del sharded_load
         if config.activation_checkpointing and trainable:
             network.apply(_enable_activation_checkpointing)
-        if trainable:
+        if num_steps is not None:
             options = config.optimizer
+            self.schedule = LrSchedule(options, num_steps * config.num_epochs * config.num_mini_batches)
             self._optimizer = torch.optim.AdamW(
                 network.parameters(),
                 lr=options.lr,
@@ -96,13 +100,7 @@ class Learner:
             )
             if self._clips_itself:
                 self._optimizer.register_step_pre_hook(self._clip)
-            warmup = max(1, options.warmup_updates)
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                self._optimizer, lambda update: min(1.0, (update + 1) / warmup)
-            )
-            self.engine, *_ = deepspeed.initialize(
-                model=network, optimizer=self._optimizer, lr_scheduler=schedule, config=ds_config
-            )
+            self.engine, *_ = deepspeed.initialize(model=network, optimizer=self._optimizer, config=ds_config)
         else:
             network.requires_grad_(False)
             self.engine, *_ = deepspeed.initialize(model=network, config=ds_config)
@@ -142,13 +140,6 @@ class Learner:
     def grad_norm(self) -> float:
         """Norm of the last update's gradient, before clipping."""
         return self._grad_norm if self._clips_itself else float(self.engine.get_global_grad_norm())
-
-    def set_lr(self, lr: float) -> None:
-        """Another peak learning rate, kept by the warm-up schedule."""
-        schedule = self.engine.lr_scheduler
-        schedule.base_lrs = [lr] * len(schedule.base_lrs)
-        for group, factor in zip(self.engine.optimizer.param_groups, schedule.lr_lambdas, strict=True):
-            group["lr"] = lr * factor(schedule.last_epoch)
 
     def _micro_batches(self, batch: Batch, rows: Tensor) -> Iterator[tuple[MicroBatch, bool]]:
         """This rank's share of ``rows`` as micro-batches, and whether each counts.
@@ -206,7 +197,11 @@ class Learner:
                 totals["tokens"] += micro.token_ids.numel()
                 for name, value in summed.stats.items():
                     totals[name] = totals.get(name, 0.0) + float(value)
-        lr = float(self.engine.get_lr()[0])  # the schedule moves on with the step
+        lr, options = self.schedule.next(), self.config.optimizer
+        for (
+            group
+        ) in self.engine.optimizer.param_groups:  # all of them: a checkpoint brings those that it was saved with
+            group.update(lr=lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
         self.engine.step()
         grad_norm = self.grad_norm
         self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
@@ -226,7 +221,8 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Weights, optimizer, schedule and random state, each rank its own shard."""
-        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        progress = {"num_scheduled": self.schedule.num_done}
+        self.engine.save_checkpoint(str(folder), tag="state", client_state=progress, save_latest=False)
         torch.save(_random_state(self.rank.device), folder / f"random_state_{self.rank.index}.pt")
 
     def load(self, folder: Path) -> None:
@@ -235,9 +231,10 @@ class Learner:
         Raises:
             ValueError: the checkpoint was written by another number of ranks, or is incomplete.
         """
-        path, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        path, progress = self.engine.load_checkpoint(str(folder), tag="state")
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint that {self.rank.size} ranks can load")
+        self.schedule.num_done = progress["num_scheduled"]
         state = torch.load(folder / f"random_state_{self.rank.index}.pt")
         torch.set_rng_state(state["cpu"])
         if "cuda" in state:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from sae_rl.backends.attention import PACKED_SDPA
 from sae_rl.backends.logprobs import OutputHead
@@ -21,9 +21,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def load_causal_lm(model: ModelConfig) -> Any:
     """The Hugging Face model of ``model.path``, without dropout or a KV cache."""
-    network = AutoModelForCausalLM.from_pretrained(
-        model.path, dtype=DTYPES[model.precision], attn_implementation=ATTENTION.get(model.attention, model.attention)
-    )
+    return _load(AutoModelForCausalLM, model.path, model)
+
+
+def _load(kind: Any, path: str, model: ModelConfig, **arguments: Any) -> Any:
+    attention = ATTENTION.get(model.attention, model.attention)
+    network = kind.from_pretrained(path, dtype=DTYPES[model.precision], attn_implementation=attention, **arguments)
     network.config.use_cache = False
     return network
 
@@ -48,14 +51,26 @@ class PolicyNetwork(nn.Module):
 
 
 class CriticNetwork(nn.Module):
-    """V(s_t) of response tokens: the policy's architecture and weights below a linear head that starts at zero."""
+    """V(s_t) of response tokens: a linear head on a language model's last hidden states."""
 
-    def __init__(self, causal_lm: Any) -> None:
+    def __init__(self, backbone: nn.Module, value_head: nn.Linear) -> None:
         super().__init__()
-        self.backbone = causal_lm.base_model
-        self.value_head = nn.Linear(causal_lm.config.hidden_size, 1, dtype=causal_lm.dtype)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        self.backbone = backbone
+        self.value_head = value_head
+
+    @classmethod
+    def on(cls, causal_lm: Any) -> CriticNetwork:
+        """On the weights of a policy, with a head that is zero."""
+        head = nn.Linear(causal_lm.config.hidden_size, 1, dtype=causal_lm.dtype)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return cls(causal_lm.base_model, head)
+
+    @classmethod
+    def load(cls, folder: str, model: ModelConfig) -> CriticNetwork:
+        """What `export_critic` wrote, or any token classifier of transformers with one label."""
+        found = _load(AutoModelForTokenClassification, folder, model, num_labels=1)
+        return cls(found.base_model, found.score)
 
     def forward(self, micro: MicroBatch, with_final: bool = False) -> tuple[Tensor, Tensor | None]:
         """
@@ -76,6 +91,20 @@ def _hidden_states(backbone: nn.Module, micro: MicroBatch) -> Tensor:
     found = backbone(input_ids=micro.input_ids, position_ids=micro.position_ids, **micro.attention_arguments())
     states: Tensor = found.last_hidden_state
     return states[0]
+
+
+def export_critic(network: CriticNetwork, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:
+    """Writes the critic as a token classifier of transformers with one label; arguments are those of `export_causal_lm`."""
+    config = AutoConfig.for_model(**{**network.backbone.config.to_dict(), "num_labels": 1})
+    with torch.device("meta"):
+        classifier = AutoModelForTokenClassification.from_config(config)
+    names = {"backbone": classifier.base_model_prefix, "value_head": "score"}
+    state = {}
+    for name, tensor in weights:
+        part, _, rest = name.partition(".")
+        state[f"{names[part]}.{rest}"] = tensor.detach().cpu().clone()
+    classifier.save_pretrained(folder, state_dict=state)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 
 
 def export_causal_lm(causal_lm: Any, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:

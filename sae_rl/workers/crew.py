@@ -60,15 +60,17 @@ def ray_session(config: Config) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def start_workers(config: Config, probe_prompts: list[Prompt], clock: Clock) -> Iterator[Crew]:
-    """Places and starts every worker; kills them all at the end, however it comes.
+def start_workers(
+    config: Config, probe_prompts: list[Prompt], clock: Clock, roles: list[Role] | None = None
+) -> Iterator[Crew]:
+    """Places and starts every worker, or those of ``roles``; kills them all at the end, however it comes.
 
     Raises:
         ConfigError: Ray does not have what the run asks for.
         TimeoutError: it has, but others hold it.
         WorkerError: a worker failed to start.
     """
-    with _placed(config, roles_of(config)) as groups:
+    with _placed(config, roles_of(config) if roles is None else roles) as groups:
         crew = Crew(config, groups, probe_prompts, clock)
         crew.start()
         yield crew
@@ -167,8 +169,13 @@ class Crew:
         config, group = self._config, self._groups[role]
         address, port = ray.get(group.workers[0].free_address.remote())
         extra = {
-            "policy": (config.learner.policy, config.algorithm.policy_loss),
-            "critic": (config.learner.critic, config.algorithm.value_loss),
+            "policy": (config.learner.policy, config.algorithm.policy_loss, config.steps),
+            "critic": (
+                config.learner.critic,
+                config.algorithm.value_loss,
+                config.steps,
+                config.learner.critic_pretraining.checkpoint,
+            ),
             "reference": (config.learner.policy,),
         }[role]
         references = []
@@ -186,7 +193,7 @@ class Crew:
 
     def score(self, batch: Batch) -> Scores:
         with self._clock.phase("score"):
-            return self._score(batch, roles_of(self._config), self._config.algorithm.needs_entropies)
+            return self._score(batch, list(self._groups), self._config.algorithm.needs_entropies)
 
     def score_critic(self, batch: Batch) -> Scores:
         with self._clock.phase("score"):
@@ -233,7 +240,7 @@ class Crew:
             )
         return summarize(ranks, "critic")
 
-    def set_critic_lr(self, lr: float) -> None:
+    def set_critic_lr(self, lr: float | None) -> None:
         self._groups["critic"].run(lambda worker: worker.set_lr.remote(lr))
 
     def sync_weights(self, version: int) -> dict[str, float]:
@@ -283,8 +290,12 @@ class Crew:
     def load_critic(self, folder: Path) -> None:
         self._load(folder, ["critic"])
 
+    def export_critic(self, folder: Path) -> None:
+        """The critic for transformers, and for other runs."""
+        self._groups["critic"].run(lambda worker: worker.export.remote(folder.absolute()))
+
     def _learners(self) -> list[Role]:
-        return [role for role in roles_of(self._config) if role in ("policy", "critic")]
+        return [role for role in self._groups if role in ("policy", "critic")]
 
     def _save(self, folder: Path, roles: list[Role]) -> None:
         folder = folder.absolute()  # workers run in other folders than the driver

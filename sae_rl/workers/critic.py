@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_rl.algo.losses import LossSum, ValueLoss
 from sae_rl.backends.deepspeed import Learner, Rank, join_group
-from sae_rl.backends.models import CriticNetwork, load_causal_lm
+from sae_rl.backends.models import CriticNetwork, export_critic, load_causal_lm
 from sae_rl.backends.packing import MicroBatch, draw_mini_batches
 from sae_rl.config import LearnerConfig, ModelConfig
 from sae_rl.types import Batch, Scores, Targets
@@ -18,11 +18,28 @@ from sae_rl.workers.group import Process
 class CriticWorker(Process):
     """One data-parallel rank of the critic."""
 
-    def start(self, rank: Rank, model: ModelConfig, config: LearnerConfig, loss: ValueLoss) -> None:
+    def start(
+        self,
+        rank: Rank,
+        model: ModelConfig,
+        config: LearnerConfig,
+        loss: ValueLoss,
+        num_steps: int,
+        checkpoint: str | None,
+    ) -> None:
+        """``checkpoint``: a critic's folder; None: the policy's weights under a head that is zero."""
         join_group(rank)
+        self._rank = rank
+        self._model = model
         self._config = config
         self._loss = loss
-        self._learner = Learner(lambda: CriticNetwork(load_causal_lm(model)), model, config, rank)
+
+        def build() -> CriticNetwork:
+            if checkpoint is None:
+                return CriticNetwork.on(load_causal_lm(model))
+            return CriticNetwork.load(checkpoint, model)
+
+        self._learner = Learner(build, model, config, rank, num_steps=num_steps)
 
     def score(self, batch: Batch, with_final: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Which of the N tokens this rank answers for, their values, and those behind last tokens if asked for."""
@@ -63,14 +80,27 @@ class CriticWorker(Process):
             for rows in draw_mini_batches(batch.num_responses, num_mini_batches, seed)
         ]
 
-    def set_lr(self, lr: float) -> None:
-        self._learner.set_lr(lr)
+    def set_lr(self, lr: float | None) -> None:
+        """A constant learning rate, or None: the configured schedule from its beginning."""
+        if lr is None:
+            self._learner.schedule.restart()
+        else:
+            self._learner.schedule.hold(lr)
 
     def save(self, folder: Path) -> None:
         self._learner.save(folder)
 
     def load(self, folder: Path) -> None:
         self._learner.load(folder)
+
+    def export(self, folder: Path) -> None:
+        """Writes the critic as a Hugging Face folder; rank 0 writes, all ranks gather."""
+        weights = self._learner.full_weights()
+        if self._rank.index == 0:
+            export_critic(self._learner.network, weights, self._model.path, folder)
+        else:
+            for _ in weights:
+                pass
 
     def close(self) -> None:
         self._learner.close()

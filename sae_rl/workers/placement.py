@@ -47,6 +47,11 @@ def roles_of(config: Config) -> list[Role]:
     return roles
 
 
+def pretraining_roles(config: Config) -> list[Role]:
+    """Those that pre-train a critic; the policy only where a segmenter or an estimator reads its entropies."""
+    return ["rollout", *(["policy"] if config.algorithm.advantages_need_entropies else []), "critic"]
+
+
 def plan(config: Config, roles: Sequence[Role]) -> Placement:
     """One bundle per rollout engine; one per learner, or one per rank that all learners share."""
     cluster = config.cluster

@@ -23,13 +23,13 @@ from sae_rl.workers.weight_sync import EngineClient
 class PolicyWorker(Process):
     """One data-parallel rank of the policy."""
 
-    def start(self, rank: Rank, model: ModelConfig, config: LearnerConfig, loss: PolicyLoss) -> None:
+    def start(self, rank: Rank, model: ModelConfig, config: LearnerConfig, loss: PolicyLoss, num_steps: int) -> None:
         join_group(rank)
         self._rank = rank
         self._model = model
         self._config = config
         self._loss = loss
-        self._learner = Learner(lambda: PolicyNetwork(load_causal_lm(model)), model, config, rank)
+        self._learner = Learner(lambda: PolicyNetwork(load_causal_lm(model)), model, config, rank, num_steps=num_steps)
         self._send: Callable[[], None] | None = None
 
     def score(self, batch: Batch, with_entropies: bool) -> tuple[Tensor, tuple[Tensor, ...]]:

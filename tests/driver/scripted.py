@@ -144,7 +144,10 @@ class ScriptedWorkers:
         values = self.quality * batch.rewards.repeat_interleave(batch.lengths)
         return Scores(old_logprobs=torch.full_like(values, torch.nan), values=values, ref_logprobs=None)
 
-    def set_critic_lr(self, lr: float) -> None:
+    def export_critic(self, folder: Path) -> None:
+        self._write("export_critic", folder=folder)
+
+    def set_critic_lr(self, lr: float | None) -> None:
         self._write("set_critic_lr", lr=lr)
 
     def sync_weights(self, version: int) -> Metrics:

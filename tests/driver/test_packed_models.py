@@ -133,7 +133,7 @@ def test_activation_checkpointing_changes_nothing(folder: Path, batch: Batch) ->
 
 def test_critic(folder: Path, batch: Batch) -> None:
     _, _, _, states = padded_answers(folder, batch)
-    critic = CriticNetwork(load_causal_lm(model_config(folder)))
+    critic = CriticNetwork.on(load_causal_lm(model_config(folder)))
     nn.init.normal_(critic.value_head.weight)
     values, _ = critic(build_micro_batch(batch, torch.arange(5)))
     torch.testing.assert_close(values, critic.value_head(states)[:, 0], atol=1e-5, rtol=1e-5)

@@ -208,7 +208,7 @@ def test_the_critic_tells_the_value_behind_a_response(tiny_model: Path, holes: l
     model = ModelConfig(path=str(tiny_model), precision="float32", attention="sdpa")
     batch = replace(batch, prompt_token_ids=batch.prompt_token_ids % 20, token_ids=batch.token_ids % 20)
     torch.manual_seed(0)
-    network = CriticNetwork(load_causal_lm(model))
+    network = CriticNetwork.on(load_causal_lm(model))
     torch.nn.init.normal_(network.value_head.weight)
     rows = torch.tensor([2, 0, 1])
     micro = build_micro_batch(batch, rows)

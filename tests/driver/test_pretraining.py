@@ -156,14 +156,14 @@ def test_returns_that_do_not_vary_stop_it_and_leave_a_critic(tmp_path: Path) -> 
 
 
 def test_the_driver_pretrains_before_the_first_checkpoint_and_sets_the_learning_rate_back(tmp_path: Path) -> None:
-    config = configured(tmp_path, "steps=1", "learner.critic.optimizer.lr=0.125")
+    config = configured(tmp_path, "steps=1")
     workers = ScriptedWorkers(qualities=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     run = make_run(config, workers)
     train(run)
     sampled = [call.of for call in workers.asked("generate")]
     assert [of["stream"] for of in sampled] == ["pretraining", "step 0"]
     assert len(set(sampled[0]["prompts"])) == 8
-    assert workers.asked("set_critic_lr")[-1].of["lr"] == 0.125
+    assert workers.asked("set_critic_lr")[-1].of["lr"] is None  # the configured schedule, from its beginning
     names = [call.name for call in workers.log]
     assert names.index("load_critic") < names.index("save") < names.index("score")
     steps = [call.of["step"] for call in workers.asked("log") if call.of["phase"] == "pretraining"]
