@@ -10,7 +10,7 @@ TYPED := $(filter-out sae_rl/backends sae_rl/workers sae_rl/run.py sae_rl/demo.p
          $(wildcard sae_rl/*.py) sae_rl/algo sae_rl/analysis sae_rl/data sae_rl/rewards)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format docs setup bench-iteration bench-advantage bench-learner clean
+.PHONY: help demo test test-fast check format docs exactness setup bench-iteration bench-advantage bench-learner clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -33,6 +33,9 @@ check: $(INSTALLED)  ## lint, format and types
 format: $(INSTALLED)  ## lays out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+exactness: $(INSTALLED)  ## docs/exactness.md: packed, parallel and padded updates compared; about five minutes
+	$(BIN)/python -m pytest tests/driver/test_packed_models.py tests/stack/test_layouts.py --exactness docs/exactness.md
 
 bench-iteration: $(INSTALLED)  ## one whole PPO iteration in tokens/s, by phase
 	$(BIN)/python -m benchmarks.iteration

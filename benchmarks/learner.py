@@ -82,7 +82,9 @@ def packed_update(folder: Path, batch: Any, advantages: Tensor) -> Callable[[], 
     learner_config = config.learner.policy.model_copy(update={"micro_batch_tokens": BUDGET})
     rank = Rank(index=0, size=1, master_address="127.0.0.1", master_port=29555, device="cpu", threads=1)
     join_group(rank)
-    learner = Learner(lambda: PolicyNetwork(load_causal_lm(config.model)), config.model, learner_config, rank, num_steps=1)
+    learner = Learner(
+        lambda _: PolicyNetwork(load_causal_lm(config.model)), config.model, learner_config, rank, num_steps=1
+    )
     loss = PolicyLoss()
 
     def of(micro: Any) -> Any:

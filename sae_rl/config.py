@@ -140,6 +140,7 @@ class ClusterConfig(Section):
     policy: WorkersConfig
     critic: WorkersConfig  # started if the estimator needs values
     reference: WorkersConfig  # started if a KL term needs it
+    peak_tflops: Annotated[float, Field(gt=0)] | None  # of one GPU in model.precision, dense; null: MFU is not logged
     share_learner_gpus: bool  # rank i of policy, critic and reference live on one GPU
     start_timeout_s: Annotated[float, Field(gt=0)]
     call_timeout_s: Annotated[float, Field(gt=0)]  # of any one remote call
@@ -180,7 +181,7 @@ class LearnerConfig(Section):
     activation_checkpointing: bool
     num_epochs: Positive  # passes over the batch of one step
     num_mini_batches: Positive  # optimizer updates per epoch
-    micro_batch_tokens: Positive  # prompt + response tokens of one forward pass per rank
+    micro_batch_tokens: Positive  # prompt + response tokens of one forward pass per rank; those that share rows add up
     optimizer: OptimizerConfig
 
 
@@ -200,6 +201,7 @@ class CriticPretrainingConfig(Section):
 class LearnersConfig(Section):
     policy: LearnerConfig
     critic: LearnerConfig
+    sequence_parallel_size: Positive  # ranks that share each row of tokens (Ulysses), of every learner
     critic_pretraining: CriticPretrainingConfig
 
 
@@ -272,11 +274,14 @@ def check(config: Config) -> list[str]:
                 f"({config.rollout.max_response_tokens}) = {wanted} tokens, but the model at {config.model.path} takes "
                 f"{context}; shorten one of them"
             )
+        sharing = config.learner.sequence_parallel_size
         for role in _learner_roles(config):
             budget = getattr(config.learner, role).micro_batch_tokens
-            if budget < wanted:
+            if budget * sharing < wanted:
+                shared = f" x learner.sequence_parallel_size ({sharing})" if sharing > 1 else ""
                 problems.append(
-                    f"learner.{role}.micro_batch_tokens ({budget}) is below one full prompt + response ({wanted} tokens)"
+                    f"learner.{role}.micro_batch_tokens ({budget}){shared} is below one full prompt + response ({wanted} "
+                    "tokens)"
                 )
     except ValueError as error:
         problems.append(str(error))
@@ -293,13 +298,14 @@ def _check_batches(config: Config) -> list[str]:
     size = f"rollout.prompts_per_step x rollout.group_size = {total} responses"
     for role in _learner_roles(config):
         updates = getattr(config.learner, role).num_mini_batches
-        ranks = getattr(config.cluster, role).num_workers
+        ranks = getattr(config.cluster, role).num_workers // config.learner.sequence_parallel_size
         if total % updates:
             problems.append(f"{size} cannot be divided by learner.{role}.num_mini_batches = {updates}")
         elif ranks and (total // updates) % ranks:
             problems.append(
                 f"a mini-batch of {total // updates} responses ({size} / learner.{role}.num_mini_batches = {updates}) "
                 f"cannot be divided by cluster.{role}.num_workers = {ranks}"
+                + (" (over learner.sequence_parallel_size)" if config.learner.sequence_parallel_size > 1 else "")
             )
     if config.algorithm.needs_critic and config.learner.critic_pretraining.num_prompts == 1:
         problems.append("learner.critic_pretraining.num_prompts = 1: some are held out, so use 0 or at least 2")
@@ -329,9 +335,20 @@ def _check_workers(config: Config) -> list[str]:
     problems = []
     needed = {"rollout": True, "policy": True, "critic": config.algorithm.needs_critic}
     needed["reference"] = config.algorithm.needs_reference
+    sharing = config.learner.sequence_parallel_size
     for role, is_needed in needed.items():
-        if is_needed and getattr(config.cluster, role).num_workers < 1:
+        count = getattr(config.cluster, role).num_workers
+        if is_needed and count < 1:
             problems.append(f"cluster.{role}.num_workers = 0, but this algorithm needs at least one {role} worker")
+        elif is_needed and role != "rollout" and count % sharing:
+            problems.append(
+                f"cluster.{role}.num_workers = {count} cannot be divided by learner.sequence_parallel_size = {sharing}"
+            )
+    if sharing > 1 and config.model.attention == "eager":
+        problems.append(
+            f"learner.sequence_parallel_size = {sharing}: model.attention=eager cannot share rows; use sdpa or "
+            "flash_attention_2"
+        )
     if config.cluster.device == "cpu" and config.rollout.tensor_parallel_size > 1:
         problems.append(
             f"rollout.tensor_parallel_size = {config.rollout.tensor_parallel_size}: on cluster.device=cpu use 1"

@@ -193,21 +193,22 @@ def finish(run: Run, step: int, metrics: Metrics, sampled: Sampled) -> None:
         evaluate_policy(run, done)
     run.records.rollouts(step, sampled.rollouts, sampled.rewards, sampled.opens, sampled.scores, sampled.targets)
     times = run.clock.lap()
-    metrics |= throughput(sampled.opens.numel(), times)
+    metrics |= throughput(sampled.opens.numel(), times, run.workers.num_gpus)
     run.records.log(step, metrics | times | {"data/epoch": float(run.sampler.epoch)})
     # Behind the records: a resumed run drops what was recorded after its checkpoint, and nothing else.
     if last or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
         save(run, done)
 
 
-def throughput(num_tokens: int, times: Metrics) -> Metrics:
-    """Response tokens per second of the whole step, and of each phase that works through them."""
+def throughput(num_tokens: int, times: Metrics, num_gpus: int) -> Metrics:
+    """Response tokens per second of the whole step, and of each phase that works through them; also for each GPU."""
     phases = {"": "step", **{f"{phase}_": phase for phase in ("generate", "score", "update")}}
-    return {
+    rates = {
         f"throughput/{name}tokens_per_s": num_tokens / times[f"time/{phase}_s"]
         for name, phase in phases.items()
         if times.get(f"time/{phase}_s")
     }
+    return rates | ({f"{name}_per_gpu": rate / num_gpus for name, rate in rates.items()} if num_gpus else {})
 
 
 def evaluate_policy(run: Run, step: int) -> None:

@@ -120,6 +120,24 @@ METRICS: dict[str, Metric] = {
         f"throughput/{phase}_tokens_per_s": Metric("tokens/s", f"response tokens / time/{phase}_s")
         for phase in ("generate", "score", "update")
     },
+    **{
+        f"throughput/{phase}tokens_per_s_per_gpu": Metric("tokens/s", "the same / GPUs of all workers")
+        for phase in ("", "generate_", "score_", "update_")
+    },
+    **{
+        name: metric
+        for role in ("policy", "critic")
+        for name, metric in {
+            f"throughput/{role}_update_tflops": Metric(
+                "TFLOP/s", f"model FLOPs of a rank's forward and backward passes / time/{role}_update_s"
+            ),
+            f"throughput/{role}_mfu": Metric("fraction", "the same / cluster.peak_tflops"),
+            f"throughput/{role}_padding_fraction": Metric(
+                "fraction",
+                "positions of the update's passes that belong to no sequence, or to one run only to keep step",
+            ),
+        }.items()
+    },
     "memory/policy_peak_gb": Metric("GiB", "peak memory of the largest rank"),
     "memory/critic_peak_gb": Metric("GiB", "peak memory of the largest rank"),
 }

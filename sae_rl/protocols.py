@@ -36,6 +36,11 @@ class Workers(Protocol):
     @property
     def rollout(self) -> RolloutEngines: ...
 
+    @property
+    def num_gpus(self) -> int:
+        """That the workers hold; 0 on CPUs."""
+        ...
+
     def score(self, batch: Batch) -> Scores:
         """V(s_t), log pi_old and log pi_ref of every response token."""
         ...

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.exactness import FIGURES, Exactness, write
+
 SCRATCH = tempfile.mkdtemp(prefix="sae_rl_")  # a short path, as those of sockets are limited
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 os.environ["TMPDIR"] = SCRATCH  # of what is started from here: Ray's logs, and what killed workers leave
@@ -34,8 +36,22 @@ class Outcome:
 CommandLine = Callable[..., Outcome]
 
 
-def pytest_unconfigure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exactness", help="write what tests of exactness measure to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FIGURES] = Exactness()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    write(config)
     shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def exactness(request: pytest.FixtureRequest) -> Exactness:
+    return request.config.stash[FIGURES]
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sae_rl.algo.losses import LossSum
+from sae_rl.backends.flops import BACKWARD, PassCost
 from sae_rl.backends.lr_schedule import LrSchedule
 from sae_rl.backends.packing import MicroBatch, build_micro_batch, pack
+from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config import Device, LearnerConfig, ModelConfig
 from sae_rl.types import Batch
 
@@ -35,6 +37,7 @@ class Rank:
     master_port: int
     device: Device
     threads: int
+    sequence_parallel_size: int = 1  # neighbours by index that share each row
 
 
 def join_group(rank: Rank) -> None:
@@ -62,14 +65,18 @@ class Learner:
 
     def __init__(
         self,
-        build: Callable[[], nn.Module],
+        build: Callable[[SequenceGroup | None], nn.Module],
         model: ModelConfig,
         config: LearnerConfig,
         rank: Rank,
         *,
         num_steps: int | None,
     ) -> None:
-        """``num_steps`` of the run, for the schedule of the learning rate; None: the network is only evaluated."""
+        """
+        Args:
+            build: makes the network, for the ranks that it shares rows with.
+            num_steps: of the run, for the schedule of the learning rate; None: the network is only evaluated.
+        """
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -83,8 +90,9 @@ class Learner:
         ds_config = self._deepspeed_config(model, trainable)
         # from_pretrained shards while it loads as long as this object lives.
         sharded_load = HfDeepSpeedConfig(ds_config) if config.zero_stage == 3 else None
-        network = build()
-        self.attention_tokens = attention_tokens(network)
+        self._sharing = SequenceGroup(rank.sequence_parallel_size) if rank.sequence_parallel_size > 1 else None
+        network = build(self._sharing)
+        self._cost = PassCost.of(network)
         del sharded_load
         if config.activation_checkpointing and trainable:
             network.apply(_enable_activation_checkpointing)
@@ -137,6 +145,11 @@ class Learner:
                 parameter.grad = None
 
     @property
+    def _answers(self) -> bool:
+        """Whether this rank speaks for those that it shares rows with, which all know the same."""
+        return self._sharing is None or self._sharing.index == 0
+
+    @property
     def grad_norm(self) -> float:
         """Norm of the last update's gradient, before clipping."""
         return self._grad_norm if self._clips_itself else float(self.engine.get_global_grad_norm())
@@ -145,11 +158,12 @@ class Learner:
         """This rank's share of ``rows`` as micro-batches, and whether each counts.
 
         All ranks get the same number of them, since ZeRO runs collectives in every pass: a rank with too few rows runs
-        its first row again, and that pass does not count.
+        its first row again, and that pass does not count. Ranks that share rows get the same micro-batches.
         """
-        lengths = batch.prompt_lengths + batch.lengths
-        parts = pack(rows, lengths, self.config.micro_batch_tokens, self.rank.size, self.attention_tokens)
-        for part in parts[self.rank.index]:
+        lengths, sharing = batch.prompt_lengths + batch.lengths, self.rank.sequence_parallel_size
+        budget, num_groups = self.config.micro_batch_tokens * sharing, self.rank.size // sharing
+        parts = pack(rows, lengths, budget, num_groups, self._cost.attention_tokens)
+        for part in parts[self.rank.index // sharing]:
             counts = part.numel() > 0
             yield build_micro_batch(batch, part if counts else rows[:1]).to(self.device), counts
 
@@ -167,7 +181,7 @@ class Learner:
         outputs: list[tuple[Tensor, ...]] = []
         for micro, counts in self._micro_batches(batch, torch.arange(batch.num_responses)):
             answer = forward(micro)
-            if counts:
+            if counts and self._answers:
                 index.append(micro.token_index.cpu())
                 outputs.append(tuple(a.cpu() for a in answer))
         if not index:
@@ -182,19 +196,25 @@ class Learner:
         The gradient is that of ``sum over the tokens of all ranks / total``, whatever the ranks and micro-batches.
 
         Returns:
-            sums over this rank's tokens: the statistics of ``loss`` by metric name, and their number as ``tokens``; and
+            sums over this rank's tokens: the statistics of ``loss`` by metric name, their number as ``tokens``, the model
+            ``flops`` they took, the ``real_positions`` of rows they lie in, and all ``positions`` that were run; and
             ``grad_norm``, ``lr``, ``seconds`` and ``peak_memory_gb``.
         """
         started = time.perf_counter()
         self.engine.train()
-        totals: dict[str, float] = {"tokens": 0.0}
+        totals = dict.fromkeys(("tokens", "positions", "real_positions", "flops"), 0.0)
         for micro, counts in self._micro_batches(batch, rows):
             summed = loss(micro)
             # DeepSpeed averages gradients over ranks; the loss needs their sum.
             scale = self.rank.size / total if counts else 0.0
             self.engine.backward(summed.sum * scale)
+            if not self._answers:
+                continue
+            totals["positions"] += micro.input_ids.numel() + -micro.input_ids.numel() % self.rank.sequence_parallel_size
             if counts:
+                totals["flops"] += (1 + BACKWARD) * self._cost.forward(micro.lengths, micro.token_ids.numel())
                 totals["tokens"] += micro.token_ids.numel()
+                totals["real_positions"] += micro.input_ids.numel()
                 for name, value in summed.stats.items():
                     totals[name] = totals.get(name, 0.0) + float(value)
         lr, options = self.schedule.next(), self.config.optimizer
@@ -262,24 +282,12 @@ class Learner:
         """Of the device, or of the process on CPU."""
         if self.rank.device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        status = Path("/proc/self/status").read_text()  # getrusage would tell that of the process that started this one
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def attention_tokens(network: nn.Module) -> float:
-    """The length at which causal attention costs as many operations as the matrices of a pass.
-
-    A layer's matrices take ``2 parameters`` operations a token, its attention over T tokens ``2 T width`` on average.
-    """
-    matrices = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    size = sum(matrix.in_features * matrix.out_features for matrix in matrices.values())
-    width = sum(matrix.in_features for name, matrix in matrices.items() if name.endswith("o_proj"))  # of all layers
-    return size / width if width else math.inf
 
 
 def _enable_activation_checkpointing(module: nn.Module) -> None:

@@ -13,19 +13,23 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 from sae_rl.backends.attention import PACKED_SDPA
 from sae_rl.backends.logprobs import OutputHead
 from sae_rl.backends.packing import MicroBatch
+from sae_rl.backends.sequence_parallel import ULYSSES, SequenceGroup
 from sae_rl.config import ModelConfig
 
 ATTENTION = {"sdpa": PACKED_SDPA}  # the others know packed rows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_causal_lm(model: ModelConfig) -> Any:
-    """The Hugging Face model of ``model.path``, without dropout or a KV cache."""
-    return _load(AutoModelForCausalLM, model.path, model)
+def load_causal_lm(model: ModelConfig, group: SequenceGroup | None = None) -> Any:
+    """The Hugging Face model of ``model.path``, without dropout or a KV cache; ``group`` shares its rows."""
+    return _load(AutoModelForCausalLM, model.path, model, group)
 
 
-def _load(kind: Any, path: str, model: ModelConfig, **arguments: Any) -> Any:
+def _load(kind: Any, path: str, model: ModelConfig, group: SequenceGroup | None, **arguments: Any) -> Any:
     attention = ATTENTION.get(model.attention, model.attention)
+    if group is not None:
+        group.attend_with(AutoConfig.from_pretrained(path), attention)
+        attention = ULYSSES
     network = kind.from_pretrained(path, dtype=DTYPES[model.precision], attn_implementation=attention, **arguments)
     network.config.use_cache = False
     return network
@@ -34,43 +38,47 @@ def _load(kind: Any, path: str, model: ModelConfig, **arguments: Any) -> Any:
 class PolicyNetwork(nn.Module):
     """log pi(a_t | s_t) of response tokens. The output layer runs on response positions only."""
 
-    def __init__(self, causal_lm: Any) -> None:
+    def __init__(self, causal_lm: Any, group: SequenceGroup | None = None) -> None:
         super().__init__()
         OutputHead.of(causal_lm)
         self.causal_lm = causal_lm
+        self._group = group
 
     def forward(self, micro: MicroBatch, temperature: float, with_entropies: bool) -> tuple[Tensor, Tensor | None]:
         """
         Returns:
             logprobs (n,) and entropies (n,), float32; entropies None unless asked for.
         """
-        hidden = _hidden_states(self.causal_lm.base_model, micro)
+        own = micro if self._group is None else self._group.stretch_of(micro)
+        hidden = _hidden_states(self.causal_lm.base_model, own)
         head = self.causal_lm.get_output_embeddings()
-        logprobs, entropies = head(hidden[micro.state_index], micro.token_ids, temperature, with_entropies)
-        return logprobs, entropies if with_entropies else None
+        logprobs, entropies = head(hidden[own.state_index], own.token_ids, temperature, with_entropies)
+        logprobs = _of_all_states(logprobs, micro, self._group)
+        return logprobs, _of_all_states(entropies, micro, self._group) if with_entropies else None
 
 
 class CriticNetwork(nn.Module):
     """V(s_t) of response tokens: a linear head on a language model's last hidden states."""
 
-    def __init__(self, backbone: nn.Module, value_head: nn.Linear) -> None:
+    def __init__(self, backbone: nn.Module, value_head: nn.Linear, group: SequenceGroup | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.value_head = value_head
+        self._group = group
 
     @classmethod
-    def on(cls, causal_lm: Any) -> CriticNetwork:
+    def on(cls, causal_lm: Any, group: SequenceGroup | None = None) -> CriticNetwork:
         """On the weights of a policy, with a head that is zero."""
         head = nn.Linear(causal_lm.config.hidden_size, 1, dtype=causal_lm.dtype)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        return cls(causal_lm.base_model, head)
+        return cls(causal_lm.base_model, head, group)
 
     @classmethod
-    def load(cls, folder: str, model: ModelConfig) -> CriticNetwork:
+    def load(cls, folder: str, model: ModelConfig, group: SequenceGroup | None = None) -> CriticNetwork:
         """What `export_critic` wrote, or any token classifier of transformers with one label."""
-        found = _load(AutoModelForTokenClassification, folder, model, num_labels=1)
-        return cls(found.base_model, found.score)
+        found = _load(AutoModelForTokenClassification, folder, model, group, num_labels=1)
+        return cls(found.base_model, found.score, group)
 
     def forward(self, micro: MicroBatch, with_final: bool = False) -> tuple[Tensor, Tensor | None]:
         """
@@ -78,12 +86,22 @@ class CriticNetwork(nn.Module):
             values (n,) and, at the last token of each response, the value (n,) of the state behind it, 0 elsewhere;
             float32, the second None unless asked for.
         """
-        hidden = _hidden_states(self.backbone, micro)
-        values = self.value_head(hidden[micro.state_index]).squeeze(-1).float()
+        own = micro if self._group is None else self._group.stretch_of(micro)
+        hidden = _hidden_states(self.backbone, own)
+        index = torch.cat([own.state_index, own.final_index]) if with_final else own.state_index
+        found = self.value_head(hidden[index]).squeeze(-1).float()
+        values = _of_all_states(found[: own.state_index.numel()], micro, self._group)
         if not with_final:
             return values, None
-        final = self.value_head(hidden[micro.final_index]).squeeze(-1).float()
+        final = found[own.state_index.numel() :]
+        if self._group is not None:
+            final = self._group.gather(final, micro.final_index, micro.input_ids.numel())
         return values, torch.zeros_like(values).index_copy(0, micro.counts.cumsum(0) - 1, final)
+
+
+def _of_all_states(own: Tensor, micro: MicroBatch, group: SequenceGroup | None) -> Tensor:
+    """(n,) numbers of all states of the micro-batch, of which this rank may have computed a part."""
+    return own if group is None else group.gather(own, micro.state_index, micro.input_ids.numel())
 
 
 def _hidden_states(backbone: nn.Module, micro: MicroBatch) -> Tensor:

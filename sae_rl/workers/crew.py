@@ -151,6 +151,12 @@ class Crew:
         assert self._rollout is not None, "these workers were started without rollout engines"
         return self._rollout
 
+    @property
+    def num_gpus(self) -> int:
+        """That these workers hold; 0 on CPUs."""
+        total = plan(self._config, list(self._groups)).total
+        return int(total["GPU"]) if "GPU" in total else 0
+
     def _open_weight_transfer(self) -> None:
         policy, config = self._groups["policy"], self._config
         address, port = ray.get(policy.workers[0].free_address.remote())
@@ -187,6 +193,7 @@ class Crew:
                 master_port=port,
                 device=config.cluster.device,
                 threads=getattr(config.cluster, role).threads_per_worker,
+                sequence_parallel_size=config.learner.sequence_parallel_size,
             )
             references.append(worker.start.remote(rank, config.model, *extra))
         return Call(group, references)
@@ -226,8 +233,11 @@ class Crew:
             calls = [self._groups[role].start(lambda worker: worker.update.remote(*shared, seed)) for role in asked]
             answers = wait_for(calls, self._config.cluster.call_timeout_s)
         metrics: dict[str, float] = {}
+        peak = self._config.cluster.peak_tflops
         for role, ranks in zip(asked, answers, strict=True):
             metrics |= summarize(ranks, role)
+            if peak is not None:
+                metrics[f"throughput/{role}_mfu"] = metrics[f"throughput/{role}_update_tflops"] / peak
         return metrics
 
     def update_critic(

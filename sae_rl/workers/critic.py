@@ -10,6 +10,7 @@ from sae_rl.algo.losses import LossSum, ValueLoss
 from sae_rl.backends.deepspeed import Learner, Rank, join_group
 from sae_rl.backends.models import CriticNetwork, export_critic, load_causal_lm
 from sae_rl.backends.packing import MicroBatch, draw_mini_batches
+from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config import LearnerConfig, ModelConfig
 from sae_rl.types import Batch, Scores, Targets
 from sae_rl.workers.group import Process
@@ -34,10 +35,10 @@ class CriticWorker(Process):
         self._config = config
         self._loss = loss
 
-        def build() -> CriticNetwork:
+        def build(group: SequenceGroup | None) -> CriticNetwork:
             if checkpoint is None:
-                return CriticNetwork.on(load_causal_lm(model))
-            return CriticNetwork.load(checkpoint, model)
+                return CriticNetwork.on(load_causal_lm(model, group), group)
+            return CriticNetwork.load(checkpoint, model, group)
 
         self._learner = Learner(build, model, config, rank, num_steps=num_steps)
 

@@ -29,7 +29,9 @@ class PolicyWorker(Process):
         self._model = model
         self._config = config
         self._loss = loss
-        self._learner = Learner(lambda: PolicyNetwork(load_causal_lm(model)), model, config, rank, num_steps=num_steps)
+        self._learner = Learner(
+            lambda group: PolicyNetwork(load_causal_lm(model, group), group), model, config, rank, num_steps=num_steps
+        )
         self._send: Callable[[], None] | None = None
 
     def score(self, batch: Batch, with_entropies: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -132,5 +134,11 @@ def summarize(ranks: list[list[dict[str, float]]], role: str) -> dict[str, float
     metrics[f"{role}/lr"] = first[-1]["lr"]
     metrics[f"{role}/num_updates"] = float(len(first))
     metrics[f"time/{role}_update_s"] = max(sum(update["seconds"] for update in updates) for updates in ranks)
+    sums = {
+        name: sum(u[name] for updates in ranks for u in updates) for name in ("flops", "positions", "real_positions")
+    }
+    seconds = metrics[f"time/{role}_update_s"]
+    metrics[f"throughput/{role}_update_tflops"] = sums["flops"] / seconds / len(ranks) / 1e12
+    metrics[f"throughput/{role}_padding_fraction"] = 1 - sums["real_positions"] / sums["positions"]
     metrics[f"memory/{role}_peak_gb"] = max(updates[-1]["peak_memory_gb"] for updates in ranks)
     return metrics

@@ -16,7 +16,9 @@ class ReferenceWorker(Process):
 
     def start(self, rank: Rank, model: ModelConfig, config: LearnerConfig) -> None:
         join_group(rank)
-        self._learner = Learner(lambda: PolicyNetwork(load_causal_lm(model)), model, config, rank, num_steps=None)
+        self._learner = Learner(
+            lambda group: PolicyNetwork(load_causal_lm(model, group), group), model, config, rank, num_steps=None
+        )
 
     def score(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Which of the N tokens this rank answers for, and their logprobs."""

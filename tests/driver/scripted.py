@@ -89,6 +89,7 @@ class ScriptedWorkers:
     qualities: Sequence[float] = ()  # of the critic after each pass of pre-training
     fail_in_update: int | None = None  # the update with this seed raises
     version: int | None = None
+    num_gpus: int = 0
     passes: int = 0
     quality: float = 0.0
 

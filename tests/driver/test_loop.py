@@ -263,11 +263,14 @@ def test_the_drivers_state_is_what_the_sampler_says(tmp_path: Path) -> None:
 
 def test_throughput_by_phase() -> None:
     times = {"time/step_s": 8.0, "time/generate_s": 4.0, "time/score_s": 0.0, "time/update_s": 2.0, "time/sync_s": 1.0}
-    assert throughput(16, times) == {
+    rates = {
         "throughput/tokens_per_s": 2.0,
         "throughput/generate_tokens_per_s": 4.0,
         "throughput/update_tokens_per_s": 8.0,
     }
+    assert throughput(16, times, num_gpus=0) == rates
+    per_gpu = {f"{name}_per_gpu": rate / 4 for name, rate in rates.items()}
+    assert throughput(16, times, num_gpus=4) == rates | per_gpu
 
 
 def test_the_overlong_penalty_is_measured_where_there_is_one(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from sae_rl.backends.deepspeed import attention_tokens
+from sae_rl.backends.flops import PassCost
 from sae_rl.backends.models import CriticNetwork, PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import build_micro_batch
 from sae_rl.config import ModelConfig
 from sae_rl.types import Batch, offsets_of
+from tests.exactness import Exactness, largest_difference
 
 VOCABULARY, TEMPERATURE = 61, 0.8
 SIZE = {
@@ -96,7 +97,9 @@ def padded_answers(folder: Path, batch: Batch) -> tuple[Any, Tensor, Tensor, Ten
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4]], [[2, 0], [4, 3, 1]]], ids=["one row", "two rows"])
-def test_policy(folder: Path, batch: Batch, attention: str, parts: list[list[int]]) -> None:
+def test_policy(
+    folder: Path, batch: Batch, exactness: Exactness, attention: str, parts: list[list[int]], request: Any
+) -> None:
     model, logprobs, entropies, _ = padded_answers(folder, batch)
     weights = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(2))
     ((logprobs + 0.3 * entropies) * weights).sum().backward()
@@ -111,10 +114,19 @@ def test_policy(folder: Path, batch: Batch, attention: str, parts: list[list[int
     torch.testing.assert_close(found, logprobs.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found_entropies, entropies.detach(), atol=1e-5, rtol=1e-5)
     expected = dict(model.named_parameters())
+    worst = 0.0
     for name, parameter in policy.causal_lm.named_parameters():
         assert parameter.grad is not None
         scale = float(expected[name].grad.abs().max())
         torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5 * scale, rtol=1e-4, msg=name)
+        worst = max(worst, largest_difference(parameter.grad, expected[name].grad) / scale)
+    figures = {
+        "logprobs": largest_difference(found, logprobs),
+        "entropies": largest_difference(found_entropies, entropies),
+        "gradient, of each parameter's largest": worst,
+    }
+    architecture, *layout = request.node.callspec.id.rsplit("-", 2)
+    exactness.record("Architectures", f"{architecture}, {', '.join(reversed(layout))}", figures)
 
 
 def test_activation_checkpointing_changes_nothing(folder: Path, batch: Batch) -> None:
@@ -170,9 +182,9 @@ def test_a_sliding_window_is_refused_where_it_matters(tmp_path: Path, batch: Bat
 def test_the_length_at_which_attention_costs_as_much_as_the_matrices(folder: Path) -> None:
     """Operations a token: two for each weight; QK^T and PV over half of the T tokens on average."""
     policy = PolicyNetwork(load_causal_lm(model_config(folder)))
-    found = attention_tokens(policy)
+    found = PassCost.of(policy).attention_tokens
     config = policy.causal_lm.config
-    linear = sum(m.weight.numel() for m in policy.modules() if isinstance(m, nn.Linear))
+    linear = sum(m.weight.numel() for m in policy.causal_lm.base_model.modules() if isinstance(m, nn.Linear))
     heads = config.num_attention_heads * policy.causal_lm.base_model.layers[0].self_attn.head_dim
     per_token_matrices = 2 * linear
     per_token_attention = config.num_hidden_layers * 2 * 2 * heads * (found / 2)

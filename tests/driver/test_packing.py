@@ -53,9 +53,9 @@ def passes_of(batch: Batch, rows: Tensor, num_ranks: int, budget: int) -> list[l
     """What each rank's learner runs, by the learner's own code, without DeepSpeed behind it."""
     learners = [
         SimpleNamespace(
-            rank=SimpleNamespace(index=index, size=num_ranks),
+            rank=SimpleNamespace(index=index, size=num_ranks, sequence_parallel_size=1),
             config=SimpleNamespace(micro_batch_tokens=budget),
-            attention_tokens=100.0,
+            _cost=SimpleNamespace(attention_tokens=100.0),
             device=torch.device("cpu"),
         )
         for index in range(num_ranks)

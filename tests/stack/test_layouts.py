@@ -1,32 +1,23 @@
-"""Ranks and ZeRO stages change nothing: the same rollouts give the same losses and parameters."""
+"""Ranks, ZeRO stages, budgets and sequence parallelism change nothing: an update is that of a padded model, to 1e-5."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import ray
 import torch
 from torch import Tensor
+from transformers import AutoModelForTokenClassification
 
-from sae_rl.algo.estimators import SAE
-from sae_rl.algo.segmenters import LowProbability, segment
-from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.clock import Clock
-from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+from sae_rl.types import Batch, Prompt, Rollout
 from sae_rl.workers.crew import Crew, ray_session, start_learners
+from tests.exactness import Exactness, largest_difference
 from tests.stack.conftest import Configure, for_learners
+from tests.stack.padded import ENTROPY_COEF, VALUE_CLIP, Expected, expected_of
 
 pytestmark = pytest.mark.slow
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What two updates leave behind."""
-
-    scores: Scores
-    metrics: dict[str, float]
-    weights: dict[str, Tensor]
 
 
 def rollouts_of_many_lengths() -> Batch:
@@ -66,49 +57,97 @@ def learners_weights(crew: Crew) -> dict[str, Tensor]:
     return weights
 
 
-def train_twice(crew: Crew, batch: Batch) -> Outcome:
-    metrics: dict[str, float] = {}
-    first = crew.score(batch)
-    assert batch.sampled is not None and first.values is not None
-    for flat in (first.old_logprobs, first.values):
-        assert bool(flat.isfinite().all()) and not bool(flat[~batch.sampled].any())
-    assert bool((first.old_logprobs[batch.sampled] < 0).all())
-    for step in range(2):
-        scores = crew.score(batch)
-        opens = segment(LowProbability(0.3), batch, scores)
-        targets = SAE(0.9)(batch, scores, TokenRewards()(batch, scores), opens)
-        targets = Targets(advantages=Whitening()(targets.advantages, batch.sampled), returns=targets.returns)
-        update = crew.update(batch, scores, targets, seed=step)
-        metrics |= {
-            f"{step} {name}": value for name, value in update.items() if not name.startswith(("time/", "memory/"))
-        }
-    return Outcome(first, metrics, learners_weights(crew))
-
-
-def outcome_of(configure: Configure, ranks: int, stage: int, budget: int) -> Outcome:
-    layout = for_learners(num_workers=ranks, zero_stage=stage, micro_batch_tokens=budget, optimizer__lr=1e-3)
-    config = configure(*layout)
-    with ray_session(config), start_learners(config, Clock()) as crew:
-        return train_twice(crew, rollouts_of_many_lengths())
+def set_budget(worker: object, tokens: int) -> None:
+    """Runs inside every rank."""
+    learner = worker._learner  # type: ignore[attr-defined]
+    learner.config = learner.config.model_copy(update={"micro_batch_tokens": tokens})
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model: object, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    from sae_rl.compose import load_config
-    from tests.stack.conftest import overrides
+def critic_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other weights than the policy's, and a head that is not zero."""
+    folder = tmp_path_factory.mktemp("critic") / "critic"
+    torch.manual_seed(3)
+    critic = AutoModelForTokenClassification.from_pretrained(tiny_model, num_labels=1)
+    for parameter in critic.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    critic.save_pretrained(folder)
+    return folder
 
-    output = tmp_path_factory.mktemp("reference")
-    return outcome_of(lambda *more: load_config(overrides(tiny_model, output, *more)), 1, 0, 4096)  # type: ignore
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path, critic_folder: Path) -> Expected:
+    return expected_of(tiny_model, critic_folder, rollouts_of_many_lengths())
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(2, 2), (2, 3), (2, 1)])
-def test_two_ranks_equal_one(configure: Configure, reference: Outcome, ranks: int, stage: int) -> None:
-    found = outcome_of(configure, ranks, stage, budget=128)
-    torch.testing.assert_close(found.scores.old_logprobs, reference.scores.old_logprobs, atol=1e-5, rtol=1e-5)
-    assert found.metrics.keys() == reference.metrics.keys()
-    for name, value in reference.metrics.items():
-        assert found.metrics[name] == pytest.approx(value, abs=2e-5, rel=2e-4), name
-    assert found.weights.keys() == reference.weights.keys()
-    for name, tensor in reference.weights.items():
-        # Adam divides by the gradient's size: where that is near zero, rounding decides part of a step of lr = 1e-3.
-        torch.testing.assert_close(found.weights[name], tensor, atol=3e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+def differences(crew: Crew, batch: Batch, expected: Expected) -> dict[str, float]:
+    """Scores, and the gradients of one update: with so large an epsilon, Adam's first step is the gradient itself."""
+    scores = crew.score(batch)
+    assert scores.entropies is not None and scores.values is not None
+    metrics = crew.update(batch, expected.given, expected.targets, seed=0)
+    for name, value in expected.metrics.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4), name
+    after = learners_weights(crew)
+    assert after.keys() == expected.weights.keys()
+    found = {name: expected.weights[name] - after[name] for name in after}
+    gaps = {name: largest_difference(found[name], expected.gradients[name]) for name in found}
+    return {
+        "logprobs": largest_difference(scores.old_logprobs, expected.logprobs),
+        "entropies": largest_difference(scores.entropies, expected.entropies),
+        "values": largest_difference(scores.values, expected.values),
+        **{
+            f"{role} gradient": max(gap for n, gap in gaps.items() if n.startswith(role))
+            for role in ("policy", "critic")
+        },
+    }
+
+
+def sizes(expected: Expected) -> dict[str, float]:
+    """What a difference is to be compared with."""
+    largest = {name: float(gradient.abs().max()) for name, gradient in expected.gradients.items()}
+    flat = {"logprobs": expected.logprobs, "entropies": expected.entropies, "values": expected.values}
+    return {name: float(numbers.abs().max()) for name, numbers in flat.items()} | {
+        f"{role} gradient": max(size for n, size in largest.items() if n.startswith(role))
+        for role in ("policy", "critic")
+    }
+
+
+LAYOUTS = [
+    *((1, stage, 1) for stage in (0, 1, 2, 3)),
+    *((2, stage, 1) for stage in (0, 1, 2, 3)),
+    *((2, stage, 2) for stage in (0, 3)),
+]
+
+
+@pytest.mark.parametrize(("ranks", "stage", "sharing"), LAYOUTS)
+def test_every_layout_is_the_padded_update(
+    configure: Configure,
+    expected: Expected,
+    critic_folder: Path,
+    exactness: Exactness,
+    ranks: int,
+    stage: int,
+    sharing: int,
+) -> None:
+    keys = {"num_workers": ranks, "zero_stage": stage, "num_mini_batches": 1, "num_epochs": 1}
+    as_it_is = {"optimizer__lr": 1e6, "optimizer__eps": 1e6, "optimizer__max_grad_norm": 1e6}
+    config = configure(
+        *for_learners(**keys, **as_it_is),
+        f"learner.sequence_parallel_size={sharing}",
+        f"learner.critic_pretraining.checkpoint={critic_folder}",
+        f"algorithm.policy_loss.entropy_coef={ENTROPY_COEF}",
+        f"algorithm.value_loss.value_clip={VALUE_CLIP}",
+    )
+    batch = rollouts_of_many_lengths()
+    with ray_session(config), start_learners(config, Clock()) as crew:
+        crew.save(config.output_dir)
+        for budget in (64, 4096):
+            for role in ("policy", "critic"):
+                crew._groups[role].run(lambda worker, b=budget: worker.__ray_call__.remote(set_budget, b))  # type: ignore
+            crew.load(config.output_dir)
+            found = differences(crew, batch, expected)
+            shared = f", {sharing} of them share rows" if sharing > 1 else ""
+            exactness.record("Ranks, ZeRO stages and budgets", "(the largest number itself)", sizes(expected))
+            name = f"{ranks} rank{'s' * (ranks > 1)}{shared}, ZeRO {stage}, {budget} tokens a pass"
+            exactness.record("Ranks, ZeRO stages and budgets", name, found)
+            assert all(gap < 1e-5 for gap in found.values()), found

@@ -1,0 +1,52 @@
+"""What tests of exactness measure, for the table in docs/exactness.md: `make exactness` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+HEADER = """# Exactness
+
+Written by `make exactness`, from what its tests measure. The reference is transformers' own model in float32 with eager
+attention, on the same sequences one to a row, right-padded, and PPO's losses written out over it; no code of ours computes
+it. Numbers are the largest absolute difference over all tokens, or over all elements of all parameters; the tests demand
+1e-5. "Gradient" is that of one update as its optimizer sees it.
+"""
+
+
+@dataclass
+class Exactness:
+    """Tables by title, rows by name, figures by column."""
+
+    tables: dict[str, dict[str, Mapping[str, float]]] = field(default_factory=dict)
+
+    def record(self, table: str, row: str, figures: Mapping[str, float]) -> None:
+        self.tables.setdefault(table, {})[row] = figures
+
+    def page(self) -> str:
+        parts = [HEADER]
+        for title, rows in self.tables.items():
+            names = list(next(iter(rows.values())))
+            head = [f"| {' | '.join(['', *names])} |", "|" + "---|" * (1 + len(names))]
+            lines = [f"| {row} | {' | '.join(f'{f[n]:.1e}' for n in names)} |" for row, f in rows.items()]
+            parts.append("\n".join([f"## {title}", "", *head, *lines, ""]))
+        return "\n".join(parts)
+
+
+FIGURES = pytest.StashKey[Exactness]()
+
+
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Of all elements; asserts that there are as many, and that all are numbers."""
+    assert found.shape == expected.shape and bool(found.isfinite().all())
+    return float((found.detach() - expected.detach()).abs().max())
+
+
+def write(config: pytest.Config) -> None:
+    target = config.getoption("--exactness")
+    if target is not None and config.stash[FIGURES].tables:
+        Path(target).write_text(config.stash[FIGURES].page())
