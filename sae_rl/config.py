@@ -185,6 +185,14 @@ class LearnerConfig(Section):
     optimizer: OptimizerConfig
 
 
+class LoraConfig(Section):
+    """Adapters on a frozen policy (arXiv 2106.09685); the critic is trained whole."""
+
+    rank: NonNegative  # 0: no adapters, all weights are trained
+    alpha: Annotated[float, Field(gt=0)]  # what the adapters add counts alpha / rank
+    target_modules: Literal["all-linear"] | tuple[str, ...]  # or names of layers, such as [q_proj, v_proj]
+
+
 class CriticPretrainingConfig(Section):
     """Value pre-training on rollouts of the frozen policy, before the first policy update (arXiv 2503.01491)."""
 
@@ -201,6 +209,7 @@ class CriticPretrainingConfig(Section):
 class LearnersConfig(Section):
     policy: LearnerConfig
     critic: LearnerConfig
+    lora: LoraConfig
     sequence_parallel_size: Positive  # ranks that share each row of tokens (Ulysses), of every learner
     critic_pretraining: CriticPretrainingConfig
 
@@ -252,6 +261,11 @@ class Config(Section):
     @property
     def responses_per_step(self) -> int:
         return self.rollout.prompts_per_step * self.rollout.group_size
+
+    @property
+    def needs_reference_workers(self) -> bool:
+        """Under adapters the reference is the policy without them."""
+        return self.algorithm.needs_reference and not self.learner.lora.rank
 
 
 def as_tree(config: Config) -> dict[str, Any]:
@@ -334,7 +348,7 @@ def _check_sampling(config: Config) -> list[str]:
 def _check_workers(config: Config) -> list[str]:
     problems = []
     needed = {"rollout": True, "policy": True, "critic": config.algorithm.needs_critic}
-    needed["reference"] = config.algorithm.needs_reference
+    needed["reference"] = config.needs_reference_workers
     sharing = config.learner.sequence_parallel_size
     for role, is_needed in needed.items():
         count = getattr(config.cluster, role).num_workers

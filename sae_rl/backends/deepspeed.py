@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sae_rl.algo.losses import LossSum
 from sae_rl.backends.flops import BACKWARD, PassCost
+from sae_rl.backends.lora import merged_weights
 from sae_rl.backends.lr_schedule import LrSchedule
 from sae_rl.backends.packing import MicroBatch, build_micro_batch, pack
 from sae_rl.backends.sequence_parallel import SequenceGroup
@@ -94,13 +95,14 @@ class Learner:
         network = build(self._sharing)
         self._cost = PassCost.of(network)
         del sharded_load
+        self._has_frozen = not all(parameter.requires_grad for parameter in network.parameters())
         if config.activation_checkpointing and trainable:
             network.apply(_enable_activation_checkpointing)
         if num_steps is not None:
             options = config.optimizer
             self.schedule = LrSchedule(options, num_steps * config.num_epochs * config.num_mini_batches)
             self._optimizer = torch.optim.AdamW(
-                network.parameters(),
+                [parameter for parameter in network.parameters() if parameter.requires_grad],
                 lr=options.lr,
                 betas=options.betas,
                 eps=options.eps,
@@ -169,24 +171,24 @@ class Learner:
 
     @torch.no_grad()
     def score(
-        self, batch: Batch, forward: Callable[[MicroBatch], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, batch: Batch, forward: Callable[[MicroBatch], dict[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Runs ``forward`` over the batch.
 
         Returns:
-            token_index (n,): which of the batch's N tokens this rank answers for, and (n,) results for each output.
+            token_index (n,): which of the batch's N tokens this rank answers for, and (n,) results by name.
         """
         self.engine.eval()
         index: list[Tensor] = []
-        outputs: list[tuple[Tensor, ...]] = []
+        outputs: list[dict[str, Tensor]] = []
         for micro, counts in self._micro_batches(batch, torch.arange(batch.num_responses)):
             answer = forward(micro)
             if counts and self._answers:
                 index.append(micro.token_index.cpu())
-                outputs.append(tuple(a.cpu() for a in answer))
+                outputs.append({name: numbers.cpu() for name, numbers in answer.items()})
         if not index:
-            return torch.empty(0, dtype=torch.int64), ()
-        return torch.cat(index), tuple(torch.cat(column) for column in zip(*outputs, strict=True))
+            return torch.empty(0, dtype=torch.int64), {}
+        return torch.cat(index), {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
     def update(
         self, batch: Batch, rows: Tensor, loss: Callable[[MicroBatch], LossSum], total: float
@@ -242,7 +244,9 @@ class Learner:
     def save(self, folder: Path) -> None:
         """Weights, optimizer, schedule and random state, each rank its own shard."""
         progress = {"num_scheduled": self.schedule.num_done}
-        self.engine.save_checkpoint(str(folder), tag="state", client_state=progress, save_latest=False)
+        self.engine.save_checkpoint(
+            str(folder), "state", progress, save_latest=False, exclude_frozen_parameters=self._has_frozen
+        )
         torch.save(_random_state(self.rank.device), folder / f"random_state_{self.rank.index}.pt")
 
     def load(self, folder: Path) -> None:
@@ -251,7 +255,7 @@ class Learner:
         Raises:
             ValueError: the checkpoint was written by another number of ranks, or is incomplete.
         """
-        path, progress = self.engine.load_checkpoint(str(folder), tag="state")
+        path, progress = self.engine.load_checkpoint(str(folder), "state", load_module_strict=not self._has_frozen)
         if path is None:
             raise ValueError(f"{folder} holds no DeepSpeed checkpoint that {self.rank.size} ranks can load")
         self.schedule.num_done = progress["num_scheduled"]
@@ -261,22 +265,23 @@ class Learner:
             torch.cuda.set_rng_state(state["cuda"])
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of the network by name, gathered one at a time; a collective on all ranks under ZeRO 3.
+        """Every parameter of the network by name, adapters merged in, gathered one at a time; a collective under ZeRO 3.
 
         A gathered tensor is only valid until the next one is asked for.
         """
         import deepspeed
 
-        for name, parameter in self.network.named_parameters():
+        for weight in merged_weights(self.network):
             if self.config.zero_stage == 3:
-                with deepspeed.zero.GatheredParameters([parameter]):
-                    yield name, parameter.data
+                with deepspeed.zero.GatheredParameters(weight.parameters):
+                    yield weight.name, weight.read()
             else:
-                yield name, parameter.data
+                yield weight.name, weight.read()
 
     def weight_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name, type, full shape) of what `full_weights` yields, without gathering."""
-        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in self.network.named_parameters()]
+        firsts = [(weight.name, weight.parameters[0]) for weight in merged_weights(self.network)]
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in firsts]
 
     def peak_memory_gb(self) -> float:
         """Of the device, or of the process on CPU."""

@@ -175,7 +175,13 @@ class Crew:
         config, group = self._config, self._groups[role]
         address, port = ray.get(group.workers[0].free_address.remote())
         extra = {
-            "policy": (config.learner.policy, config.algorithm.policy_loss, config.steps),
+            "policy": (
+                config.learner.policy,
+                config.algorithm.policy_loss,
+                config.steps,
+                config.learner.lora,
+                config.algorithm.needs_reference and not config.needs_reference_workers,
+            ),
             "critic": (
                 config.learner.critic,
                 config.algorithm.value_loss,
@@ -214,16 +220,15 @@ class Crew:
         calls = [
             self._groups[role].start(lambda worker, role=role: worker.score.remote(*arguments[role])) for role in asked
         ]
-        answers = dict(zip(asked, wait_for(calls, self._config.cluster.call_timeout_s), strict=True))
-        merged = {role: merge(parts, batch) for role, parts in answers.items()}
-        logprobs = merged.get("policy", [torch.full((batch.num_tokens,), float("nan"))])
-        values = merged.get("critic", [])
+        answers = wait_for(calls, self._config.cluster.call_timeout_s)
+        merged = {name: flat for parts in answers for name, flat in merge(parts, batch).items()}
+        final_values = merged.get("final_values")
         return Scores(
-            old_logprobs=logprobs[0],
-            entropies=logprobs[1] if len(logprobs) > 1 else None,
-            values=values[0] if values else None,
-            final_values=values[1][batch.last_sampled] if len(values) > 1 else None,
-            ref_logprobs=merged["reference"][0] if "reference" in merged else None,
+            old_logprobs=merged.get("old_logprobs", torch.full((batch.num_tokens,), float("nan"))),
+            entropies=merged.get("entropies"),
+            values=merged.get("values"),
+            final_values=None if final_values is None else final_values[batch.last_sampled],
+            ref_logprobs=merged.get("ref_logprobs"),
         )
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> dict[str, float]:

@@ -42,12 +42,12 @@ class CriticWorker(Process):
 
         self._learner = Learner(build, model, config, rank, num_steps=num_steps)
 
-    def score(self, batch: Batch, with_final: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def score(self, batch: Batch, with_final: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Which of the N tokens this rank answers for, their values, and those behind last tokens if asked for."""
 
-        def forward(micro: MicroBatch) -> tuple[Tensor, ...]:
+        def forward(micro: MicroBatch) -> dict[str, Tensor]:
             values, final = self._learner.engine(micro, with_final)
-            return (values,) if final is None else (values, final)
+            return {"values": values} if final is None else {"values": values, "final_values": final}
 
         return self._learner.score(batch, forward)
 

@@ -42,7 +42,7 @@ def roles_of(config: Config) -> list[Role]:
     roles: list[Role] = ["rollout", "policy"]
     if config.algorithm.needs_critic:
         roles.append("critic")
-    if config.algorithm.needs_reference:
+    if config.needs_reference_workers:
         roles.append("reference")
     return roles
 

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from sae_rl.algo.losses import LossSum, PolicyLoss, PolicyTokens
 from sae_rl.backends.deepspeed import Learner, Rank, join_group
+from sae_rl.backends.lora import add_adapters, without_adapters
 from sae_rl.backends.models import PolicyNetwork, export_causal_lm, load_causal_lm
 from sae_rl.backends.packing import MicroBatch, draw_mini_batches
-from sae_rl.config import LearnerConfig, ModelConfig
+from sae_rl.backends.sequence_parallel import SequenceGroup
+from sae_rl.config import LearnerConfig, LoraConfig, ModelConfig
 from sae_rl.types import Batch, Scores, Targets
 from sae_rl.workers.group import Process
 from sae_rl.workers.weight_sync import EngineClient
@@ -23,23 +25,45 @@ from sae_rl.workers.weight_sync import EngineClient
 class PolicyWorker(Process):
     """One data-parallel rank of the policy."""
 
-    def start(self, rank: Rank, model: ModelConfig, config: LearnerConfig, loss: PolicyLoss, num_steps: int) -> None:
+    def start(
+        self,
+        rank: Rank,
+        model: ModelConfig,
+        config: LearnerConfig,
+        loss: PolicyLoss,
+        num_steps: int,
+        lora: LoraConfig,
+        with_reference: bool,
+    ) -> None:
+        """``with_reference``: it scores without its adapters too, and so is its own reference."""
         join_group(rank)
         self._rank = rank
         self._model = model
         self._config = config
         self._loss = loss
-        self._learner = Learner(
-            lambda group: PolicyNetwork(load_causal_lm(model, group), group), model, config, rank, num_steps=num_steps
-        )
+        self._with_reference = with_reference
+
+        def build(group: SequenceGroup | None) -> PolicyNetwork:
+            causal_lm = load_causal_lm(model, group)
+            if lora.rank:
+                add_adapters(causal_lm, lora)
+            return PolicyNetwork(causal_lm, group)
+
+        self._learner = Learner(build, model, config, rank, num_steps=num_steps)
         self._send: Callable[[], None] | None = None
 
-    def score(self, batch: Batch, with_entropies: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def score(self, batch: Batch, with_entropies: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Which of the N tokens this rank answers for, their logprobs, and their entropies if asked for."""
 
-        def forward(micro: MicroBatch) -> tuple[Tensor, ...]:
+        def forward(micro: MicroBatch) -> dict[str, Tensor]:
             logprobs, entropies = self._learner.engine(micro, batch.temperature, with_entropies)
-            return (logprobs,) if entropies is None else (logprobs, entropies)
+            answer = (
+                {"old_logprobs": logprobs} if entropies is None else {"old_logprobs": logprobs, "entropies": entropies}
+            )
+            if self._with_reference:
+                with without_adapters(self._learner.network):
+                    answer["ref_logprobs"], _ = self._learner.engine(micro, batch.temperature, False)
+            return answer
 
         return self._learner.score(batch, forward)
 
@@ -109,16 +133,16 @@ class PolicyWorker(Process):
         self._learner.close()
 
 
-def merge(parts: list[tuple[Tensor, tuple[Tensor, ...]]], batch: Batch) -> list[Tensor]:
-    """The ranks' scores of their own tokens -> flat (N,) tensors; nan where no rank answered."""
-    columns = max(len(outputs) for _, outputs in parts)
-    merged = [torch.full((batch.num_tokens,), float("nan")) for _ in range(columns)]
+def merge(parts: list[tuple[Tensor, dict[str, Tensor]]], batch: Batch) -> dict[str, Tensor]:
+    """The ranks' scores of their own tokens -> flat (N,) tensors by name; nan where no rank answered."""
+    names = [name for _, outputs in parts for name in outputs]
+    merged = {name: torch.full((batch.num_tokens,), float("nan")) for name in names}
     if batch.sampled is not None:
-        for flat in merged:
+        for flat in merged.values():
             flat[~batch.sampled] = 0.0
     for index, outputs in parts:
-        for flat, output in zip(merged, outputs, strict=False):
-            flat[index] = output
+        for name, output in outputs.items():
+            merged[name][index] = output
     return merged
 
 

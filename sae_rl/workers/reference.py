@@ -20,9 +20,11 @@ class ReferenceWorker(Process):
             lambda group: PolicyNetwork(load_causal_lm(model, group), group), model, config, rank, num_steps=None
         )
 
-    def score(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def score(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Which of the N tokens this rank answers for, and their logprobs."""
-        return self._learner.score(batch, lambda micro: self._learner.engine(micro, batch.temperature, False)[:1])
+        return self._learner.score(
+            batch, lambda micro: {"ref_logprobs": self._learner.engine(micro, batch.temperature, False)[0]}
+        )
 
     def close(self) -> None:
         self._learner.close()

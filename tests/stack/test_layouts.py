@@ -129,7 +129,14 @@ def test_every_layout_is_the_padded_update(
     stage: int,
     sharing: int,
 ) -> None:
-    keys = {"num_workers": ranks, "zero_stage": stage, "num_mini_batches": 1, "num_epochs": 1}
+    as_recipes_do = ranks == 2 and stage == 3
+    keys = {
+        "num_workers": ranks,
+        "zero_stage": stage,
+        "num_mini_batches": 1,
+        "num_epochs": 1,
+        "activation_checkpointing": as_recipes_do,
+    }
     as_it_is = {"optimizer__lr": 1e6, "optimizer__eps": 1e6, "optimizer__max_grad_norm": 1e6}
     config = configure(
         *for_learners(**keys, **as_it_is),
@@ -148,6 +155,7 @@ def test_every_layout_is_the_padded_update(
             found = differences(crew, batch, expected)
             shared = f", {sharing} of them share rows" if sharing > 1 else ""
             exactness.record("Ranks, ZeRO stages and budgets", "(the largest number itself)", sizes(expected))
-            name = f"{ranks} rank{'s' * (ranks > 1)}{shared}, ZeRO {stage}, {budget} tokens a pass"
+            recomputed = ", activations recomputed" if as_recipes_do else ""
+            name = f"{ranks} rank{'s' * (ranks > 1)}{shared}, ZeRO {stage}{recomputed}, {budget} tokens a pass"
             exactness.record("Ranks, ZeRO stages and budgets", name, found)
             assert all(gap < 1e-5 for gap in found.values()), found
