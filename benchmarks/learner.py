@@ -6,8 +6,10 @@ Time: one optimizer update of PPO on 96 responses of lognormal lengths (sigma 0.
 by a Qwen2 of 3 million parameters in float32, on one thread. "Packed" is `sae_rl.backends.deepspeed.Learner`: rows of
 2,048 tokens without padding, attention within each sequence, logprobs in chunks. "Padded" takes the responses in the order
 they came in, eight to a micro-batch, right-padded to its longest, with a mask, and computes the logits of every position.
-"Padded, sorted" takes them by length, and saves most of the padding so. Programs take turns; the table gives the best
-times, tokens are prompt and response tokens without padding.
+"Padded, sorted" takes them by length, and saves most of the padding so. "TRL GRPO" is the update of TRL's GRPOTrainer on
+the same responses, eight to a micro-batch, by a process of its own; it runs where `benchmarks/peers/requirements.txt` is
+installed, by default in .venv-peers. Programs take turns; the table gives the best times, tokens are prompt and response
+tokens without padding.
 
 Memory: logprobs of N tokens and their gradients to hidden states and output layer, by a process of its own: the highest
 resident size less that before. "All logits" is log_softmax over (N, V), in float32.
@@ -16,13 +18,14 @@ resident size less that before. "All logits" is log_softmax over (N, V), in floa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ from benchmarks.turns import take_turns
 RESULTS = Path(__file__).parent / "results" / "learner.json"
 PROMPT_TOKENS, MAX_TOKENS, NUM_RESPONSES, BUDGET, ROWS = 16, 512, 96, 2048, 8
 HIDDEN_FOR_MEMORY = 64  # the logits' size does not depend on it
-PACKED, PADDED, SORTED = "packed", "padded", "padded, sorted"
+PACKED, PADDED, SORTED, TRL = "packed", "padded", "padded, sorted", "TRL GRPO"
+PEER_PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 ALL, CHUNKS = "all logits", "in chunks"
 
 
@@ -126,6 +130,38 @@ def padded_update(folder: Path, batch: Any, advantages: Tensor, by_length: bool)
     return update
 
 
+@contextlib.contextmanager
+def peer_update(python: Path, folder: Path, batch: Any, advantages: Tensor) -> Iterator[Callable[[], object]]:
+    """TRL's, in a process that waits between updates and ends with this one."""
+    given = {
+        "prompts": batch.prompt_token_ids.view(NUM_RESPONSES, PROMPT_TOKENS),
+        "token_ids": batch.token_ids,
+        "lengths": batch.lengths,
+        "advantages": advantages,
+    }
+    torch.save(given, folder / "batch.pt")
+    arguments = ["--model", str(folder), "--batch", str(folder / "batch.pt"), "--rows", str(ROWS), "--threads", "1"]
+    command = [str(python), "-m", "benchmarks.peers.trl_update", *arguments]
+    with (folder / "peer.log").open("w") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+
+    def update() -> None:
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            if line.strip() == "done":
+                return
+        raise RuntimeError(f"TRL's process ended: {(folder / 'peer.log').read_text()[-2000:]}")
+
+    try:
+        yield update
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def padded_part(batch: Any, rows: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Token ids, attention mask, which of the next tokens are of the response, and their advantages."""
     sequences, flat = [], []
@@ -147,17 +183,22 @@ def padding_fraction(batch: Any) -> float:
     return 1 - (batch.num_tokens + PROMPT_TOKENS * batch.num_responses) / sum(widths)
 
 
-def measure_updates(rounds: int) -> dict[str, Any]:
+def measure_updates(rounds: int, peer_python: Path | None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         batch = make_batch(make_model(folder))
         advantages = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(1))
-        updates = {
-            PACKED: packed_update(folder, batch, advantages),
-            PADDED: padded_update(folder, batch, advantages, False),
-            SORTED: padded_update(folder, batch, advantages, True),
-        }
-        seconds = take_turns(updates, rounds)
+        with contextlib.ExitStack() as stack:
+            peers = {}
+            if peer_python is not None:  # first: what DeepSpeed writes into the environment would end it
+                peers = {TRL: stack.enter_context(peer_update(peer_python, folder, batch, advantages))}
+            updates = {
+                PACKED: packed_update(folder, batch, advantages),
+                PADDED: padded_update(folder, batch, advantages, False),
+                SORTED: padded_update(folder, batch, advantages, True),
+                **peers,
+            }
+            seconds = take_turns(updates, rounds)
     best = {program: min(runs) for program, runs in seconds.items()}
     num_tokens = batch.num_tokens + PROMPT_TOKENS * batch.num_responses
     return {
@@ -181,6 +222,7 @@ def peak_bytes(way: str, num_tokens: int, vocabulary: int) -> int:
 
     head = nn.Linear(HIDDEN_FOR_MEMORY, vocabulary, bias=False)
     head.__class__ = OutputHead
+    head.fused = False
     hidden, token_ids = torch.randn(num_tokens, HIDDEN_FOR_MEMORY).requires_grad_(), torch.arange(num_tokens)
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
     before = _resident_bytes("VmRSS")
@@ -234,6 +276,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-tokens", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="where TRL is installed")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # how this program calls itself
     options = parser.parse_args()
@@ -244,7 +287,10 @@ def main() -> None:
         return
     if options.rounds < 1:
         parser.error(f"--rounds: found {options.rounds}, allowed: at least 1")
-    updates = measure_updates(options.rounds)
+    peer_python = options.peer_python if options.peer_python.exists() else None
+    if peer_python is None:
+        print(f"{options.peer_python} is not there, so TRL is left out (benchmarks/peers/requirements.txt)")
+    updates = measure_updates(options.rounds, peer_python)
     memory = measure_memory(options.memory_tokens, options.vocabulary)
     machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -70,6 +70,7 @@ class ModelConfig(Section):
     path: str  # a local Hugging Face folder, one of our checkpoints, or a hub name such as Qwen/Qwen3-8B-Base
     precision: Precision  # of weights and activations; DeepSpeed keeps fp32 master weights beside bfloat16
     attention: Literal["sdpa", "eager", "flash_attention_2"]
+    logprobs: Literal["chunked", "cut_cross_entropy"]  # how they are computed without all logits; see logprobs.py
     context_tokens: Positive | None = None  # null: max_position_embeddings of the model's config.json
 
     @field_validator("path")
@@ -358,6 +359,14 @@ def _check_workers(config: Config) -> list[str]:
             problems.append(
                 f"cluster.{role}.num_workers = {count} cannot be divided by learner.sequence_parallel_size = {sharing}"
             )
+    if config.model.logprobs == "cut_cross_entropy" and (config.cluster.device, config.model.precision) != (
+        "cuda",
+        "bfloat16",
+    ):
+        problems.append(
+            "model.logprobs = cut_cross_entropy is a kernel for cluster.device=cuda and model.precision=bfloat16, found "
+            f"{config.cluster.device} and {config.model.precision}: use chunked"
+        )
     if sharing > 1 and config.model.attention == "eager":
         problems.append(
             f"learner.sequence_parallel_size = {sharing}: model.attention=eager cannot share rows; use sdpa or "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.corrections import ImportanceCorrection
-from sae_rl.algo.kl import KL_ESTIMATORS, MAX_LOG_RATIO, k3
+from sae_rl.algo.kl import KL_LOSSES, MAX_LOG_RATIO, k3
 from sae_rl.algo.knobs import check_choice, check_integer, check_number
 from sae_rl.algo.ragged import response_sums
 
@@ -63,7 +63,7 @@ class PolicyLoss:
     clip_low: float = 0.2  # in [0, 1]
     clip_high: float = 0.2  # at least 0
     kl_coef: float = 0.0  # at least 0
-    kl_estimator: Literal["k2", "k3"] = "k3"  # see kl.py; k1 is no loss, its expected gradient does not see pi_ref
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # see kl.py; k1 has the gradient of k2
     entropy_coef: float = 0.0  # at least 0
     surrogate: Surrogate = "ppo"
     dual_clip: float | None = None  # above 1; None: no such bound
@@ -76,7 +76,7 @@ class PolicyLoss:
         check_number("PolicyLoss.clip_low", self.clip_low, 0, 1)
         check_number("PolicyLoss.clip_high", self.clip_high, 0)
         check_number("PolicyLoss.kl_coef", self.kl_coef, 0)
-        check_choice("PolicyLoss.kl_estimator", self.kl_estimator, ("k2", "k3"))
+        check_choice("PolicyLoss.kl_estimator", self.kl_estimator, tuple(KL_LOSSES))
         check_number("PolicyLoss.entropy_coef", self.entropy_coef, 0)
         check_choice("PolicyLoss.surrogate", self.surrogate, ("ppo", "gspo", "cispo"))
         check_choice("PolicyLoss.aggregation", self.aggregation, ("token_mean", "sequence_mean", "constant"))
@@ -158,7 +158,7 @@ class PolicyLoss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         stats: dict[str, Tensor] = {}
         if tokens.ref_logprobs is not None:
-            kl = KL_ESTIMATORS[self.kl_estimator](tokens.logprobs, tokens.ref_logprobs)
+            kl = KL_LOSSES[self.kl_estimator](tokens.logprobs, tokens.ref_logprobs)
             stats["policy/ref_kl"] = kl.sum()
             losses = losses + self.kl_coef * kl if self.kl_coef > 0 else losses
         elif self.kl_coef > 0:

@@ -2,7 +2,8 @@
 
 The logits of n tokens over V words are by far the largest tensor of a pass, 4 n V bytes, and several times that with
 softmax and gradients. Here at most LOGITS_BYTES of them exist at a time: the tokens go through the output layer in chunks,
-forward, and again backward.
+forward, and again backward. On a GPU, cut-cross-entropy's kernel (arXiv 2411.09009) can take their place: it keeps the
+logits of a tile in registers.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ LOGITS_BYTES = 256 * 2**20  # of one chunk in float32; a pass holds about three 
 class OutputHead(nn.Linear):
     """A model's output layer that answers with logprobs, in one call, so that ZeRO 3 gathers its weights once."""
 
+    fused: bool
+
     @staticmethod
-    def of(causal_lm: Any) -> None:
+    def of(causal_lm: Any, fused: bool = False) -> None:
         """Turns the output layer of a Hugging Face model into one, weights and name as they are.
 
+        Args:
+            fused: use cut-cross-entropy's kernel where no entropies are asked for.
+
         Raises:
-            TypeError: the layer is not a plain matrix.
+            TypeError: the layer is not a plain matrix, or has a bias, which the kernel does not know.
         """
         head = causal_lm.get_output_embeddings()
         if type(head) is not nn.Linear:
@@ -32,7 +38,13 @@ class OutputHead(nn.Linear):
                 f"the output layer of {type(causal_lm).__name__} is a {type(head).__name__}, but logprobs in chunks need "
                 "torch.nn.Linear; models with another one cannot be trained"
             )
+        if fused and head.bias is not None:
+            raise TypeError(
+                f"the output layer of {type(causal_lm).__name__} has a bias, which cut-cross-entropy does not know: set "
+                "model.logprobs=chunked"
+            )
         head.__class__ = OutputHead
+        head.fused = fused
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, token_ids: Tensor | None = None, temperature: float = 1.0, with_entropies: bool = False
@@ -48,6 +60,12 @@ class OutputHead(nn.Linear):
         """
         if token_ids is None:
             return super().forward(hidden)
+        if self.fused and not with_entropies and token_ids.numel():
+            from cut_cross_entropy import linear_cross_entropy
+
+            # No gradient is left out (filter_eps): the kernel would drop those that bfloat16 cannot add to a mean.
+            nll = linear_cross_entropy(hidden / temperature, self.weight, token_ids, reduction="none", filter_eps=None)
+            return -nll.float(), torch.zeros_like(nll, dtype=torch.float32)
         return _ChunkedLogprobs.apply(hidden, self.weight, self.bias, token_ids, temperature, with_entropies)
 
 

@@ -38,9 +38,9 @@ def _load(kind: Any, path: str, model: ModelConfig, group: SequenceGroup | None,
 class PolicyNetwork(nn.Module):
     """log pi(a_t | s_t) of response tokens. The output layer runs on response positions only."""
 
-    def __init__(self, causal_lm: Any, group: SequenceGroup | None = None) -> None:
+    def __init__(self, causal_lm: Any, group: SequenceGroup | None = None, *, fused: bool = False) -> None:
         super().__init__()
-        OutputHead.of(causal_lm)
+        OutputHead.of(causal_lm, fused)
         self.causal_lm = causal_lm
         self._group = group
 

@@ -47,7 +47,7 @@ class PolicyWorker(Process):
             causal_lm = load_causal_lm(model, group)
             if lora.rank:
                 add_adapters(causal_lm, lora)
-            return PolicyNetwork(causal_lm, group)
+            return PolicyNetwork(causal_lm, group, fused=model.logprobs == "cut_cross_entropy")
 
         self._learner = Learner(build, model, config, rank, num_steps=num_steps)
         self._send: Callable[[], None] | None = None

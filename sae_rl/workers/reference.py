@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sae_rl.backends.deepspeed import Learner, Rank, join_group
 from sae_rl.backends.models import PolicyNetwork, load_causal_lm
+from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config import LearnerConfig, ModelConfig
 from sae_rl.types import Batch
 from sae_rl.workers.group import Process
@@ -16,9 +17,12 @@ class ReferenceWorker(Process):
 
     def start(self, rank: Rank, model: ModelConfig, config: LearnerConfig) -> None:
         join_group(rank)
-        self._learner = Learner(
-            lambda group: PolicyNetwork(load_causal_lm(model, group), group), model, config, rank, num_steps=None
-        )
+
+        def build(group: SequenceGroup | None) -> PolicyNetwork:
+            fused = model.logprobs == "cut_cross_entropy"  # as the policy, so that they differ by their weights alone
+            return PolicyNetwork(load_causal_lm(model, group), group, fused=fused)
+
+        self._learner = Learner(build, model, config, rank, num_steps=None)
 
     def score(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Which of the N tokens this rank answers for, and their logprobs."""

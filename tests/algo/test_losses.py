@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae_rl.algo import LossSum, PolicyLoss, PolicyTokens, ValueLoss
+from sae_rl.algo.kl import KL_LOSSES
 
 from .oracle import property_test
 
@@ -82,12 +83,25 @@ def test_policy_loss_against_a_loop(num_tokens: int, seed: int, clip_low: float,
 
 @property_test
 @given(num_tokens=sizes, seed=seeds)
-def test_k2_as_a_loss_has_the_gradient_of_the_kl(num_tokens: int, seed: int) -> None:
+def test_k1_and_k2_as_a_loss_have_the_gradient_of_the_kl(num_tokens: int, seed: int) -> None:
     """d/d log pi of (log pi - log ref)^2 / 2 is log pi - log ref: the score-function gradient of KL(pi || ref)."""
     logprobs, old, advantages, ref, _ = policy_inputs(num_tokens, seed)
-    loss = PolicyLoss(kl_coef=0.5, kl_estimator="k2")(tokens_of(logprobs, old, 0 * advantages, ref))
-    (gradient,) = torch.autograd.grad(loss.sum, logprobs)
-    assert torch.allclose(gradient, 0.5 * (logprobs - ref).detach(), atol=1e-12)
+    for estimator, value in (("k1", logprobs - ref), ("k2", (logprobs - ref) ** 2 / 2)):
+        loss = PolicyLoss(kl_coef=0.5, kl_estimator=estimator)(tokens_of(logprobs, old, 0 * advantages, ref))  # type: ignore
+        (gradient,) = torch.autograd.grad(loss.sum, logprobs)
+        assert torch.allclose(gradient, 0.5 * (logprobs - ref).detach(), atol=1e-12)
+        assert torch.allclose(loss.stats["policy/ref_kl"], value.sum().float(), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(loss.sum, 0.5 * value.sum())
+
+
+def test_the_gradient_of_k1_as_a_loss_is_that_of_the_kl_in_expectation() -> None:
+    """Over all tokens of a categorical distribution, weighted with their probabilities."""
+    logits = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    ref = torch.randn(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    (expected,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref)).sum(), logits, retain_graph=True)
+    (found,) = torch.autograd.grad((logprobs.exp().detach() * KL_LOSSES["k1"](logprobs, ref)).sum(), logits)
+    torch.testing.assert_close(found, expected)
 
 
 @property_test
@@ -173,7 +187,7 @@ def test_missing_inputs_and_wrong_shapes() -> None:
         ({"clip_low": 1.2}, r"PolicyLoss.clip_low = 1.2, but it must be a number in \[0, 1\]"),
         ({"clip_high": -0.1}, r"PolicyLoss.clip_high = -0.1"),
         ({"kl_coef": math.nan}, r"PolicyLoss.kl_coef = nan"),
-        ({"kl_estimator": "k1"}, r"PolicyLoss.kl_estimator = 'k1', but it must be one of k2, k3"),
+        ({"kl_estimator": "k4"}, r"PolicyLoss.kl_estimator = 'k4', but it must be one of k1, k2, k3"),
         ({"entropy_coef": -1.0}, r"PolicyLoss.entropy_coef"),
     ],
 )

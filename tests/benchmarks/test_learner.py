@@ -46,7 +46,8 @@ def test_the_padded_update_is_the_packed_one(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
     learner.padded_update(folder, batch, advantages, by_length=True)()
-    policy = PolicyNetwork(load_causal_lm(ModelConfig(path=str(folder), precision="float32", attention="sdpa")))
+    model = ModelConfig(path=str(folder), precision="float32", attention="sdpa", logprobs="chunked")
+    policy = PolicyNetwork(load_causal_lm(model))
     logprobs, _ = policy(micro := build_micro_batch(batch, torch.arange(5)), 1.0, False)
     tokens = PolicyTokens(
         logprobs=logprobs, old_logprobs=batch.rollout_logprobs, advantages=advantages, counts=micro.counts

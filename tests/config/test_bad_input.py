@@ -131,6 +131,20 @@ CONFIGURATION = {
         ["cluster.reference.num_workers = 0", "at least one"],
     ),
     "tensor parallel on CPU": (["rollout.tensor_parallel_size=2"], ["rollout.tensor_parallel_size = 2", "use 1"]),
+    "a kernel for GPUs": (["model.logprobs=cut_cross_entropy"], ["model.logprobs = cut_cross_entropy", "use chunked"]),
+    "ranks that cannot share rows": (
+        ["learner.sequence_parallel_size=2", "cluster.policy.num_workers=2"],
+        ["cluster.critic.num_workers = 1", "learner.sequence_parallel_size = 2"],
+    ),
+    "eager attention over shared rows": (
+        [
+            "learner.sequence_parallel_size=2",
+            "cluster.policy.num_workers=2",
+            "cluster.critic.num_workers=2",
+            "model.attention=eager",
+        ],
+        ["learner.sequence_parallel_size = 2", "model.attention=eager", "sdpa"],
+    ),
     "KV cache of unknown size": (["rollout.kv_cache_gb=null"], ["rollout.kv_cache_gb = null", "cluster.device=cpu"]),
     "a plugin that is not there": (
         ["algorithm.segmenter.name=nowhere:Mine"],

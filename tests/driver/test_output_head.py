@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +23,7 @@ VOCABULARY, WIDTH = 37, 8
 def make_head(bias: bool, dtype: torch.dtype = torch.float64) -> OutputHead:
     head = nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
     head.__class__ = OutputHead
+    head.fused = False
     assert isinstance(head, OutputHead)
     return head
 
@@ -125,3 +131,52 @@ def test_it_is_still_the_models_output_layer() -> None:
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(TypeError, match="the output layer of LlamaForCausalLM is a Sequential"):
         OutputHead.of(model)
+
+
+def test_the_fused_kernel_in_tritons_interpreter() -> None:
+    """In a process of its own, as Triton reads the setting when it is imported."""
+    pytest.importorskip("cut_cross_entropy", reason="cut-cross-entropy is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {__name__} import interpret; interpret()"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def interpret() -> None:
+    """In float16: the kernel's gradients know no float32, and the interpreter no bfloat16."""
+    import triton.language as tl
+    from triton.language.extra import libdevice
+
+    libdevice.log1p = lambda x: tl.log(x + 1.0)  # the interpreter has none
+    torch.cuda.get_device_capability = lambda _=None: (9, 0)  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: 0
+    torch.manual_seed(0)
+    head = make_head(bias=False, dtype=torch.float16)
+    token_ids, weights = torch.randint(0, VOCABULARY, (11,)), torch.randn(11)
+    given = torch.randn(11, WIDTH, dtype=torch.float16)
+    answers = []
+    for fused in (True, False):
+        head.fused, head.weight.grad = fused, None
+        hidden = given.clone().requires_grad_()
+        logprobs, entropies = head(hidden, token_ids, 0.7)
+        assert logprobs.dtype == torch.float32 and not bool(entropies.any())
+        (logprobs * weights).sum().backward()
+        assert hidden.grad is not None and head.weight.grad is not None
+        answers.append((logprobs.detach(), hidden.grad, head.weight.grad))
+    for found, expected in zip(*answers, strict=True):
+        assert float(expected.abs().max()) > 0.1
+        torch.testing.assert_close(found, expected, atol=5e-3, rtol=5e-3)
+    assert head(given[:0], token_ids[:0], 0.7)[0].shape == (0,)
+
+
+def test_the_fused_kernel_knows_no_bias() -> None:
+    class Model(nn.Module):
+        def get_output_embeddings(self) -> nn.Module:
+            return nn.Linear(2, 3)
+
+    with pytest.raises(TypeError, match=r"has a bias.*model.logprobs=chunked"):
+        OutputHead.of(Model(), fused=True)

@@ -66,7 +66,7 @@ def batch() -> Batch:
 
 
 def model_config(folder: Path, attention: Any = "sdpa") -> ModelConfig:
-    return ModelConfig(path=str(folder), precision="float32", attention=attention)
+    return ModelConfig(path=str(folder), precision="float32", attention=attention, logprobs="chunked")
 
 
 def padded(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -205,7 +205,7 @@ def test_the_critic_tells_the_value_behind_a_response(tiny_model: Path, holes: l
     batch = make_batch([(3, 5), (2, 1), (4, 7)])
     sampled = ~torch.isin(torch.arange(batch.num_tokens), torch.tensor(holes))
     batch = replace(batch, sampled=sampled if holes else None)
-    model = ModelConfig(path=str(tiny_model), precision="float32", attention="sdpa")
+    model = ModelConfig(path=str(tiny_model), precision="float32", attention="sdpa", logprobs="chunked")
     batch = replace(batch, prompt_token_ids=batch.prompt_token_ids % 20, token_ids=batch.token_ids % 20)
     torch.manual_seed(0)
     network = CriticNetwork.on(load_causal_lm(model))
