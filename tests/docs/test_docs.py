@@ -27,7 +27,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def commands_of(page: Path) -> list[list[str]]:
     """Every `sae-rl train` and `sae-rl evaluate` command line of a page, without its comment."""
     text = page.read_text().replace("\\\n", " ")
-    lines = re.findall(r"^sae-rl ((?:train|evaluate) .*)$", text, flags=re.MULTILINE)
+    lines = re.findall(r"^sae-rl ((?:train|evaluate|pretrain-critic) .*)$", text, flags=re.MULTILINE)
     return [line.split("#")[0].split() for line in lines]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def expected(tiny_model: Path, critic_folder: Path) -> Expected:
 
 
 def differences(crew: Crew, batch: Batch, expected: Expected) -> dict[str, float]:
-    """Scores, and the gradients of one update: with so large an epsilon, Adam's first step is the gradient itself."""
+    """Largest differences of scores, and of the gradients of one update."""
     scores = crew.score(batch)
     assert scores.entropies is not None and scores.values is not None
     metrics = crew.update(batch, expected.given, expected.targets, seed=0)
@@ -112,40 +113,58 @@ def sizes(expected: Expected) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the learners are spread."""
+
+    ranks: int
+    stage: int
+    sharing: int = 1
+    recomputed: bool = False
+    offloaded: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.ranks} rank{'s' * (self.ranks > 1)}", f"ZeRO {self.stage}"]
+        parts += ["both share rows"] if self.sharing > 1 else []
+        parts += ["activations recomputed"] if self.recomputed else []
+        return ", ".join([*parts, "offloaded"] if self.offloaded else parts)
+
+    def overrides(self, critic_folder: Path) -> list[str]:
+        """One update, whose step is the gradient itself: Adam's first, with so large an epsilon."""
+        as_it_is = {"optimizer__lr": 1e6, "optimizer__eps": 1e6, "optimizer__max_grad_norm": 1e6}
+        keys = {
+            "num_workers": self.ranks,
+            "zero_stage": self.stage,
+            "activation_checkpointing": self.recomputed,
+            "offload_optimizer": self.offloaded,
+            "offload_parameters": self.offloaded,
+            "num_mini_batches": 1,
+            "num_epochs": 1,
+        }
+        return [
+            *for_learners(**keys, **as_it_is),
+            f"learner.sequence_parallel_size={self.sharing}",
+            f"learner.critic_pretraining.checkpoint={critic_folder}",
+            f"algorithm.policy_loss.entropy_coef={ENTROPY_COEF}",
+            f"algorithm.value_loss.value_clip={VALUE_CLIP}",
+        ]
+
+
 LAYOUTS = [
-    *((1, stage, 1) for stage in (0, 1, 2, 3)),
-    *((2, stage, 1) for stage in (0, 1, 2, 3)),
-    *((2, stage, 2) for stage in (0, 3)),
+    *(Layout(1, stage) for stage in (0, 1, 2, 3)),
+    *(Layout(2, stage, recomputed=stage == 3) for stage in (0, 1, 2, 3)),
+    *(Layout(2, stage, sharing=2, recomputed=stage == 3) for stage in (0, 3)),
+    *(Layout(1, stage, offloaded=True) for stage in (2, 3)),
 ]
 
 
-@pytest.mark.parametrize(("ranks", "stage", "sharing"), LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_is_the_padded_update(
-    configure: Configure,
-    expected: Expected,
-    critic_folder: Path,
-    exactness: Exactness,
-    ranks: int,
-    stage: int,
-    sharing: int,
+    configure: Configure, expected: Expected, critic_folder: Path, exactness: Exactness, layout: Layout
 ) -> None:
-    as_recipes_do = ranks == 2 and stage == 3
-    keys = {
-        "num_workers": ranks,
-        "zero_stage": stage,
-        "num_mini_batches": 1,
-        "num_epochs": 1,
-        "activation_checkpointing": as_recipes_do,
-    }
-    as_it_is = {"optimizer__lr": 1e6, "optimizer__eps": 1e6, "optimizer__max_grad_norm": 1e6}
-    config = configure(
-        *for_learners(**keys, **as_it_is),
-        f"learner.sequence_parallel_size={sharing}",
-        f"learner.critic_pretraining.checkpoint={critic_folder}",
-        f"algorithm.policy_loss.entropy_coef={ENTROPY_COEF}",
-        f"algorithm.value_loss.value_clip={VALUE_CLIP}",
-    )
-    batch = rollouts_of_many_lengths()
+    config = configure(*layout.overrides(critic_folder))
+    batch, table = rollouts_of_many_lengths(), "Ranks, ZeRO stages and budgets"
+    exactness.record(table, "(the largest number itself)", sizes(expected))
     with ray_session(config), start_learners(config, Clock()) as crew:
         crew.save(config.output_dir)
         for budget in (64, 4096):
@@ -153,9 +172,17 @@ def test_every_layout_is_the_padded_update(
                 crew._groups[role].run(lambda worker, b=budget: worker.__ray_call__.remote(set_budget, b))  # type: ignore
             crew.load(config.output_dir)
             found = differences(crew, batch, expected)
-            shared = f", {sharing} of them share rows" if sharing > 1 else ""
-            exactness.record("Ranks, ZeRO stages and budgets", "(the largest number itself)", sizes(expected))
-            recomputed = ", activations recomputed" if as_recipes_do else ""
-            name = f"{ranks} rank{'s' * (ranks > 1)}{shared}, ZeRO {stage}{recomputed}, {budget} tokens a pass"
-            exactness.record("Ranks, ZeRO stages and budgets", name, found)
+            exactness.record(table, f"{layout}, {budget} tokens a pass", found)
             assert all(gap < 1e-5 for gap in found.values()), found
+
+
+def test_in_bfloat16_it_is_nearly_that(configure: Configure, expected: Expected, critic_folder: Path) -> None:
+    """As the recipes for GPUs train; bfloat16 has eight bits, and the gradient is a sum over 200 tokens."""
+    config = configure(*Layout(2, 3, recomputed=True).overrides(critic_folder), "model.precision=bfloat16")
+    batch = rollouts_of_many_lengths()
+    with ray_session(config), start_learners(config, Clock()) as crew:
+        scores = crew.score(batch)
+        torch.testing.assert_close(scores.old_logprobs, expected.logprobs, atol=0.3, rtol=0.05)
+        metrics = crew.update(batch, expected.given, expected.targets, seed=0)
+        for name in ("policy/grad_norm", "critic/grad_norm", "critic/loss"):
+            assert metrics[name] == pytest.approx(expected.metrics[name], rel=0.1), name
