@@ -160,6 +160,8 @@ class RolloutConfig(Section):
     kv_cache_gb: Annotated[float, Field(gt=0)] | None  # on CPU; on GPU null: what gpu_memory_utilization leaves
     gpu_memory_utilization: Fraction
     enforce_eager: bool
+    health_timeout_s: Annotated[float, Field(gt=0)]  # for an engine's process to answer between two of its steps
+    max_engine_losses: NonNegative  # in the run: dead or silent engines, which are replaced; one more ends it
     logprob_tolerance: Annotated[float, Field(gt=0)]  # nats, vLLM against the trainer after a weight sync
 
 

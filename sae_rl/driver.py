@@ -32,6 +32,7 @@ from sae_rl.evaluate import evaluate
 from sae_rl.pretraining import pretrain_critic
 from sae_rl.protocols import Metrics, Recorder, Workers
 from sae_rl.rewards.pool import RewardPool, Rewards
+from sae_rl.sampling import sample
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
@@ -77,8 +78,9 @@ def train(run: Run) -> None:
     config, workers, clock, algorithm = run.config, run.workers, run.clock, run.config.algorithm
     for step in range(begin(run), config.steps):
         prompts = run.sampler.next(config.rollout.prompts_per_step)
-        rollouts = generate(run, prompts, f"step {step}")  # y ~ pi_rollout(. | x), with its logprobs
-        rewards = score(run, rollouts)  # R(x, y), checked by a program
+        rollouts, rewards = respond(
+            run, prompts, f"step {step}"
+        )  # y ~ pi_rollout(. | x); R(x, y), checked by a program
         batch = Batch.of(rollouts, rewards.scores)
         scores = workers.score(batch)  # V(s_t), log pi_old, log pi_ref
         with clock.phase("advantage"):
@@ -140,9 +142,9 @@ def prepare_critic(run: Run) -> tuple[float, int]:
     """
     config, pretraining = run.config, run.config.learner.critic_pretraining
     prompts = Sampler(run.sampler.prompts, derive_seed(config.seed, "pretraining")).next(pretraining.num_prompts)
-    rollouts = generate(run, prompts, "pretraining")
+    rollouts, rewards = respond(run, prompts, "pretraining")
     best = pretrain_critic(
-        Batch.of(rollouts, score(run, rollouts).scores),
+        Batch.of(rollouts, rewards.scores),
         run.workers,
         config.algorithm,
         pretraining,
@@ -155,20 +157,19 @@ def prepare_critic(run: Run) -> tuple[float, int]:
     return best, len(rollouts)
 
 
-def generate(run: Run, prompts: list[Prompt], stream: str) -> list[Rollout]:
+def respond(run: Run, prompts: list[Prompt], stream: str) -> tuple[list[Rollout], Rewards]:
+    """Responses as training samples them, with their logprobs, and their rewards."""
     rollout = run.config.rollout
-    return run.workers.rollout.generate(
+    return sample(
         prompts,
+        run.workers.rollout,
+        run.rewards,
+        run.clock,
         group_size=rollout.group_size,
         max_tokens=rollout.max_response_tokens,
         temperature=rollout.temperature,
         stream=stream,
     )
-
-
-def score(run: Run, rollouts: list[Rollout]) -> Rewards:
-    with run.clock.phase("reward"):
-        return run.rewards.score(rollouts)
 
 
 def measure(
@@ -217,6 +218,7 @@ def evaluate_policy(run: Run, step: int) -> None:
             run.heldout,
             run.workers.rollout,
             run.rewards,
+            run.clock,
             run.config.evaluation,
             run.config.rollout.max_response_tokens,
         )

@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from sae_rl.clock import Clock
 from sae_rl.config import EvaluationConfig
 from sae_rl.protocols import RolloutEngines
 from sae_rl.rewards.pool import RewardPool
+from sae_rl.sampling import sample
 from sae_rl.types import Prompt
 
 NUM_RESAMPLES = 2000
@@ -35,19 +37,23 @@ def evaluate(
     prompts: Sequence[Prompt],
     engines: RolloutEngines,
     rewards: RewardPool,
+    clock: Clock,
     config: EvaluationConfig,
     max_tokens: int,
 ) -> Evaluation:
     """Samples k responses to each prompt. The same seeds every time: two policies are compared on the same luck."""
-    rollouts = engines.generate(
+    rollouts, checked = sample(
         prompts,
+        engines,
+        rewards,
+        clock,
         group_size=config.samples_per_prompt,
         max_tokens=max_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
         stream="evaluation",
     )
-    scores = np.array(rewards.score(rollouts).scores).reshape(len(prompts), config.samples_per_prompt)
+    scores = np.array(checked.scores).reshape(len(prompts), config.samples_per_prompt)
     low, high = bootstrap_interval(scores.mean(axis=1))
     return Evaluation(
         success_mean=float(scores.mean()),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -25,8 +25,8 @@ class RolloutEngines(Protocol):
         temperature: float,
         top_p: float = 1.0,
         stream: str,
-    ) -> list[Rollout]:
-        """``group_size`` responses to each prompt, group after group. ``stream`` names the random numbers."""
+    ) -> Iterator[list[Rollout]]:
+        """``group_size`` responses to each prompt, a group as soon as it is done. ``stream`` names the random numbers."""
         ...
 
 

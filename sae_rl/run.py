@@ -101,7 +101,7 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
         write_config(config, records)
         records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
         stack.enter_context(ray_session(config))
-        workers = stack.enter_context(start_workers(config, prompts[:NUM_PROBE_PROMPTS], clock, roles))
+        workers = stack.enter_context(start_workers(config, prompts[:NUM_PROBE_PROMPTS], clock, roles, records.note))
         rewards = stack.enter_context(RewardPool(config.rewards))
         yield Run(
             config=resolved,
@@ -121,9 +121,10 @@ def run_evaluation(config: Config) -> Evaluation:
     prompts = load_source(config.task.evaluation, config.task, tokenizer, "task.evaluation")
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_session(config))
-        rollout = stack.enter_context(start_rollout(config, Clock()))
+        clock = Clock()
+        rollout = stack.enter_context(start_rollout(config, clock))
         rewards = stack.enter_context(RewardPool(config.rewards))
-        return evaluate(prompts, rollout, rewards, config.evaluation, config.rollout.max_response_tokens)
+        return evaluate(prompts, rollout, rewards, clock, config.evaluation, config.rollout.max_response_tokens)
 
 
 def find_checkpoint(config: Config) -> Path | None:

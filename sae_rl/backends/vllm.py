@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from sae_rl.config import Device, ModelConfig, RolloutConfig
 from sae_rl.types import FinishReason
 
+ALIVE_S = 1.0  # between two looks at whether the engine's process lives
 PREFILL_TOKENS = 8192  # prompt tokens that an engine on a CPU reads in one pass
 
 
@@ -36,6 +38,10 @@ class Sample:
     text: str
     finish_reason: FinishReason
     weight_version: str
+
+
+class EngineLost(RuntimeError):
+    """vLLM's engine died, or cannot go on."""
 
 
 def prepare_environment(device: Device, threads: int, sockets: str) -> None:
@@ -104,8 +110,27 @@ class RolloutEngine:
         self._count = 0
 
     async def generate(self, requests: Sequence[Request]) -> list[Sample]:
-        """All requests at once; vLLM batches them. Answers in the order of the requests."""
-        return list(await asyncio.gather(*(self._generate_one(request) for request in requests)))
+        """All requests at once; vLLM batches them. Answers in the order of the requests.
+
+        Raises:
+            EngineLost: the engine died.
+        """
+        with _told_apart():
+            return list(await asyncio.gather(*(self._generate_one(request) for request in requests)))
+
+    async def check(self) -> None:
+        """Returns when the engine's own process has answered. Raises EngineLost."""
+        await self._asked(self._engine.is_paused())
+
+    async def _asked(self, call: Coroutine[Any, Any, Any]) -> None:
+        """A call to the engine's process, which vLLM would wait for even if that died. Raises EngineLost."""
+        task = asyncio.ensure_future(call)
+        while not (await asyncio.wait({task}, timeout=ALIVE_S))[0]:
+            if self._engine.errored:
+                task.cancel()
+                raise EngineLost("vLLM's engine died")
+        with _told_apart():
+            await task
 
     async def _generate_one(self, request: Request) -> Sample:
         from vllm import SamplingParams
@@ -147,23 +172,34 @@ class RolloutEngine:
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        await self._asked(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
 
     async def start_weight_update(self) -> None:
-        await self._engine.pause_generation(mode="wait", clear_cache=True)
-        await self._engine.start_weight_update()
+        await self._asked(self._engine.pause_generation(mode="wait", clear_cache=True))
+        await self._asked(self._engine.start_weight_update())
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        await self._asked(self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
 
     async def finish_weight_update(self, weight_version: str) -> None:
-        await self._engine.finish_weight_update(weight_version=weight_version)
-        await self._engine.resume_generation()
+        await self._asked(self._engine.finish_weight_update(weight_version=weight_version))
+        await self._asked(self._engine.resume_generation())
 
     def close(self) -> None:
         self._engine.shutdown()
+
+
+@contextlib.contextmanager
+def _told_apart() -> Iterator[None]:
+    """A dead engine as an exception of ours: whoever receives vLLM's would have to import vLLM."""
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    try:
+        yield
+    except (EngineDeadError, EngineGenerateError) as error:
+        raise EngineLost(f"vLLM's engine is dead ({error})") from None
 
 
 def _version_of(output: Any) -> str:

@@ -5,7 +5,7 @@ vLLM's own trainer-side engine sends over NCCL; `GlooSender` does the same over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -38,6 +38,7 @@ class PolicyWeights(WeightSource):
 
     def __init__(self, learner: Learner) -> None:
         self._learner = learner
+        self._gathered: Iterator[tuple[str, Tensor]] = iter(())
         causal_lm: Any = learner.network.causal_lm
         self._tied = bool(causal_lm.config.tie_word_embeddings)
         names = {id(p): name for name, p in causal_lm.named_parameters()}
@@ -50,9 +51,15 @@ class PolicyWeights(WeightSource):
         return metadata
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._learner.full_weights():
+        self._gathered = self._learner.full_weights()
+        for name, tensor in self._gathered:
             for sent_name in self._sent_names(name):
                 yield sent_name, tensor
+
+    def finish(self) -> None:
+        """Takes part in gathering what an interrupted sender left: other ranks would wait for this one."""
+        for _ in self._gathered:
+            pass
 
     def _sent_names(self, name: str) -> list[str]:
         name = name.removeprefix(_PREFIX)
@@ -131,10 +138,19 @@ def trainer_init_info(
     return NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=rank)
 
 
-def open_sender(info: TrainerInitInfo, client: VLLMWeightSyncClient, learner: Learner) -> Callable[[], None]:
-    """Connects to the engines and returns the function that sends the current weights."""
-    sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=PolicyWeights(learner))
-    return sender.send_weights
+class Sender:
+    """The policy's connection to some engines, through which it sends its current weights."""
+
+    def __init__(self, info: TrainerInitInfo, client: VLLMWeightSyncClient, learner: Learner) -> None:
+        self.weights = PolicyWeights(learner)
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self.weights)
+
+    def send(self) -> None:
+        try:
+            self._engine.send_weights()
+        except Exception:  # an engine died, say: another attempt follows, or the run ends with this error
+            self.weights.finish()
+            raise
 
 
 WeightTransferTrainerFactory.register_engine(GLOO, GlooSender)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import TimeoutError as CheckTimeout
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -26,6 +27,14 @@ class Rewards:
     @property
     def failed_fraction(self) -> float:
         return len(self.failures) / len(self.scores)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One under way."""
+
+    name: str
+    future: Any
 
 
 def _check(reward: str, prompt: str, response: str, answer: str) -> float:
@@ -53,25 +62,31 @@ class RewardPool:
         self._pool.stop()
         self._pool.join()
 
-    def score(self, rollouts: Sequence[Rollout]) -> Rewards:
-        """r(x, y) of every rollout.
+    def submit(self, rollouts: Sequence[Rollout]) -> list[Check]:
+        """Starts r(x, y) of every rollout, as soon as a process is free."""
+        return [
+            Check(
+                f"{r.prompt.reward} on prompt {r.prompt.id}",
+                self._pool.schedule(
+                    _check,
+                    args=(r.prompt.reward, r.prompt.text, r.text, r.prompt.answer),
+                    timeout=self._config.deadline_s,
+                ),
+            )
+            for r in rollouts
+        ]
+
+    def collect(self, checks: Sequence[Check]) -> Rewards:
+        """Waits for checks; scores in their order.
 
         Raises:
             RuntimeError: more checks crashed or timed out than ``rewards.max_failed_fraction``.
         """
-        futures = [
-            self._pool.schedule(
-                _check,
-                args=(r.prompt.reward, r.prompt.text, r.text, r.prompt.answer),
-                timeout=self._config.deadline_s,
-            )
-            for r in rollouts
-        ]
         scores, failures = [], []
-        for rollout, future in zip(rollouts, futures, strict=True):
-            name = f"{rollout.prompt.reward} on prompt {rollout.prompt.id}"
+        for check in checks:
+            name = check.name
             try:
-                score = future.result()
+                score = check.future.result()
             except CheckTimeout:
                 failures.append(f"{name}: no answer within rewards.deadline_s = {self._config.deadline_s:g} s")
                 score = 0.0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
 import torch
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from sae_rl.backends.deepspeed import Rank
@@ -18,11 +21,12 @@ from sae_rl.clock import Clock
 from sae_rl.config import Config, ConfigError
 from sae_rl.types import Batch, Prompt, Scores, Targets
 from sae_rl.workers.critic import CriticWorker
-from sae_rl.workers.group import Call, Process, WorkerGroup, start_worker, wait_for
+from sae_rl.workers.group import Call, Process, WorkerError, WorkerGroup, start_worker, wait_for
 from sae_rl.workers.placement import Placement, Role, check_resources, plan, reserve, roles_of
 from sae_rl.workers.policy import PolicyWorker, merge, summarize
 from sae_rl.workers.reference import ReferenceWorker
-from sae_rl.workers.rollout import RolloutPool, RolloutWorker
+from sae_rl.workers.rollout import RolloutWorker
+from sae_rl.workers.rollout_pool import RolloutPool
 
 WORKERS: dict[Role, type[Process]] = {
     "rollout": RolloutWorker,
@@ -61,9 +65,15 @@ def ray_session(config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def start_workers(
-    config: Config, probe_prompts: list[Prompt], clock: Clock, roles: list[Role] | None = None
+    config: Config,
+    probe_prompts: list[Prompt],
+    clock: Clock,
+    roles: list[Role] | None = None,
+    note: Callable[[str], None] = print,
 ) -> Iterator[Crew]:
     """Places and starts every worker, or those of ``roles``; kills them all at the end, however it comes.
+
+    ``note`` tells the reader of the console what happened to them.
 
     Raises:
         ConfigError: Ray does not have what the run asks for.
@@ -71,7 +81,7 @@ def start_workers(
         WorkerError: a worker failed to start.
     """
     with _placed(config, roles_of(config) if roles is None else roles) as groups:
-        crew = Crew(config, groups, probe_prompts, clock)
+        crew = Crew(config, groups, probe_prompts, clock, note)
         crew.start()
         yield crew
 
@@ -118,8 +128,8 @@ def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if config.cluster.device == "cpu" and role != "rollout":
             env["DS_ACCELERATOR"] = "cpu"
-        workers = [start_worker(WORKERS[role], slot, group, env) for slot in slots]
-        groups[role] = WorkerGroup(role, workers, config.cluster.call_timeout_s)
+        starts = [functools.partial(start_worker, WORKERS[role], slot, group, env) for slot in slots]
+        groups[role] = WorkerGroup(role, starts, config.cluster.call_timeout_s)
     return groups
 
 
@@ -127,13 +137,21 @@ class Crew:
     """The driver's handle on all workers; implements `sae_rl.protocols.Workers`."""
 
     def __init__(
-        self, config: Config, groups: dict[Role, WorkerGroup], probe_prompts: list[Prompt], clock: Clock
+        self,
+        config: Config,
+        groups: dict[Role, WorkerGroup],
+        probe_prompts: list[Prompt],
+        clock: Clock,
+        note: Callable[[str], None] = print,
     ) -> None:
         self._config = config
         self._groups = groups
         self._probe_prompts = probe_prompts
         self._clock = clock
-        self._rollout = RolloutPool(groups["rollout"], config.seed, clock) if "rollout" in groups else None
+        self._rollout: RolloutPool | None = None
+        if "rollout" in groups:
+            self._rollout = RolloutPool(groups["rollout"], config, self._load_engine, self._refit, note)
+        self._connected: list[ActorHandle] = []  # the engines that the policy sends weights to
 
     def start(self) -> None:
         """Loads all models at the same time, and connects the policy with the engines."""
@@ -141,10 +159,13 @@ class Crew:
         limit = config.cluster.start_timeout_s
         for group in self._groups.values():
             group.locate(limit)
-        calls = [self._start_rollout() if role == "rollout" else self._start_learner(role) for role in self._groups]
+        calls = [
+            group.start(self._load_engine) if role == "rollout" else self._start_learner(role)
+            for role, group in self._groups.items()
+        ]
         wait_for(calls, limit)
-        if "policy" in self._groups and "rollout" in self._groups:
-            self._open_weight_transfer()
+        if "rollout" in self._groups:
+            self._groups["rollout"].locate(limit)  # again, with vLLM's own processes
 
     @property
     def rollout(self) -> RolloutPool:
@@ -157,19 +178,32 @@ class Crew:
         total = plan(self._config, list(self._groups)).total
         return int(total["GPU"]) if "GPU" in total else 0
 
-    def _open_weight_transfer(self) -> None:
-        policy, config = self._groups["policy"], self._config
-        address, port = ray.get(policy.workers[0].free_address.remote())
-        parallel = config.rollout.tensor_parallel_size
-        transfer = (self.rollout.engines, parallel, address, port, config.cluster.call_timeout_s)
-        policy.run(lambda worker: worker.open_weight_transfer.remote(*transfer))
-
-    def _start_rollout(self) -> Call:
+    def _load_engine(self, worker: ActorHandle) -> Any:
         config = self._config
         threads = config.cluster.rollout.threads_per_worker
         max_tokens = config.task.max_prompt_tokens + config.rollout.max_response_tokens
-        arguments = (config.model, config.rollout, config.cluster.device, threads, max_tokens, config.seed)
-        return self._groups["rollout"].start(lambda worker: worker.start.remote(*arguments))
+        return worker.start.remote(
+            config.model, config.rollout, config.cluster.device, threads, max_tokens, config.seed
+        )
+
+    def _send(self, ranks: list[int], version: int) -> None:
+        """The policy's weights to the engines of these ranks; connects with them if it has not yet."""
+        policy, config = self._groups["policy"], self._config
+        engines = [self._groups["rollout"].workers[rank] for rank in ranks]
+        if engines != self._connected:
+            self._connected = []
+            address, port = ray.get(policy.workers[0].free_address.remote())
+            parallel = config.rollout.tensor_parallel_size
+            transfer = (engines, parallel, address, port, config.cluster.call_timeout_s)
+            policy.run(lambda worker: worker.open_weight_transfer.remote(*transfer))
+            self._connected = engines
+        policy.run(lambda worker: worker.send_weights.remote(str(version)))
+
+    def _refit(self, rank: int) -> None:
+        """Gives a replaced engine the weights that the others have."""
+        assert self.rollout.version is not None
+        self._send([rank], self.rollout.version)
+        self._probe([rank])
 
     def _start_learner(self, role: Role) -> Call:
         config, group = self._config, self._groups[role]
@@ -261,17 +295,27 @@ class Crew:
     def sync_weights(self, version: int) -> dict[str, float]:
         """Sends the policy's weights to every engine, and compares both sides' logprobs on probe prompts.
 
+        If that fails while the policy lives, the engines may be left with a part of the weights: all are replaced, and it is
+        tried once more.
+
         Raises:
             RuntimeError: an engine's logprobs differ from the policy's by more than ``rollout.logprob_tolerance``.
         """
         with self._clock.phase("sync"):
-            self._groups["policy"].run(lambda worker: worker.send_weights.remote(str(version)))
+            try:
+                self._send(self.rollout.settle(), version)
+            except WorkerError as error:
+                if isinstance(error.__cause__, ray.exceptions.RayActorError):
+                    raise
+                self.rollout.replace(f"sending weights {version} failed ({error})")
+                self._send(self.rollout.ready, version)
             self.rollout.version = version
-            return self._probe()
+            return self._probe(self.rollout.ready)
 
-    def _probe(self) -> dict[str, float]:
+    def _probe(self, ranks: list[int]) -> dict[str, float]:
         rollout = self._config.rollout
-        engines = self.rollout.generate_on_each(
+        engines = self.rollout.generate_on(
+            ranks,
             self._probe_prompts,
             max_tokens=min(PROBE_TOKENS, rollout.max_response_tokens),
             temperature=rollout.temperature,
@@ -284,8 +328,8 @@ class Crew:
         if not worst <= rollout.logprob_tolerance:
             row = int(torch.searchsorted(batch.offsets, difference.argmax(), right=True)) - 1
             raise RuntimeError(
-                f"after sending weights {self.rollout.version}, rollout engine {row // len(self._probe_prompts)} and the "
-                f"policy differ by {worst:.4g} nats on a sampled token, more than rollout.logprob_tolerance = "
+                f"after sending weights {self.rollout.version}, rollout engine {ranks[row // len(self._probe_prompts)]} and "
+                f"the policy differ by {worst:.4g} nats on a sampled token, more than rollout.logprob_tolerance = "
                 f"{rollout.logprob_tolerance:g}: the engine does not have the policy's weights, or computes in another "
                 "precision"
             )

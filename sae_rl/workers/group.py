@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -11,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from sae_rl.workers.placement import Role, Slot
 
 LOG_LINES = 15
+KILL_S = 30.0  # for a node that may be gone itself
 
 
 class WorkerError(RuntimeError):
@@ -32,13 +35,20 @@ class Whereabouts:
     pid: int
     host: str
     log: str
+    node: str  # Ray's id
+    processes: tuple[
+        tuple[int, float], ...
+    ]  # this one and its children: ids, and when they were made, as ids come again
 
 
 class Process:
     """What every worker has: answers where it runs, and ends itself."""
 
     def whereabouts(self) -> Whereabouts:
-        return Whereabouts(os.getpid(), socket.gethostname(), os.readlink("/proc/self/fd/2"))
+        here = psutil.Process()
+        family = tuple((process.pid, process.create_time()) for process in (here, *here.children(recursive=True)))
+        node = ray.get_runtime_context().get_node_id()
+        return Whereabouts(here.pid, socket.gethostname(), os.readlink("/proc/self/fd/2"), node, family)
 
     def free_address(self) -> tuple[str, int]:
         """An address of this node and a port that is free now."""
@@ -49,10 +59,11 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A remote call under way on every rank of a group."""
+    """A remote call under way on every rank of a group, or on some of them."""
 
     group: WorkerGroup
     references: list[Any]
+    ranks: tuple[int, ...] | None = None
 
 
 def wait_for(calls: Sequence[Call], timeout_s: float) -> list[list[Any]]:
@@ -61,7 +72,11 @@ def wait_for(calls: Sequence[Call], timeout_s: float) -> list[list[Any]]:
     Raises:
         WorkerError: as soon as any rank of any group fails or dies, or when one has not answered in time.
     """
-    owners = {reference: (call.group, rank) for call in calls for rank, reference in enumerate(call.references)}
+    owners = {
+        reference: (call.group, rank)
+        for call in calls
+        for rank, reference in zip(call.ranks or range(len(call.references)), call.references, strict=True)
+    }
     results: dict[Any, Any] = {}
     pending = list(owners)
     deadline = time.monotonic() + timeout_s
@@ -86,17 +101,33 @@ def _late(owners: dict[Any, tuple[WorkerGroup, int]], pending: list[Any], timeou
 class WorkerGroup:
     """Ranks 0 .. n-1 of one role."""
 
-    def __init__(self, role: Role, workers: list[ActorHandle], timeout_s: float) -> None:
+    def __init__(self, role: Role, starts: Sequence[Callable[[], ActorHandle]], timeout_s: float) -> None:
         self.role = role
-        self.workers = workers
         self.timeout_s = timeout_s
-        self._places: list[Whereabouts | None] = [None] * len(workers)
+        self._starts = starts
+        self.workers = [start() for start in starts]
+        self._places: list[Whereabouts | None] = [None] * len(starts)
 
     def locate(self, timeout_s: float) -> list[Whereabouts]:
         """Waits until every worker's process runs."""
         places = wait_for([self.start(lambda worker: worker.whereabouts.remote())], timeout_s)[0]
         self._places = list(places)
         return places
+
+    def locate_one(self, rank: int) -> None:
+        """The same for one worker, which runs already."""
+        self._places[rank] = wait_for([Call(self, [self.workers[rank].whereabouts.remote()])], self.timeout_s)[0][0]
+
+    def place(self, rank: int) -> Whereabouts | None:
+        """Where a worker runs, as it last said; None: it has not yet."""
+        return self._places[rank]
+
+    def replace(self, rank: int) -> ActorHandle:
+        """Gives up a worker, and starts another in its slot."""
+        ray.kill(self.workers[rank])
+        self._places[rank] = None
+        self.workers[rank] = self._starts[rank]()
+        return self.workers[rank]
 
     def start(self, call: Callable[[ActorHandle], Any]) -> Call:
         """Starts a remote call on every rank, without waiting."""
@@ -105,6 +136,10 @@ class WorkerGroup:
     def run(self, call: Callable[[ActorHandle], Any]) -> list[Any]:
         """A remote call on every rank; results by rank. Raises `WorkerError`."""
         return wait_for([self.start(call)], self.timeout_s)[0]
+
+    def run_on(self, ranks: Sequence[int], call: Callable[[ActorHandle], Any]) -> list[Any]:
+        """A remote call on some ranks; results in their order. Raises `WorkerError`."""
+        return wait_for([Call(self, [call(self.workers[rank]) for rank in ranks], tuple(ranks))], self.timeout_s)[0]
 
     def result(self, rank: int, reference: Any) -> Any:
         try:
@@ -132,6 +167,23 @@ class WorkerGroup:
     def close(self) -> None:
         for worker in self.workers:
             ray.kill(worker)
+
+
+def kill_processes(place: Whereabouts) -> None:
+    """Ends a worker and its children on their node; also stopped ones, which would not notice that it is gone."""
+    if place.node == ray.get_runtime_context().get_node_id():
+        _kill(place.processes)
+        return
+    there = NodeAffinitySchedulingStrategy(node_id=place.node, soft=False)
+    ray.wait([ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there).remote(place.processes)], timeout=KILL_S)
+
+
+def _kill(processes: Sequence[tuple[int, float]]) -> None:
+    for pid, created in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.create_time() == created:
+                process.kill()
 
 
 def _advice(role: Role, text: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from ray.actor import ActorHandle
@@ -20,6 +20,9 @@ from sae_rl.config import LearnerConfig, LoraConfig, ModelConfig
 from sae_rl.types import Batch, Scores, Targets
 from sae_rl.workers.group import Process
 from sae_rl.workers.weight_sync import EngineClient
+
+if TYPE_CHECKING:
+    from sae_rl.backends.weight_sender import Sender  # brings vLLM
 
 
 class PolicyWorker(Process):
@@ -50,7 +53,7 @@ class PolicyWorker(Process):
             return PolicyNetwork(causal_lm, group, fused=model.logprobs == "cut_cross_entropy")
 
         self._learner = Learner(build, model, config, rank, num_steps=num_steps)
-        self._send: Callable[[], None] | None = None
+        self._sender: Sender | None = None
 
     def score(self, batch: Batch, with_entropies: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Which of the N tokens this rank answers for, their logprobs, and their entropies if asked for."""
@@ -96,7 +99,7 @@ class PolicyWorker(Process):
         self, engines: list[ActorHandle], workers_per_engine: int, address: str, port: int, timeout_s: float
     ) -> None:
         """Connects rank 0 with the worker processes of every engine; all ranks take part in gathering weights."""
-        from sae_rl.backends.weight_sender import open_sender, trainer_init_info
+        from sae_rl.backends.weight_sender import Sender, trainer_init_info
 
         self._client = EngineClient(engines, workers_per_engine, timeout_s)
         info = trainer_init_info(
@@ -107,12 +110,12 @@ class PolicyWorker(Process):
             world_size=1 + len(engines) * workers_per_engine,
             timeout_s=timeout_s,
         )
-        self._send = open_sender(info, self._client, self._learner)
+        self._sender = Sender(info, self._client, self._learner)
 
     def send_weights(self, version: str) -> None:
-        assert self._send is not None, "open_weight_transfer comes first"
+        assert self._sender is not None, "open_weight_transfer comes first"
         self._client.version = version
-        self._send()
+        self._sender.send()
 
     def save(self, folder: Path) -> None:
         self._learner.save(folder)

@@ -5,7 +5,7 @@ They train nothing. What they answer is a plain function of what they are asked,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from sae_rl.config import Config
 from sae_rl.data.sampler import Sampler
 from sae_rl.driver import Run
 from sae_rl.protocols import Metrics
-from sae_rl.rewards.pool import RewardPool, Rewards
+from sae_rl.rewards.pool import Check, RewardPool, Rewards
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
 NUM_PROMPTS = 10
@@ -109,10 +109,12 @@ class ScriptedWorkers:
         temperature: float,
         top_p: float = 1.0,
         stream: str,
-    ) -> list[Rollout]:
+    ) -> Iterator[list[Rollout]]:
+        """The last group comes first."""
         assert self.version is not None, "nothing is sampled before the first sync"
         self._write("generate", prompts=[p.id for p in prompts], stream=stream, version=self.version, top_p=top_p)
-        return [make_rollout(p, i, self.version, temperature) for p in prompts for i in range(group_size)]
+        for prompt in reversed(prompts):
+            yield [make_rollout(prompt, i, self.version, temperature) for i in range(group_size)]
 
     def score(self, batch: Batch) -> Scores:
         scores = Scores(
@@ -182,9 +184,12 @@ class ScriptedRewards:
     def __init__(self, log: list[Asked]) -> None:
         self._log = log
 
-    def score(self, rollouts: Sequence[Rollout]) -> Rewards:
-        self._log.append(Asked("reward", {"responses": len(rollouts)}))
-        return Rewards([reward_of(r) for r in rollouts], [])
+    def submit(self, rollouts: Sequence[Rollout]) -> list[Check]:
+        return [Check(r.prompt.id, reward_of(r)) for r in rollouts]
+
+    def collect(self, checks: Sequence[Check]) -> Rewards:
+        self._log.append(Asked("reward", {"responses": len(checks)}))
+        return Rewards([check.future for check in checks], [])
 
 
 class ScriptedRecords:

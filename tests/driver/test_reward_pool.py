@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sae_rl.config import RewardPoolConfig
-from sae_rl.rewards.pool import RewardPool
+from sae_rl.rewards.pool import RewardPool, Rewards
 from sae_rl.types import Prompt, Rollout
 
 DEADLINE_S = 1.0
@@ -33,6 +33,10 @@ def rollout(verifier: str, index: int, response: str = "yes") -> Rollout:
 
 def config(max_failed_fraction: float = 1.0, num_processes: int = 1) -> RewardPoolConfig:
     return RewardPoolConfig(num_processes=num_processes, deadline_s=DEADLINE_S, max_failed_fraction=max_failed_fraction)
+
+
+def score(pool: RewardPool, rollouts: list[Rollout]) -> Rewards:
+    return pool.collect(pool.submit(rollouts))
 
 
 def children() -> dict[int, str]:
@@ -58,11 +62,11 @@ def no_process_left() -> Iterator[None]:
 def test_a_verifier_that_hangs_raises_or_dies_fails_alone() -> None:
     asked = ["fine", "hang", "fine", "crash", "die", "words", "exact"]
     with RewardPool(config()) as pool:
-        pool.score([rollout("fine", 9)])  # the process has started
+        score(pool, [rollout("fine", 9)])  # the process has started
         started = time.monotonic()
-        rewards = pool.score([rollout(name, i) for i, name in enumerate(asked)])
+        rewards = score(pool, [rollout(name, i) for i, name in enumerate(asked)])
         took_s = time.monotonic() - started
-        again = pool.score([rollout("fine", 0), rollout("fine", 1, response="no")])
+        again = score(pool, [rollout("fine", 0), rollout("fine", 1, response="no")])
     assert rewards.scores == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
     hang, crash, die, words = rewards.failures
     assert "verifiers:hang on prompt p1: no answer within rewards.deadline_s = 1 s" in hang
@@ -78,9 +82,9 @@ def test_a_verifier_that_hangs_raises_or_dies_fails_alone() -> None:
 @pytest.mark.usefixtures("no_process_left")
 def test_too_many_failures_stop_the_run() -> None:
     with RewardPool(config(max_failed_fraction=0.25)) as pool:
-        assert pool.score([rollout("crash", 0), *(rollout("fine", i) for i in range(1, 4))]).scores == [0, 1, 1, 1]
+        assert score(pool, [rollout("crash", 0), *(rollout("fine", i) for i in range(1, 4))]).scores == [0, 1, 1, 1]
         with pytest.raises(RuntimeError) as error:
-            pool.score([rollout("fine", 0), rollout("crash", 1)])
+            score(pool, [rollout("fine", 0), rollout("crash", 1)])
     for part in ("1 of 2 reward checks failed", "rewards.max_failed_fraction = 0.25", "prompt p1", "KeyError"):
         assert part in str(error.value)
 
@@ -88,5 +92,5 @@ def test_too_many_failures_stop_the_run() -> None:
 @pytest.mark.usefixtures("no_process_left")
 def test_an_error_of_ours_leaves_no_process_either() -> None:
     with pytest.raises(ZeroDivisionError), RewardPool(config(num_processes=2)) as pool:
-        pool.score([rollout("fine", 0)])
+        score(pool, [rollout("fine", 0)])
         raise ZeroDivisionError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -12,7 +12,9 @@ from sae_rl.compose import load_config
 from sae_rl.config import Config
 from sae_rl.data.level import Level
 from sae_rl.data.tokenizer import build_tokenizer
+from sae_rl.types import Prompt, Rollout
 from sae_rl.warm_start import ModelShape, build_model, save
+from sae_rl.workers.crew import Crew
 
 Configure = Callable[..., Config]
 
@@ -68,6 +70,20 @@ def for_learners(**keys: object) -> list[str]:
         for role in ("policy", "critic")
         for key, value in keys.items()
     ]
+
+
+def sampled(
+    crew: Crew, prompts: Sequence[Prompt], *, group_size: int, max_tokens: int, temperature: float = 1.0
+) -> list[Rollout]:
+    """Responses in the order of the prompts."""
+    groups = {
+        group[0].prompt.id: group
+        for group in crew.rollout.generate(
+            prompts, group_size=group_size, max_tokens=max_tokens, temperature=temperature, stream="test"
+        )
+    }
+    assert len(groups) == len(prompts), "every prompt is answered, and once"
+    return [rollout for prompt in prompts for rollout in groups[prompt.id]]
 
 
 @pytest.fixture

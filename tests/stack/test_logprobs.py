@@ -11,13 +11,13 @@ from sae_rl.clock import Clock
 from sae_rl.run import load_source, load_tokenizer
 from sae_rl.types import Batch, Prompt, Targets
 from sae_rl.workers.crew import Crew, ray_session, start_workers
-from tests.stack.conftest import Configure
+from tests.stack.conftest import Configure, sampled
 
 pytestmark = pytest.mark.slow
 
 
 def worst_difference(crew: Crew, prompts: list[Prompt], temperature: float) -> tuple[float, Batch]:
-    rollouts = crew.rollout.generate(prompts, group_size=4, max_tokens=24, temperature=temperature, stream="test")
+    rollouts = sampled(crew, prompts, group_size=4, max_tokens=24, temperature=temperature)
     batch = Batch.of(rollouts, [0.0] * len(rollouts))
     return float((batch.rollout_logprobs - crew.score(batch).old_logprobs).abs().max()), batch
 
@@ -72,4 +72,4 @@ def check_missing_head(crew: Crew, batch: Batch, scores: object) -> None:
 
 def forget_head(worker: object) -> None:
     """Runs inside the policy's process."""
-    worker._send.__self__.source._tied = False  # type: ignore[attr-defined]
+    worker._sender.weights._tied = False  # type: ignore[attr-defined]

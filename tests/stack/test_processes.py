@@ -17,7 +17,7 @@ from sae_rl.run import load_source, load_tokenizer
 from sae_rl.types import Batch, Prompt, Rollout, Targets
 from sae_rl.workers.crew import Crew, ray_session, start_workers
 from sae_rl.workers.group import WorkerError, WorkerGroup
-from tests.stack.conftest import Configure
+from tests.stack.conftest import Configure, sampled
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ def only_worker(crew: Crew, role: str) -> tuple[WorkerGroup, int]:
 
 
 def sample(crew: Crew, prompts: list[Prompt]) -> list[Rollout]:
-    return crew.rollout.generate(prompts, group_size=2, max_tokens=8, temperature=1.0, stream="test")
+    return sampled(crew, prompts, group_size=2, max_tokens=8)
 
 
 def more(flat: torch.Tensor, value: float) -> torch.Tensor:

@@ -1,0 +1,120 @@
+"""Engines that die or fall silent: their work goes to others, their replacements have the current weights."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from sae_rl.clock import Clock
+from sae_rl.run import load_source, load_tokenizer
+from sae_rl.types import Batch, Prompt, Rollout, Targets
+from sae_rl.workers.crew import Crew, ray_session, start_workers
+from sae_rl.workers.group import WorkerError
+from tests.stack.conftest import Configure, sampled
+
+pytestmark = pytest.mark.slow
+TWO_ENGINES = [
+    "algorithm=grpo",
+    "cluster.rollout.num_workers=2",
+    "rollout.max_response_tokens=200",
+    "rollout.max_num_seqs=8",
+    "rollout.health_timeout_s=6",
+]
+GROUP_SIZE, MAX_TOKENS = 4, 200
+
+
+def engine_core(crew: Crew, rank: int) -> int:
+    """The process in which vLLM computes, a child of the Ray worker."""
+    place = crew._groups["rollout"].place(rank)
+    assert place is not None
+    names = {pid: " ".join(psutil.Process(pid).cmdline()) for pid, _ in place.processes}
+    (core,) = (pid for pid, name in names.items() if "EngineCore" in name + psutil.Process(pid).name())
+    return core
+
+
+def ray_worker(crew: Crew, rank: int) -> int:
+    place = crew._groups["rollout"].place(rank)
+    assert place is not None
+    return place.pid
+
+
+def check(crew: Crew, rollouts: list[Rollout], version: int) -> None:
+    """The logprobs are those of the policy as it is."""
+    assert {rollout.policy_version for rollout in rollouts} == {version}
+    batch = Batch.of(rollouts, [0.0] * len(rollouts))
+    difference = (batch.rollout_logprobs - crew.score(batch).old_logprobs).abs().max()
+    assert float(difference) < 1e-4
+
+
+def move_policy(crew: Crew, rollouts: list[Rollout], seed: int) -> None:
+    batch = Batch.of(rollouts, [0.0] * len(rollouts))
+    advantages = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(seed))
+    crew.update(batch, crew.score(batch), Targets(advantages=advantages, returns=None), seed=seed)
+
+
+def interrupted(crew: Crew, prompts: list[Prompt], pid: int, number: int) -> dict[str, list[Rollout]]:
+    """Samples, and sends a signal when the first group is there."""
+    groups: dict[str, list[Rollout]] = {}
+    stream = crew.rollout.generate(
+        prompts, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS, temperature=1.0, stream="test"
+    )
+    for group in stream:
+        if not groups:
+            os.kill(pid, number)
+        assert group[0].prompt.id not in groups, "a prompt was answered twice"
+        groups[group[0].prompt.id] = group
+    return groups
+
+
+def test_what_a_lost_engine_had_not_answered_goes_to_others(configure: Configure) -> None:
+    config = configure(*TWO_ENGINES)
+    prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")
+    notes: list[str] = []
+    with ray_session(config), start_workers(config, prompts[:2], Clock(), note=notes.append) as crew:
+        crew.sync_weights(0)
+        before = sampled(crew, prompts, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS)
+        check(crew, before, 0)
+        move_policy(crew, before, seed=1)
+        crew.sync_weights(1)
+        straight = sampled(crew, prompts, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS)
+        for kind, number in (("core", signal.SIGKILL), ("worker", signal.SIGKILL), ("core", signal.SIGSTOP)):
+            pid = engine_core(crew, 0) if kind == "core" else ray_worker(crew, 0)
+            found = interrupted(crew, prompts, pid, number)
+            assert "rollout engine 0 is lost, with" in notes[-1], notes
+            assert "with 0 responses" not in notes[-1]
+            rollouts = [rollout for prompt in prompts for rollout in found[prompt.id]]
+            check(crew, rollouts, 1)  # also what the replacement sampled has the weights of the last sync
+            assert [r.token_ids.tolist() for r in rollouts] == [r.token_ids.tolist() for r in straight]
+            assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+            limit = time.monotonic() + 120
+            while crew.rollout.settle() != [0, 1] and time.monotonic() < limit:
+                time.sleep(0.5)
+            assert crew.rollout.ready == [0, 1]
+            crew.sync_weights(1)  # which makes the one that was replaced after the last group a full member
+        assert len(notes) == crew.rollout.num_losses == 3
+
+        # In the middle of a weight sync: it waits for an engine that is stopped, and then dies.
+        move_policy(crew, before, seed=2)
+        core = engine_core(crew, 1)
+        os.kill(core, signal.SIGSTOP)
+        killer = threading.Timer(1.5, os.kill, (core, signal.SIGKILL))
+        killer.start()
+        assert crew.sync_weights(2)["sync/logprob_diff_max"] < 1e-4
+        killer.join()
+        assert "sending weights 2 failed" in notes[-1] and crew.rollout.ready == [0, 1]
+        check(crew, sampled(crew, prompts[:4], group_size=GROUP_SIZE, max_tokens=MAX_TOKENS), 2)
+
+
+def test_a_run_without_engines_ends_with_a_message(configure: Configure) -> None:
+    config = configure(*TWO_ENGINES, "rollout.max_engine_losses=0")
+    prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")
+    with ray_session(config), start_workers(config, prompts[:2], Clock()) as crew:
+        crew.sync_weights(0)
+        with pytest.raises(WorkerError, match=r"1 rollout engines were lost, more than rollout.max_engine_losses = 0"):
+            interrupted(crew, prompts, engine_core(crew, 0), signal.SIGKILL)
