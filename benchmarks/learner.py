@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.turns import take_turns
+from benchmarks.turns import in_a_process, take_turns
 
 RESULTS = Path(__file__).parent / "results" / "learner.json"
 PROMPT_TOKENS, MAX_TOKENS, NUM_RESPONSES, BUDGET, ROWS = 16, 512, 96, 2048, 8
@@ -142,24 +142,8 @@ def peer_update(python: Path, folder: Path, batch: Any, advantages: Tensor) -> I
     torch.save(given, folder / "batch.pt")
     arguments = ["--model", str(folder), "--batch", str(folder / "batch.pt"), "--rows", str(ROWS), "--threads", "1"]
     command = [str(python), "-m", "benchmarks.peers.trl_update", *arguments]
-    with (folder / "peer.log").open("w") as log:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-
-    def update() -> None:
-        assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write("\n")
-            process.stdin.flush()
-        for line in process.stdout:
-            if line.strip() == "done":
-                return
-        raise RuntimeError(f"TRL's process ended: {(folder / 'peer.log').read_text()[-2000:]}")
-
-    try:
+    with in_a_process(command, folder / "peer.log", os.environ) as update:
         yield update
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def padded_part(batch: Any, rows: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

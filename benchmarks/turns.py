@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 
 def take_turns(
@@ -25,3 +28,35 @@ def take_turns(
             if turn or elapsed > slow_s:
                 seconds[name].append(elapsed)
     return seconds
+
+
+@contextlib.contextmanager
+def in_a_process(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator[Callable[[], None]]:
+    """A program that works in a process of its own each time that it is called, and ends with this one.
+
+    The process works when a line comes in, and prints "done" when it is.
+    """
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=dict(env)
+        )
+
+    def work() -> None:
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            if line.strip() == "done":
+                return
+        raise RuntimeError(f"{' '.join(command[:3])} ended: {log.read_text()[-2000:]}")
+
+    try:
+        yield work
+    finally:
+        process.terminate()  # not killed: it may have children to end
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()

@@ -32,7 +32,7 @@ from sae_rl.evaluate import evaluate
 from sae_rl.pretraining import pretrain_critic
 from sae_rl.protocols import Metrics, Recorder, Workers
 from sae_rl.rewards.pool import RewardPool, Rewards
-from sae_rl.sampling import sample
+from sae_rl.sampling import Collected, collect, sample
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
@@ -58,17 +58,6 @@ class Run:
 FAILED_UPDATE = "failed_update.pt"
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """One step's responses and what was computed of them, for the records."""
-
-    rollouts: list[Rollout]
-    rewards: list[float]
-    opens: Tensor
-    scores: Scores
-    targets: Targets
-
-
 def train(run: Run) -> None:
     """Every step that is left of a run.
 
@@ -77,11 +66,8 @@ def train(run: Run) -> None:
     """
     config, workers, clock, algorithm = run.config, run.workers, run.clock, run.config.algorithm
     for step in range(begin(run), config.steps):
-        prompts = run.sampler.next(config.rollout.prompts_per_step)
-        rollouts, rewards = respond(
-            run, prompts, f"step {step}"
-        )  # y ~ pi_rollout(. | x); R(x, y), checked by a program
-        batch = Batch.of(rollouts, rewards.scores)
+        sampled = gather(run, step)  # y ~ pi_rollout(. | x), and R(x, y), checked by a program
+        batch = Batch.of(sampled.rollouts, sampled.scores)
         scores = workers.score(batch)  # V(s_t), log pi_old, log pi_ref
         with clock.phase("advantage"):
             token_rewards = algorithm.token_rewards(batch, scores)  # r_t: R at the end, minus beta KL_t
@@ -93,8 +79,8 @@ def train(run: Run) -> None:
         with kept_if_it_fails(config.output_dir, step, batch, scores, whitened):
             metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
         metrics |= workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
-        metrics |= measure(algorithm, batch, rewards, scores, targets, opens)
-        finish(run, step, metrics, Sampled(rollouts, rewards.scores, opens, scores, targets))
+        metrics |= sampled.metrics | measure(algorithm, batch, scores, targets, opens)
+        finish(run, step, metrics, sampled, opens, scores, targets)
 
 
 @contextlib.contextmanager
@@ -157,6 +143,16 @@ def prepare_critic(run: Run) -> tuple[float, int]:
     return best, len(rollouts)
 
 
+def gather(run: Run, step: int) -> Collected:
+    """The groups of one step."""
+    rollout = run.config.rollout
+
+    def respond_to(prompts: list[Prompt], turn: int) -> tuple[list[Rollout], Rewards]:
+        return respond(run, prompts, f"step {step}" if turn == 1 else f"step {step} round {turn}")
+
+    return collect(run.sampler, rollout.prompts_per_step, rollout.group_size, rollout.dynamic_sampling, respond_to)
+
+
 def respond(run: Run, prompts: list[Prompt], stream: str) -> tuple[list[Rollout], Rewards]:
     """Responses as training samples them, with their logprobs, and their rewards."""
     rollout = run.config.rollout
@@ -173,12 +169,11 @@ def respond(run: Run, prompts: list[Prompt], stream: str) -> tuple[list[Rollout]
 
 
 def measure(
-    algorithm: AlgorithmConfig, batch: Batch, rewards: Rewards, scores: Scores, targets: Targets, opens: Tensor
+    algorithm: AlgorithmConfig, batch: Batch, scores: Scores, targets: Targets, opens: Tensor
 ) -> Metrics:
     """Everything there is to say about a step besides the update."""
     metrics = rollout_stats(batch) | segment_stats(batch, opens) | probability_stats(batch)
     metrics |= advantage_stats(batch, targets.advantages) | mismatch_stats(batch, scores)
-    metrics["reward/failed_fraction"] = rewards.failed_fraction
     if algorithm.token_rewards.overlong_buffer_tokens:
         metrics["rollout/overlong_penalty_mean"] = float(algorithm.token_rewards.overlong(batch).mean())
     if scores.values is not None and targets.returns is not None:
@@ -186,15 +181,17 @@ def measure(
     return metrics
 
 
-def finish(run: Run, step: int, metrics: Metrics, sampled: Sampled) -> None:
+def finish(
+    run: Run, step: int, metrics: Metrics, sampled: Collected, opens: Tensor, scores: Scores, targets: Targets
+) -> None:
     """After the update: evaluation, checkpoint and records of step ``step``."""
     config, done = run.config, step + 1
     last = done == config.steps
     if config.evaluation.every_steps and (last or done % config.evaluation.every_steps == 0):
         evaluate_policy(run, done)
-    run.records.rollouts(step, sampled.rollouts, sampled.rewards, sampled.opens, sampled.scores, sampled.targets)
+    run.records.rollouts(step, sampled.rollouts, sampled.scores, opens, scores, targets)
     times = run.clock.lap()
-    metrics |= throughput(sampled.opens.numel(), times, run.workers.num_gpus)
+    metrics |= throughput(opens.numel(), times, run.workers.num_gpus)
     run.records.log(step, metrics | times | {"data/epoch": float(run.sampler.epoch)})
     # Behind the records: a resumed run drops what was recorded after its checkpoint, and nothing else.
     if last or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):

@@ -32,6 +32,9 @@ METRICS: dict[str, Metric] = {
     "rollout/overlong_penalty_mean": Metric("", "what responses near the length limit lost of their reward"),
     "rollout/zero_variance_fraction": Metric("fraction", "groups whose responses all have the same reward"),
     "reward/failed_fraction": Metric("fraction", "checks that crashed or overran their deadline, and scored 0"),
+    "sampling/reward_mean": Metric("", "dynamic sampling: mean reward of all responses, also of groups left out"),
+    "sampling/kept_fraction": Metric("fraction", "dynamic sampling: responses that the step trains on, of all sampled"),
+    "sampling/num_rounds": Metric("", "dynamic sampling: rounds that the step took"),
     "data/epoch": Metric("", "passes over the prompts"),
     # segments
     "segment/per_response_mean": Metric("", "segments / responses", "segments per response"),

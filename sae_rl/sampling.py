@@ -1,11 +1,15 @@
-"""Responses and their rewards: each group is checked while the engines still sample others."""
+"""Responses and their rewards, checked while others are still sampled; and which groups a step trains on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from sae_rl.clock import Clock
-from sae_rl.protocols import RolloutEngines
+from sae_rl.config import DynamicSamplingConfig
+from sae_rl.data.sampler import Sampler
+from sae_rl.protocols import Metrics, RolloutEngines
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
 from sae_rl.types import Prompt, Rollout
 
@@ -39,3 +43,81 @@ def sample(
             [rollout for rollouts, _ in in_order for rollout in rollouts],
             rewards.collect([check for _, checks in in_order for check in checks]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a step trains on: group after group."""
+
+    rollouts: list[Rollout]
+    scores: list[float]  # R(x, y) of each
+    metrics: Metrics
+
+
+Respond = Callable[[list[Prompt], int], tuple[list[Rollout], Rewards]]
+
+
+def collect(
+    sampler: Sampler, num_prompts: int, group_size: int, config: DynamicSamplingConfig, respond: Respond
+) -> Collected:
+    """The groups of one step, ``num_prompts`` of them unless some are left out.
+
+    Whole rounds are waited for, and useful groups are taken in the order of the prompts: stopping at the first so many
+    that come in would prefer short responses, and no run could be repeated. Prompts whose groups are not needed go back
+    to the sampler, and are sampled anew in the next step, from its policy.
+
+    Args:
+        respond: (prompts, round) -> their responses and rewards.
+
+    Raises:
+        RuntimeError: no group of any round is of use.
+    """
+    kept: list[tuple[Rollout, float]] = []
+    seen: set[str] = set()
+    scores: list[float] = []
+    num_failed, turn = 0, 0
+    for turn in range(1, (config.max_rounds if config.mode == "resample" else 1) + 1):
+        missing = num_prompts - len(kept) // group_size
+        wanted = missing if config.mode == "none" else math.ceil(missing * config.oversampling)
+        drawn = sampler.next(min(wanted, len(sampler.prompts)))
+        prompts = [prompt for prompt in drawn if prompt.id not in seen]
+        sampler.put_back([prompt for prompt in drawn if prompt.id in seen])  # a new epoch began within the step
+        if not prompts:
+            break
+        seen |= {prompt.id for prompt in prompts}
+        rollouts, rewards = respond(prompts, turn)
+        scores += rewards.scores
+        num_failed += len(rewards.failures)
+        unused = []
+        for i, prompt in enumerate(prompts):
+            group = slice(i * group_size, (i + 1) * group_size)
+            if not is_useful(rewards.scores[group], config):
+                continue
+            if len(kept) < num_prompts * group_size:
+                kept += zip(rollouts[group], rewards.scores[group], strict=True)
+            else:
+                unused.append(prompt)
+        sampler.put_back(unused)
+        if len(kept) == num_prompts * group_size:
+            break
+    if not kept:
+        raise RuntimeError(
+            f"none of {len(scores) // group_size} groups in {turn} round(s) is of use by rollout.dynamic_sampling.by = "
+            f"{config.by}; the mean reward is {sum(scores) / len(scores):.3g}: choose problems that are easier or harder, or "
+            "set rollout.dynamic_sampling.mode=none"
+        )
+    metrics = {"reward/failed_fraction": num_failed / len(scores)}
+    if config.mode != "none":
+        metrics["sampling/reward_mean"] = sum(scores) / len(scores)
+        metrics["sampling/kept_fraction"] = len(kept) / len(scores)
+        metrics["sampling/num_rounds"] = float(turn)
+    return Collected([rollout for rollout, _ in kept], [score for _, score in kept], metrics)
+
+
+def is_useful(scores: Sequence[float], config: DynamicSamplingConfig) -> bool:
+    """Whether a step should train on a group with these rewards."""
+    if config.mode == "none":
+        return True
+    if config.by == "variance":
+        return max(scores) > min(scores)
+    return config.success_low <= sum(scores) / len(scores) <= config.success_high

@@ -18,6 +18,7 @@ class SamplerState(TypedDict):
     epoch: int
     position: int  # prompts of this epoch that were handed out
     postponed: list[int]  # moved to the end of this epoch: the batch that began it held them already
+    pending: list[int]  # handed out and put back: the next ones to hand out
 
 
 class Sampler:
@@ -34,6 +35,8 @@ class Sampler:
         self._seed = seed
         self._position = 0
         self._fingerprint = fingerprint(self._prompts)
+        self._pending: list[int] = []
+        self._index = {prompt.id: i for i, prompt in enumerate(self._prompts)}
         self._begin(epoch=0, position=0, postponed=[])
 
     @property
@@ -56,14 +59,23 @@ class Sampler:
                 f"a step asks for {num_prompts} prompts, allowed: 1 to {len(self._prompts)}, the size of the data set; "
                 "ask for fewer prompts per step or give more data"
             )
-        chosen = self._order[self._position : self._position + num_prompts]
-        if (missing := num_prompts - len(chosen)) > 0:
-            self._begin(epoch=self._epoch + 1, position=0, postponed=chosen)
-            chosen = chosen + self._order[:missing]
-            self._position = missing
-        else:
-            self._position += num_prompts
+        chosen: list[int] = []
+        again: list[int] = []  # a prompt of an epoch ago that was put back, and comes in this epoch as well
+        while len(chosen) < num_prompts:
+            i = self._pending.pop(0) if self._pending else self._draw(chosen)
+            (again if i in chosen else chosen).append(i)
+        self._pending = again + self._pending
         return [self._prompts[i] for i in chosen]
+
+    def _draw(self, chosen: list[int]) -> int:
+        if self._position == len(self._order):
+            self._begin(epoch=self._epoch + 1, position=0, postponed=chosen)
+        self._position += 1
+        return self._order[self._position - 1]
+
+    def put_back(self, prompts: Sequence[Prompt]) -> None:
+        """Prompts that were handed out and are not used now: they come before all others, in this order."""
+        self._pending = [self._index[prompt.id] for prompt in prompts] + self._pending
 
     def state(self) -> SamplerState:
         return SamplerState(
@@ -72,6 +84,7 @@ class Sampler:
             epoch=self._epoch,
             position=self._position,
             postponed=list(self._postponed),
+            pending=list(self._pending),
         )
 
     def load_state(self, state: SamplerState) -> None:
@@ -87,6 +100,7 @@ class Sampler:
         if state["seed"] != self._seed:
             raise ValueError(f"the saved sampler has seed {state['seed']}, this one {self._seed}; use the saved seed")
         self._begin(state["epoch"], state["position"], state["postponed"])
+        self._pending = list(state["pending"])
 
     def _begin(self, epoch: int, position: int, postponed: Sequence[int]) -> None:
         order = list(range(len(self._prompts)))

@@ -131,6 +131,14 @@ CONFIGURATION = {
         ["cluster.reference.num_workers = 0", "at least one"],
     ),
     "tensor parallel on CPU": (["rollout.tensor_parallel_size=2"], ["rollout.tensor_parallel_size = 2", "use 1"]),
+    "variance within groups of one": (
+        ["rollout.group_size=1", "rollout.dynamic_sampling.mode=filter"],
+        ["rollout.dynamic_sampling.by = variance", "rollout.group_size = 1"],
+    ),
+    "a window without an inside": (
+        ["rollout.dynamic_sampling={mode: resample, by: success_rate, success_low: 0.9, success_high: 0.1}"],
+        ["rollout.dynamic_sampling.success_low = 0.9", "success_high = 0.1"],
+    ),
     "a kernel for GPUs": (["model.logprobs=cut_cross_entropy"], ["model.logprobs = cut_cross_entropy", "use chunked"]),
     "ranks that cannot share rows": (
         ["learner.sequence_parallel_size=2", "cluster.policy.num_workers=2"],

@@ -1,4 +1,6 @@
 import json
+import random
+from collections import Counter
 
 import pytest
 
@@ -63,3 +65,32 @@ def test_errors() -> None:
         Sampler(prompts(3, answer="2"), seed=0).load_state(sampler.state())
     with pytest.raises(ValueError, match="has seed 0, this one 1"):
         Sampler(prompts(3), seed=1).load_state(sampler.state())
+
+
+def test_what_is_put_back_comes_first_and_nothing_is_lost() -> None:
+    sampler = Sampler(prompts(10), seed=3)
+    first = sampler.next(4)
+    sampler.put_back(first[2:])
+    assert sampler.next(3)[:2] == first[2:]
+    rest = sampler.next(5)
+    assert len({p.id for p in [*first, *rest]}) >= 8
+    assert sampler.epoch == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_put_back_over_the_end_of_an_epoch_repeats_nothing_in_a_batch(seed: int) -> None:
+    """Over many batches each prompt is used as often as any other, one time more or less, and a resumed sampler agrees."""
+    draw = random.Random(seed)
+    sampler, used = Sampler(prompts(7), seed=seed), Counter[str]()
+    for _ in range(60):
+        size = draw.randint(1, 7)
+        saved = json.loads(json.dumps(sampler.state()))
+        batch = sampler.next(size)
+        again = Sampler(prompts(7), seed=seed)
+        again.load_state(saved)
+        assert again.next(size) == batch
+        assert len({p.id for p in batch}) == size
+        back = draw.sample(batch, draw.randint(0, size - 1))
+        sampler.put_back(back)
+        used.update(p.id for p in batch if p not in back)
+    assert max(used.values()) - min(used.values()) <= 3, used

@@ -44,7 +44,7 @@ def make_batch(rows: Sequence[Shape]) -> Batch:
 
 
 def budget_of(rows: Sequence[Shape], share: float) -> int:
-    """At least one whole row, as `sae_rl.config.check` demands."""
+    """At least one whole row, as `sae_rl.config_checks.check` demands."""
     longest, total = max(map(sum, rows)), sum(map(sum, rows))
     return max(longest, int(share * total))
 

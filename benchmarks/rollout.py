@@ -1,0 +1,141 @@
+"""Generation through the pool of engines in tokens/s, beside one bare `LLM.generate`; and what a weight sync costs.
+
+    python -m benchmarks.rollout [--rounds 3]
+
+64 prompts x 4 responses of exactly 128 tokens by the Qwen2 of `benchmarks.workload`, in float32, on two cores. "Pool" is what
+training runs: two engines of one thread, one group at a time to the emptier one, a seed for each response, logprobs of the
+sampled tokens. "Bare" is vLLM by itself: one engine, all prompts in one call, no logprobs and no seeds, with one thread
+and with two. Programs take turns; best times.
+
+A weight sync is that of training, with its probe, after an update of the policy; its share is of a step without a critic:
+generate, score, update and sync.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import workload as work
+from benchmarks.iteration import overrides
+from benchmarks.turns import in_a_process, take_turns
+
+RESULTS = Path(__file__).parent / "results" / "rollout.json"
+POOL, THREADS = "pool", (1, 2)
+
+
+def bare(threads: int) -> str:
+    return f"bare LLM.generate, {threads} thread{'s' * (threads > 1)}"
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    from sae_rl.clock import Clock
+    from sae_rl.compose import load_config
+    from sae_rl.run import load_source, load_tokenizer
+    from sae_rl.workers.crew import ray_session, start_workers
+
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        work.make(folder, num_steps=1)
+        environment = dict(os.environ)
+        config = load_config([*overrides(folder, folder / "run", 1), "algorithm=grpo"])
+        prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")
+        stack.enter_context(ray_session(config))
+        crew = stack.enter_context(start_workers(config, prompts[:2], Clock()))
+        crew.sync_weights(0)
+        programs: dict[str, Callable[[], object]] = {POOL: lambda: list(generate(crew, prompts))}
+        for threads in THREADS:
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.bare_vllm",
+                "--workload",
+                str(folder),
+                "--threads",
+                str(threads),
+            ]
+            programs[bare(threads)] = stack.enter_context(
+                in_a_process(command, folder / f"bare_{threads}.log", environment)
+            )
+        seconds = take_turns(programs, rounds)
+        syncs = [step(crew, prompts, version) for version in range(1, rounds + 1)]
+    best = {program: min(runs) for program, runs in seconds.items()}
+    return {
+        "programs": {
+            program: {
+                "best_s": best[program],
+                "seconds": seconds[program],
+                "tokens_per_s": work.NUM_TOKENS / best[program],
+            }
+            for program in programs
+        },
+        "pool_over_bare": min(best[bare(threads)] for threads in THREADS) / best[POOL],
+        "sync_s": min(sync for sync, _ in syncs),
+        "sync_share": min(sync / whole for sync, whole in syncs),
+        "syncs": syncs,
+    }
+
+
+def generate(crew: Any, prompts: list[Any]) -> Any:
+    groups = crew.rollout.generate(
+        prompts, group_size=work.GROUP_SIZE, max_tokens=work.RESPONSE_TOKENS, temperature=1.0, stream="bench"
+    )
+    for group in groups:
+        assert all(rollout.token_ids.numel() == work.RESPONSE_TOKENS for rollout in group), "responses ended early"
+        yield from group
+
+
+def step(crew: Any, prompts: list[Any], version: int) -> tuple[float, float]:
+    """Seconds of the weight sync, and of the whole step."""
+    from sae_rl.types import Batch, Targets
+
+    started = time.perf_counter()
+    rollouts = list(generate(crew, prompts))
+    batch = Batch.of(rollouts, [0.0] * len(rollouts))
+    advantages = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(version))
+    crew.update(batch, crew.score(batch), Targets(advantages=advantages, returns=None), seed=version)
+    before = time.perf_counter()
+    crew.sync_weights(version)
+    ended = time.perf_counter()
+    return ended - before, ended - started
+
+
+def show(results: dict[str, Any]) -> Table:
+    table = Table("", "s", "tokens/s", "pool is faster by", title=f"{work.NUM_TOKENS:,} tokens")
+    pool = results["programs"][POOL]["best_s"]
+    for name, one in results["programs"].items():
+        table.add_row(name, f"{one['best_s']:.2f}", f"{one['tokens_per_s']:,.0f}", f"{one['best_s'] / pool:.2f}x")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds: found {options.rounds}, allowed: at least 1")
+    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    results = {"machine": machine, **measure(options.rounds)}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    Console().print(show(results))
+    print(f"a weight sync takes {results['sync_s']:.2f} s, {100 * results['sync_share']:.1f} % of a step")
+    print(f"figures: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What no single field of a configuration can know: arithmetic and contradictions between fields."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from sae_rl.config import Config
+
+
+def check(config: Config) -> list[str]:
+    """Problems between fields, each with the keys to change; empty when there are none."""
+    problems = [*_check_batches(config), *_check_sampling(config), *_check_workers(config), *_check_dynamic_sampling(config)]
+    try:
+        context = config.model.read_context_tokens()
+        wanted = config.task.max_prompt_tokens + config.rollout.max_response_tokens
+        if wanted > context:
+            problems.append(
+                f"task.max_prompt_tokens ({config.task.max_prompt_tokens}) + rollout.max_response_tokens "
+                f"({config.rollout.max_response_tokens}) = {wanted} tokens, but the model at {config.model.path} takes "
+                f"{context}; shorten one of them"
+            )
+        sharing = config.learner.sequence_parallel_size
+        for role in _learner_roles(config):
+            budget = getattr(config.learner, role).micro_batch_tokens
+            if budget * sharing < wanted:
+                shared = f" x learner.sequence_parallel_size ({sharing})" if sharing > 1 else ""
+                problems.append(
+                    f"learner.{role}.micro_batch_tokens ({budget}){shared} is below one full prompt + response ({wanted} "
+                    "tokens)"
+                )
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _learner_roles(config: Config) -> list[Literal["policy", "critic"]]:
+    return ["policy", "critic"] if config.algorithm.needs_critic else ["policy"]
+
+
+def _check_batches(config: Config) -> list[str]:
+    problems = []
+    total = config.responses_per_step
+    size = f"rollout.prompts_per_step x rollout.group_size = {total} responses"
+    for role in _learner_roles(config):
+        updates = getattr(config.learner, role).num_mini_batches
+        ranks = getattr(config.cluster, role).num_workers // config.learner.sequence_parallel_size
+        if total % updates:
+            problems.append(f"{size} cannot be divided by learner.{role}.num_mini_batches = {updates}")
+        elif ranks and (total // updates) % ranks:
+            problems.append(
+                f"a mini-batch of {total // updates} responses ({size} / learner.{role}.num_mini_batches = {updates}) "
+                f"cannot be divided by cluster.{role}.num_workers = {ranks}"
+                + (" (over learner.sequence_parallel_size)" if config.learner.sequence_parallel_size > 1 else "")
+            )
+    if config.algorithm.needs_critic and config.learner.critic_pretraining.num_prompts == 1:
+        problems.append("learner.critic_pretraining.num_prompts = 1: some are held out, so use 0 or at least 2")
+    if not config.algorithm.needs_critic and config.algorithm.bootstrap_truncated:
+        problems.append(
+            "algorithm.bootstrap_truncated = true, but a critic-free estimator has no values: set it to false"
+        )
+    if not config.algorithm.needs_critic and config.rollout.group_size < 2:
+        problems.append(
+            "rollout.group_size is 1, but a critic-free estimator compares responses of a group: at least 2"
+        )
+    return problems
+
+
+def _check_sampling(config: Config) -> list[str]:
+    """Truncating samplers renormalise what vLLM reports: the ratio and the segments would both be biased."""
+    allowed = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    return [
+        f"rollout.{key} = {found}: training needs {key} = {neutral}, because a truncated distribution renormalises the "
+        "logprobs that the ratio and the segments read (evaluation may truncate: evaluation.top_p)"
+        for key, neutral in allowed.items()
+        if (found := getattr(config.rollout, key)) != neutral
+    ]
+
+
+def _check_dynamic_sampling(config: Config) -> list[str]:
+    wanted = config.rollout.dynamic_sampling
+    if wanted.mode == "none":
+        return []
+    problems = []
+    if wanted.by == "variance" and config.rollout.group_size < 2:
+        problems.append(
+            "rollout.dynamic_sampling.by = variance, but with rollout.group_size = 1 no group's rewards differ: use "
+            "success_rate, or a larger group"
+        )
+    if wanted.by == "success_rate" and wanted.success_low > wanted.success_high:
+        problems.append(
+            f"rollout.dynamic_sampling.success_low = {wanted.success_low:g} is above success_high = {wanted.success_high:g}"
+        )
+    return problems
+
+
+def _check_workers(config: Config) -> list[str]:
+    problems = []
+    needed = {"rollout": True, "policy": True, "critic": config.algorithm.needs_critic}
+    needed["reference"] = config.needs_reference_workers
+    sharing = config.learner.sequence_parallel_size
+    for role, is_needed in needed.items():
+        count = getattr(config.cluster, role).num_workers
+        if is_needed and count < 1:
+            problems.append(f"cluster.{role}.num_workers = 0, but this algorithm needs at least one {role} worker")
+        elif is_needed and role != "rollout" and count % sharing:
+            problems.append(
+                f"cluster.{role}.num_workers = {count} cannot be divided by learner.sequence_parallel_size = {sharing}"
+            )
+    if config.model.logprobs == "cut_cross_entropy" and (config.cluster.device, config.model.precision) != (
+        "cuda",
+        "bfloat16",
+    ):
+        problems.append(
+            "model.logprobs = cut_cross_entropy is a kernel for cluster.device=cuda and model.precision=bfloat16, found "
+            f"{config.cluster.device} and {config.model.precision}: use chunked"
+        )
+    if sharing > 1 and config.model.attention == "eager":
+        problems.append(
+            f"learner.sequence_parallel_size = {sharing}: model.attention=eager cannot share rows; use sdpa or "
+            "flash_attention_2"
+        )
+    if config.cluster.device == "cpu" and config.rollout.tensor_parallel_size > 1:
+        problems.append(
+            f"rollout.tensor_parallel_size = {config.rollout.tensor_parallel_size}: on cluster.device=cpu use 1"
+        )
+    if config.cluster.device == "cpu" and config.rollout.kv_cache_gb is None:
+        problems.append(
+            "rollout.kv_cache_gb = null: on cluster.device=cpu state the size of the KV cache, for example 1"
+        )
+    return problems
