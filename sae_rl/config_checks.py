@@ -9,7 +9,12 @@ from sae_rl.config import Config
 
 def check(config: Config) -> list[str]:
     """Problems between fields, each with the keys to change; empty when there are none."""
-    problems = [*_check_batches(config), *_check_sampling(config), *_check_workers(config), *_check_dynamic_sampling(config)]
+    problems = [
+        *_check_batches(config),
+        *_check_sampling(config),
+        *_check_workers(config),
+        *_check_dynamic_sampling(config),
+    ]
     try:
         context = config.model.read_context_tokens()
         wanted = config.task.max_prompt_tokens + config.rollout.max_response_tokens

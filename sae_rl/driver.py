@@ -168,9 +168,7 @@ def respond(run: Run, prompts: list[Prompt], stream: str) -> tuple[list[Rollout]
     )
 
 
-def measure(
-    algorithm: AlgorithmConfig, batch: Batch, scores: Scores, targets: Targets, opens: Tensor
-) -> Metrics:
+def measure(algorithm: AlgorithmConfig, batch: Batch, scores: Scores, targets: Targets, opens: Tensor) -> Metrics:
     """Everything there is to say about a step besides the update."""
     metrics = rollout_stats(batch) | segment_stats(batch, opens) | probability_stats(batch)
     metrics |= advantage_stats(batch, targets.advantages) | mismatch_stats(batch, scores)

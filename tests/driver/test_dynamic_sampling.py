@@ -83,7 +83,7 @@ def test_rounds_end_and_no_prompt_is_asked_twice_in_a_step() -> None:
     table = {name: RIGHT for name in order} | {order[2]: MIXED}
     engines = Engines(table)
     assert kept(collect(sampler, 2, 2, settings(max_rounds=9), engines)) == [order[2]]
-    assert [name for names in engines.asked for name in names] == order, "after the last prompt of the epoch there is nothing else to ask"
+    assert [name for names in engines.asked for name in names] == order, "nothing else is left to ask"
     assert sampler.epoch == 1 and len(sampler.next(4)) == 4
     capped = Engines(table)
     assert kept(collect(Sampler(make_prompts(4), 0), 3, 2, settings(max_rounds=1), capped)) == [order[2]]
@@ -97,7 +97,12 @@ def test_a_step_without_a_useful_group_ends_the_run_with_a_message() -> None:
 
 @pytest.mark.parametrize(
     ("scores", "by_variance", "by_success_rate"),
-    [([0, 0, 0, 0], False, False), ([1, 1, 1, 1], False, False), ([1, 0, 0, 0], True, True), ([1, 0.9, 1, 1], True, False)],
+    [
+        ([0, 0, 0, 0], False, False),
+        ([1, 1, 1, 1], False, False),
+        ([1, 0, 0, 0], True, True),
+        ([1, 0.9, 1, 1], True, False),
+    ],
 )
 def test_what_is_useful(scores: list[float], by_variance: bool, by_success_rate: bool) -> None:
     assert is_useful(scores, settings()) is by_variance
