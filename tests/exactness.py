@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor  # conftest.py imports this module, and sets the number of threads before torch comes
 
 HEADER = """# Exactness
 
