@@ -166,6 +166,8 @@ class RolloutPool:
 
     def _serve(self, jobs: deque[Job]) -> Iterator[tuple[Job, list[Sample]]]:
         last_answer = time.monotonic()
+        for engine in self._engines:  # what was asked in an earlier stream may have been answered since
+            engine.check, engine.checked_at = None, last_answer
         while jobs or any(engine.jobs for engine in self._engines):
             self._dispatch(jobs)
             done = self._wait(
@@ -192,7 +194,9 @@ class RolloutPool:
     def _wait(self, calls: list[Any]) -> list[Any]:
         if not calls:
             raise WorkerError("no rollout engine is left, and none can be started")
-        done: list[Any] = ray.wait(calls, num_returns=1, timeout=self._config.rollout.health_timeout_s / 4)[0]
+        ray.wait(calls, num_returns=1, timeout=self._config.rollout.health_timeout_s / 4)
+        # All that have answered, so that none is taken for late that only nobody listened to.
+        done: list[Any] = ray.wait(calls, num_returns=len(calls), timeout=0)[0]
         return done
 
     def _dispatch(self, jobs: deque[Job]) -> None:
