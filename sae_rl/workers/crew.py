@@ -192,7 +192,7 @@ class Crew:
         engines = [self._groups["rollout"].workers[rank] for rank in ranks]
         if engines != self._connected:
             self._connected = []
-            address, port = ray.get(policy.workers[0].free_address.remote())
+            ((address, port),) = policy.run_on([0], lambda worker: worker.free_address.remote())
             parallel = config.rollout.tensor_parallel_size
             transfer = (engines, parallel, address, port, config.cluster.call_timeout_s)
             policy.run(lambda worker: worker.open_weight_transfer.remote(*transfer))
@@ -207,7 +207,7 @@ class Crew:
 
     def _start_learner(self, role: Role) -> Call:
         config, group = self._config, self._groups[role]
-        address, port = ray.get(group.workers[0].free_address.remote())
+        ((address, port),) = group.run_on([0], lambda worker: worker.free_address.remote())
         extra = {
             "policy": (
                 config.learner.policy,
@@ -305,7 +305,7 @@ class Crew:
             try:
                 self._send(self.rollout.settle(), version)
             except WorkerError as error:
-                if isinstance(error.__cause__, ray.exceptions.RayActorError):
+                if error.died == "policy":
                     raise
                 self.rollout.replace(f"sending weights {version} failed ({error})")
                 self._send(self.rollout.ready, version)

@@ -25,7 +25,14 @@ KILL_S = 30.0  # for a node that may be gone itself
 
 
 class WorkerError(RuntimeError):
-    """A worker died, failed or did not answer; the message names role and rank and ends with its last log lines."""
+    """A worker died, failed or did not answer; the message names role and rank and ends with its last log lines.
+
+    ``died`` is the role of a worker whose process is gone.
+    """
+
+    def __init__(self, message: str, *, died: Role | None = None) -> None:
+        super().__init__(message)
+        self.died = died
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +158,7 @@ class WorkerGroup:
             ) from error
         except ray.exceptions.RayActorError as error:
             raise WorkerError(
-                f"{self.role} worker {rank} died{_advice(self.role, str(error))}{self.last_lines(rank)}"
+                f"{self.role} worker {rank} died{_advice(self.role, str(error))}{self.last_lines(rank)}", died=self.role
             ) from error
 
     def last_lines(self, rank: int) -> str:

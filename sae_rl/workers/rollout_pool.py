@@ -224,8 +224,14 @@ class RolloutPool:
     def _look_after(self, engine: Engine, done: list[Any], jobs: deque[Job]) -> None:
         """Health checks of an engine with work, and what a replacement needs before it gets any."""
         if engine.starting is not None and engine.starting in done and self._has_started(engine):
-            if self.version is not None:
-                self._refit(engine.rank)
+            try:
+                if self.version is not None:
+                    self._refit(engine.rank)
+            except WorkerError as error:
+                if error.died == "policy":
+                    raise
+                self._lose(engine, str(error), jobs)
+                return
             engine.ready = True
         if engine.check is not None and engine.check in done:
             try:

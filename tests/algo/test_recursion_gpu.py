@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from sae_rl.algo import td_recursion, td_recursion_reference
+from tests.interpreter import in_tritons_interpreter
 
 from .oracle import close, dense_rewards, make_batch, make_scores, random_opens
 
@@ -57,15 +54,7 @@ def test_on_a_gpu(lengths: list[int]) -> None:
 
 
 def test_in_the_interpreter() -> None:
-    """In a process of its own, as Triton reads the setting when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import interpret; interpret()"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_tritons_interpreter(interpret)
 
 
 def interpret() -> None:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sae_rl.backends import logprobs
 from sae_rl.backends.logprobs import OutputHead
+from tests.interpreter import in_tritons_interpreter
 
 VOCABULARY, WIDTH = 37, 8
 
@@ -134,16 +130,8 @@ def test_it_is_still_the_models_output_layer() -> None:
 
 
 def test_the_fused_kernel_in_tritons_interpreter() -> None:
-    """In a process of its own, as Triton reads the setting when it is imported."""
     pytest.importorskip("cut_cross_entropy", reason="cut-cross-entropy is not installed")
-    done = subprocess.run(
-        [sys.executable, "-c", f"from {__name__} import interpret; interpret()"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_tritons_interpreter(interpret)
 
 
 def interpret() -> None:
