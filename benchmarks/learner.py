@@ -57,6 +57,7 @@ def make_batch(vocabulary: int, seed: int = 0) -> Any:
         token_ids=torch.randint(0, vocabulary, (sum(lengths),), generator=draw),
         offsets=offsets_of(lengths),
         rollout_logprobs=torch.full((sum(lengths),), -1.0),
+        policy_versions=torch.zeros(sum(lengths), dtype=torch.int64),
         rewards=torch.zeros(NUM_RESPONSES),
         groups=torch.arange(NUM_RESPONSES),
         truncated=torch.zeros(NUM_RESPONSES, dtype=torch.bool),

@@ -45,7 +45,7 @@ def measure(rounds: int) -> dict[str, Any]:
     from sae_rl.clock import Clock
     from sae_rl.compose import load_config
     from sae_rl.run import load_source, load_tokenizer
-    from sae_rl.workers.crew import ray_session, start_workers
+    from sae_rl.workers.session import ray_session, start_workers
 
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)

@@ -37,14 +37,18 @@ class Clock:
             if not self._open:
                 self._totals[name] = self._totals.get(name, 0.0) + self._now() - started
 
+    def so_far(self) -> dict[str, float]:
+        """What `lap` would say now, without ending it."""
+        totals, step_s = dict(self._totals), self._now() - self._started
+        return {f"time/{name}_s": seconds for name, seconds in totals.items()} | {
+            "time/step_s": step_s,
+            "time/driver_s": step_s - sum(totals.values()),
+        }
+
     def lap(self) -> dict[str, float]:
         """Seconds by phase since the last lap, of the whole lap, and of the driver between the phases."""
         assert not self._open, f"a lap ends between phases, but {self._open} is open"
-        ended = self._now()
-        step_s, totals = ended - self._started, self._totals
-        self._started, self._totals = ended, {}
-        driver_s = step_s - sum(totals.values())
-        return {f"time/{name}_s": seconds for name, seconds in totals.items()} | {
-            "time/step_s": step_s,
-            "time/driver_s": driver_s,
-        }
+        times = self.so_far()
+        self._started += times["time/step_s"]
+        self._totals = {}
+        return times

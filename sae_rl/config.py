@@ -160,6 +160,7 @@ class DynamicSamplingConfig(Section):
 
 class RolloutConfig(Section):
     prompts_per_step: Positive
+    prompts_under_way: Positive | None  # above prompts_per_step: partial rollouts; null: a step waits for its own
     group_size: Positive  # responses per prompt
     max_response_tokens: Positive
     temperature: Annotated[float, Field(gt=0)]
@@ -175,6 +176,17 @@ class RolloutConfig(Section):
     health_timeout_s: Annotated[float, Field(gt=0)]  # for an engine's process to answer between two of its steps
     max_engine_losses: NonNegative  # in the run: dead or silent engines, which are replaced; one more ends it
     logprob_tolerance: Annotated[float, Field(gt=0)]  # nats, vLLM against the trainer after a weight sync
+
+
+class ScheduleConfig(Section):
+    """Whether responses are sampled while others are learnt from."""
+
+    mode: Literal["synchronous", "overlapped"]
+    max_staleness: NonNegative  # steps between the weights that begin a batch and the policy that learns from it
+    scoring_parts: (
+        Positive  # synchronous: in how many parts values and logprobs are computed, beside sampling; 1: behind it
+    )
+    weight_updates: Literal["drained", "in_flight"]  # wait for responses under way, or let them go on with new weights
 
 
 class OptimizerConfig(Section):
@@ -261,12 +273,14 @@ class Config(Section):
     output_dir: Path
     seed: NonNegative
     steps: NonNegative
+    replay: Path | None  # a run's folder: learn from its recorded rollouts, without rollout engines
     resume: bool  # continue from the newest checkpoint in output_dir if there is one
     algorithm: AlgorithmConfig
     model: ModelConfig
     task: TaskConfig
     cluster: ClusterConfig
     rollout: RolloutConfig
+    schedule: ScheduleConfig
     learner: LearnersConfig
     rewards: RewardPoolConfig
     evaluation: EvaluationConfig

@@ -14,6 +14,7 @@ def check(config: Config) -> list[str]:
         *_check_sampling(config),
         *_check_workers(config),
         *_check_dynamic_sampling(config),
+        *_check_schedule(config),
     ]
     try:
         context = config.model.read_context_tokens()
@@ -94,6 +95,48 @@ def _check_dynamic_sampling(config: Config) -> list[str]:
     if wanted.by == "success_rate" and wanted.success_low > wanted.success_high:
         problems.append(
             f"rollout.dynamic_sampling.success_low = {wanted.success_low:g} is above success_high = {wanted.success_high:g}"
+        )
+    return problems
+
+
+def _check_schedule(config: Config) -> list[str]:
+    schedule, problems = config.schedule, []
+    if (schedule.mode == "overlapped") != (schedule.max_staleness > 0):
+        allowed = "at least 1" if schedule.mode == "overlapped" else "0"
+        problems.append(
+            f"schedule.max_staleness = {schedule.max_staleness}: with schedule.mode = {schedule.mode} it is {allowed}"
+        )
+    if schedule.scoring_parts > 1 and (schedule.mode == "overlapped" or config.rollout.dynamic_sampling.mode != "none"):
+        problems.append(
+            f"schedule.scoring_parts = {schedule.scoring_parts}: scoring beside sampling needs schedule=synchronous, and "
+            "rollout.dynamic_sampling.mode=none, which knows what is learnt from before all is sampled; use 1"
+        )
+    if config.replay is not None and schedule.mode == "overlapped":
+        problems.append(
+            "replay and schedule.mode = overlapped: recorded rollouts need no sampling; use schedule=synchronous"
+        )
+    return problems + _check_partial_rollouts(config)
+
+
+def _check_partial_rollouts(config: Config) -> list[str]:
+    under_way, wanted = config.rollout.prompts_under_way, config.rollout.prompts_per_step
+    if under_way is None:
+        return []
+    problems = []
+    if not wanted < under_way <= 2 * wanted:
+        problems.append(
+            f"rollout.prompts_under_way = {under_way}: more than rollout.prompts_per_step = {wanted} and at most twice as "
+            "many, or null"
+        )
+    if config.schedule.max_staleness < 2 or config.schedule.weight_updates != "in_flight":
+        problems.append(
+            "rollout.prompts_under_way leaves responses for the next step, a step older: it needs schedule=overlapped with "
+            "schedule.max_staleness of at least 2 and schedule.weight_updates=in_flight"
+        )
+    if config.rollout.dynamic_sampling.mode != "none":
+        problems.append(
+            "rollout.prompts_under_way and rollout.dynamic_sampling.mode = "
+            f"{config.rollout.dynamic_sampling.mode}: only one of them; set prompts_under_way to null or the mode to none"
         )
     return problems
 

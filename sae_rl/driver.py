@@ -24,15 +24,16 @@ from sae_rl.algo.stats import (
     probability_stats,
     rollout_stats,
     segment_stats,
+    staleness_stats,
 )
 from sae_rl.clock import Clock
 from sae_rl.config import AlgorithmConfig, Config
-from sae_rl.data.sampler import Sampler
+from sae_rl.data.sampler import Sampler, SamplerState
 from sae_rl.evaluate import evaluate
 from sae_rl.pretraining import pretrain_critic
 from sae_rl.protocols import Metrics, Recorder, Workers
 from sae_rl.rewards.pool import RewardPool, Rewards
-from sae_rl.sampling import Collected, collect, sample
+from sae_rl.sampling import Collected, Early, collect, sample
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
@@ -59,28 +60,45 @@ FAILED_UPDATE = "failed_update.pt"
 
 
 def train(run: Run) -> None:
-    """Every step that is left of a run.
+    """Every step that is left of a run: sampling, learning and sending weights take turns.
 
     Raises:
         RuntimeError: rewards, weights or a worker failed; the last checkpoint stays usable.
     """
-    config, workers, clock, algorithm = run.config, run.workers, run.clock, run.config.algorithm
-    for step in range(begin(run), config.steps):
+    for step in range(begin(run), run.config.steps):
         sampled = gather(run, step)  # y ~ pi_rollout(. | x), and R(x, y), checked by a program
-        batch = Batch.of(sampled.rollouts, sampled.scores)
-        scores = workers.score(batch)  # V(s_t), log pi_old, log pi_ref
-        with clock.phase("advantage"):
-            token_rewards = algorithm.token_rewards(batch, scores)  # r_t: R at the end, minus beta KL_t
-            opens = segment(algorithm.segmenter, batch, scores)  # pi(a_t | s_t) < p opens a segment
-            # A_t = delta_t + gamma lambda_t A_{t+1}, and the critic's targets
-            targets = estimate(algorithm.estimator, batch, scores, token_rewards, opens)
-            whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.sampled))
-        seed = derive_seed(config.seed, "update", step)
-        with kept_if_it_fails(config.output_dir, step, batch, scores, whitened):
-            metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
-        metrics |= workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
-        metrics |= sampled.metrics | measure(algorithm, batch, scores, targets, opens)
-        finish(run, step, metrics, sampled, opens, scores, targets)
+        learnt = learn(run, step, sampled)  # pi_theta and V
+        synced = run.workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
+        evaluate_if_due(run, step + 1)
+        finish(run, step, sampled, learnt, synced)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learnt:
+    """What was computed of a batch, and what came of the update."""
+
+    opens: Tensor  # (N,)
+    scores: Scores
+    targets: Targets  # before whitening
+    metrics: Metrics
+
+
+def learn(run: Run, step: int, sampled: Collected) -> Learnt:
+    """One step of PPO: values, segments, advantages, and the updates of policy and critic."""
+    config, workers, algorithm = run.config, run.workers, run.config.algorithm
+    batch = Batch.of(sampled.rollouts, sampled.scores)
+    scores = workers.score(batch, sampled.scoring)  # V(s_t), log pi_old, log pi_ref
+    with run.clock.phase("advantage"):
+        token_rewards = algorithm.token_rewards(batch, scores)  # r_t: R at the end, minus beta KL_t
+        opens = segment(algorithm.segmenter, batch, scores)  # pi(a_t | s_t) < p opens a segment
+        # A_t = delta_t + gamma lambda_t A_{t+1}, and the critic's targets
+        targets = estimate(algorithm.estimator, batch, scores, token_rewards, opens)
+        whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.sampled))
+    seed = derive_seed(config.seed, "update", step)
+    with kept_if_it_fails(config.output_dir, step, batch, scores, whitened):
+        metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
+    metrics |= measure(algorithm, step, batch, scores, targets, opens)
+    return Learnt(opens=opens, scores=scores, targets=targets, metrics=metrics)
 
 
 @contextlib.contextmanager
@@ -101,23 +119,26 @@ def kept_if_it_fails(folder: Path, step: int, *inputs: Batch | Scores | Targets)
 
 def begin(run: Run) -> int:
     """Resumes, or prepares the first step: a first evaluation and the critic's pre-training. Returns the next step."""
-    config, workers = run.config, run.workers
-    if run.resume_from is not None:
-        state = checkpoint.read_state(run.resume_from)
-        workers.load(run.resume_from)
-        run.sampler.load_state(state.sampler)
-        workers.sync_weights(state.step)
-        run.clock.lap()
-        return state.step
-    workers.sync_weights(0)
-    if config.evaluation.every_steps:
-        evaluate_policy(run, 0)
-    pretraining = config.learner.critic_pretraining
-    if config.algorithm.needs_critic and pretraining.num_prompts and pretraining.checkpoint is None:
-        prepare_critic(run)
-    save(run, 0)
+    config, pretraining = run.config, run.config.learner.critic_pretraining
+    step = restore(run)
+    run.workers.sync_weights(step)
+    if run.resume_from is None:
+        evaluate_if_due(run, 0)
+        if config.algorithm.needs_critic and pretraining.num_prompts and pretraining.checkpoint is None:
+            prepare_critic(run)
+        save(run, 0, run.sampler.state())
     run.clock.lap()
-    return 0
+    return step
+
+
+def restore(run: Run) -> int:
+    """Loads the checkpoint that the run resumes from, if any. Returns the steps that are done."""
+    if run.resume_from is None:
+        return 0
+    state = checkpoint.read_state(run.resume_from)
+    run.workers.load(run.resume_from)
+    run.sampler.load_state(state.sampler)
+    return state.step
 
 
 def prepare_critic(run: Run) -> tuple[float, int]:
@@ -144,16 +165,19 @@ def prepare_critic(run: Run) -> tuple[float, int]:
 
 
 def gather(run: Run, step: int) -> Collected:
-    """The groups of one step."""
-    rollout = run.config.rollout
+    """The groups of one step; parts of it may be scored while others are sampled."""
+    rollout, parts = run.config.rollout, run.config.schedule.scoring_parts
+    early = Early(parts, run.workers.start_score) if parts > 1 else None
 
     def respond_to(prompts: list[Prompt], turn: int) -> tuple[list[Rollout], Rewards]:
-        return respond(run, prompts, f"step {step}" if turn == 1 else f"step {step} round {turn}")
+        return respond(run, prompts, f"step {step}" if turn == 1 else f"step {step} round {turn}", early)
 
-    return collect(run.sampler, rollout.prompts_per_step, rollout.group_size, rollout.dynamic_sampling, respond_to)
+    found = collect(run.sampler, rollout.prompts_per_step, rollout.group_size, rollout.dynamic_sampling, respond_to)
+    lost = {"rollout/num_lost_engines": float(run.workers.rollout.num_lost)}
+    return replace(found, metrics=found.metrics | lost, scoring=early.started if early else [])
 
 
-def respond(run: Run, prompts: list[Prompt], stream: str) -> tuple[list[Rollout], Rewards]:
+def respond(run: Run, prompts: list[Prompt], stream: str, early: Early | None = None) -> tuple[list[Rollout], Rewards]:
     """Responses as training samples them, with their logprobs, and their rewards."""
     rollout = run.config.rollout
     return sample(
@@ -165,12 +189,16 @@ def respond(run: Run, prompts: list[Prompt], stream: str) -> tuple[list[Rollout]
         max_tokens=rollout.max_response_tokens,
         temperature=rollout.temperature,
         stream=stream,
+        early=early,
     )
 
 
-def measure(algorithm: AlgorithmConfig, batch: Batch, scores: Scores, targets: Targets, opens: Tensor) -> Metrics:
+def measure(
+    algorithm: AlgorithmConfig, step: int, batch: Batch, scores: Scores, targets: Targets, opens: Tensor
+) -> Metrics:
     """Everything there is to say about a step besides the update."""
     metrics = rollout_stats(batch) | segment_stats(batch, opens) | probability_stats(batch)
+    metrics |= staleness_stats(batch, step)
     metrics |= advantage_stats(batch, targets.advantages) | mismatch_stats(batch, scores)
     if algorithm.token_rewards.overlong_buffer_tokens:
         metrics["rollout/overlong_penalty_mean"] = float(algorithm.token_rewards.overlong(batch).mean())
@@ -179,32 +207,36 @@ def measure(algorithm: AlgorithmConfig, batch: Batch, scores: Scores, targets: T
     return metrics
 
 
-def finish(
-    run: Run, step: int, metrics: Metrics, sampled: Collected, opens: Tensor, scores: Scores, targets: Targets
-) -> None:
-    """After the update: evaluation, checkpoint and records of step ``step``."""
+def finish(run: Run, step: int, sampled: Collected, learnt: Learnt, more: Metrics) -> None:
+    """Records and checkpoint of step ``step``."""
     config, done = run.config, step + 1
-    last = done == config.steps
-    if config.evaluation.every_steps and (last or done % config.evaluation.every_steps == 0):
-        evaluate_policy(run, done)
-    run.records.rollouts(step, sampled.rollouts, sampled.scores, opens, scores, targets)
+    run.records.rollouts(step, sampled.rollouts, sampled.scores, learnt.opens, learnt.scores, learnt.targets)
     times = run.clock.lap()
-    metrics |= throughput(opens.numel(), times, run.workers.num_gpus)
-    run.records.log(step, metrics | times | {"data/epoch": float(run.sampler.epoch)})
+    metrics = sampled.metrics | learnt.metrics | more | times
+    metrics |= throughput(learnt.opens.numel(), metrics, run.workers.num_gpus)
+    run.records.log(step, metrics | {"data/epoch": float(sampled.sampler["epoch"])})
     # Behind the records: a resumed run drops what was recorded after its checkpoint, and nothing else.
-    if last or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
-        save(run, done)
+    if done == config.steps or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
+        save(run, done, sampled.sampler)
 
 
 def throughput(num_tokens: int, times: Metrics, num_gpus: int) -> Metrics:
     """Response tokens per second of the whole step, and of each phase that works through them; also for each GPU."""
-    phases = {"": "step", **{f"{phase}_": phase for phase in ("generate", "score", "update")}}
+    phases = {"": "time/step_s", "score_": "time/score_s", "update_": "time/update_s"}
+    phases["generate_"] = "time/generate_s" if "time/generate_s" in times else "ahead/generate_s"
     rates = {
-        f"throughput/{name}tokens_per_s": num_tokens / times[f"time/{phase}_s"]
+        f"throughput/{name}tokens_per_s": num_tokens / times[phase]
         for name, phase in phases.items()
-        if times.get(f"time/{phase}_s")
+        if times.get(phase)
     }
     return rates | ({f"{name}_per_gpu": rate / num_gpus for name, rate in rates.items()} if num_gpus else {})
+
+
+def evaluate_if_due(run: Run, done: int) -> None:
+    """After ``done`` steps; always after the last."""
+    every = run.config.evaluation.every_steps
+    if every and (done % every == 0 or done == run.config.steps):
+        evaluate_policy(run, done)
 
 
 def evaluate_policy(run: Run, step: int) -> None:
@@ -220,7 +252,7 @@ def evaluate_policy(run: Run, step: int) -> None:
     run.records.log(step, result.metrics(), phase="evaluation")
 
 
-def save(run: Run, step: int) -> None:
+def save(run: Run, step: int, sampler: SamplerState) -> None:
     with run.clock.phase("checkpoint"):
-        state = checkpoint.DriverState(step=step, sampler=run.sampler.state())
+        state = checkpoint.DriverState(step=step, sampler=sampler)
         checkpoint.save(run.checkpoints, state, run.workers, run.config.checkpoint.keep_last)

@@ -31,10 +31,15 @@ METRICS: dict[str, Metric] = {
     "rollout/truncated_fraction": Metric("fraction", "responses cut at the length limit", "truncated"),
     "rollout/overlong_penalty_mean": Metric("", "what responses near the length limit lost of their reward"),
     "rollout/zero_variance_fraction": Metric("fraction", "groups whose responses all have the same reward"),
+    "rollout/staleness_mean": Metric("steps", "mean over tokens of the step that trains minus the one that sampled"),
+    "rollout/staleness_max": Metric("steps", "the same of the oldest token"),
+    "rollout/mixed_versions_fraction": Metric("fraction", "responses sampled by more than one version of the policy"),
+    "rollout/num_lost_engines": Metric("", "rollout engines that were lost and replaced since the run began"),
     "reward/failed_fraction": Metric("fraction", "checks that crashed or overran their deadline, and scored 0"),
     "sampling/reward_mean": Metric("", "dynamic sampling: mean reward of all responses, also of groups left out"),
     "sampling/kept_fraction": Metric("fraction", "dynamic sampling: responses that the step trains on, of all sampled"),
     "sampling/num_rounds": Metric("", "dynamic sampling: rounds that the step took"),
+    "sampling/left_over_fraction": Metric("fraction", "partial rollouts: groups that the step before began"),
     "data/epoch": Metric("", "passes over the prompts"),
     # segments
     "segment/per_response_mean": Metric("", "segments / responses", "segments per response"),
@@ -108,6 +113,7 @@ METRICS: dict[str, Metric] = {
     # wall time on the driver
     "time/generate_s": Metric("s", "sampling responses", "generate"),
     "time/reward_s": Metric("s", "checking responses", "reward"),
+    "time/wait_s": Metric("s", "overlapped schedule: waiting for responses, of this step or the next", "wait"),
     "time/score_s": Metric("s", "values and logprobs before the update", "score"),
     "time/advantage_s": Metric("s", "segments, advantages and returns", "advantage"),
     "time/update_s": Metric("s", "optimizer updates of policy and critic", "update"),
@@ -118,6 +124,9 @@ METRICS: dict[str, Metric] = {
     "time/checkpoint_s": Metric("s", "saving, mostly the checkpoint of the step before", "checkpoint"),
     "time/driver_s": Metric("s", "step minus the phases above", "driver"),
     "time/step_s": Metric("s", "wall time since the last step ended", "step"),
+    "ahead/generate_s": Metric("s", "overlapped schedule: sampling this step's responses, beside the phases above"),
+    "ahead/reward_s": Metric("s", "overlapped schedule: checking them behind that"),
+    "ahead/overlap": Metric("", "all of these phases but waiting, summed, / time/step_s; 1 where nothing overlaps"),
     "throughput/tokens_per_s": Metric("tokens/s", "response tokens / time/step_s", "tokens per second"),
     **{
         f"throughput/{phase}_tokens_per_s": Metric("tokens/s", f"response tokens / time/{phase}_s")

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
 Metrics = dict[str, float]
+Scoring = Any  # of a part of a batch, under way; the workers' own
+
+
+class Groups(Protocol):
+    """Groups under way; iterating gives each as soon as it is done, in any order, and ends when none is."""
+
+    def add(self, prompts: Sequence[Prompt], stream: str) -> None:
+        """More of them. ``stream`` names the random numbers."""
+        ...
+
+    def __iter__(self) -> Iterator[list[Rollout]]: ...
+
+    def __next__(self) -> list[Rollout]: ...
 
 
 class RolloutEngines(Protocol):
@@ -29,6 +42,19 @@ class RolloutEngines(Protocol):
         """``group_size`` responses to each prompt, a group as soon as it is done. ``stream`` names the random numbers."""
         ...
 
+    def open(self, *, group_size: int, max_tokens: int, temperature: float, top_p: float = 1.0) -> Groups:
+        """The same for groups that are added one after the other, such as those of several steps."""
+        ...
+
+    def interrupt(self) -> None:
+        """Whoever waits for responses in another thread gets an exception instead; nothing is sampled after it."""
+        ...
+
+    @property
+    def num_lost(self) -> int:
+        """Engines that were lost and replaced since the run began."""
+        ...
+
 
 class Workers(Protocol):
     """The rollout engines, the policy, the critic and the reference model of one run."""
@@ -41,8 +67,12 @@ class Workers(Protocol):
         """That the workers hold; 0 on CPUs."""
         ...
 
-    def score(self, batch: Batch) -> Scores:
-        """V(s_t), log pi_old and log pi_ref of every response token."""
+    def start_score(self, rollouts: Sequence[Rollout]) -> Scoring:
+        """Begins to score a part of a batch that is still being sampled."""
+        ...
+
+    def score(self, batch: Batch, started: Sequence[Scoring] = ()) -> Scores:
+        """V(s_t), log pi_old and log pi_ref of every response token; ``started`` are all parts of the batch, or none."""
         ...
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:

@@ -1,10 +1,14 @@
-"""Recorded rollouts: ``rollouts/step_000012.parquet``, one row per response, with lists of what each token had."""
+"""Recorded rollouts: ``rollouts/step_000012.parquet``, one row per response, with lists of what each token had.
+
+They hold everything that a step learns from, so that `read_step` gives it back.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -12,7 +16,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from sae_rl.types import Rollout, Scores, Targets, offsets_of
+from sae_rl.types import Prompt, Rollout, Scores, Targets, offsets_of
 
 FOLDER = "rollouts"
 
@@ -34,9 +38,12 @@ def write_rollouts(
 ) -> Path:
     """Writes one step; a kill leaves no half file. All tensors are (N,), in the order of ``rollouts``."""
     offsets = offsets_of([r.token_ids.numel() for r in rollouts])
+    marks = [torch.ones_like(r.token_ids, dtype=torch.bool) if r.sampled is None else r.sampled for r in rollouts]
     flat = {
         "token_ids": torch.cat([r.token_ids for r in rollouts]).int(),
         "rollout_logprobs": torch.cat([r.rollout_logprobs for r in rollouts]).float(),
+        "policy_versions": torch.cat([r.policy_versions for r in rollouts]).int(),
+        "sampled": torch.cat(marks),
         "old_logprobs": scores.old_logprobs.float(),
         "values": None if scores.values is None else scores.values.float(),  # None: the estimator has no critic
         "advantages": targets.advantages.float(),
@@ -46,12 +53,14 @@ def write_rollouts(
         "step": pa.array([step] * len(rollouts), pa.int32()),
         "prompt_id": pa.array([r.prompt.id for r in rollouts]),
         "prompt": pa.array([r.prompt.text for r in rollouts]),
+        "prompt_token_ids": pa.array([list(r.prompt.token_ids) for r in rollouts], pa.list_(pa.int32())),
         "answer": pa.array([r.prompt.answer for r in rollouts]),
+        "task": pa.array([r.prompt.task for r in rollouts]),
+        "verifier": pa.array([r.prompt.reward for r in rollouts]),
         "sample": pa.array([r.sample for r in rollouts], pa.int32()),
         "text": pa.array([r.text for r in rollouts]),
         "reward": pa.array(rewards, pa.float32()),
         "finish_reason": pa.array([r.finish_reason for r in rollouts]),
-        "policy_version": pa.array([r.policy_version for r in rollouts], pa.int32()),
         "temperature": pa.array([r.temperature for r in rollouts], pa.float32()),
     } | {name: _ragged(values, offsets) for name, values in flat.items()}
     folder = run_dir / FOLDER
@@ -65,6 +74,41 @@ def write_rollouts(
 def read_rollouts(file: Path) -> pa.Table:
     """One recorded step."""
     return pq.read_table(file)
+
+
+def read_step(file: Path) -> tuple[list[Rollout], list[float]]:
+    """The responses of one recorded step, and their rewards.
+
+    Raises:
+        ValueError: it is no such file, or one that an older version wrote.
+    """
+    try:
+        rows = read_rollouts(file).to_pylist()
+        return [_rollout(row) for row in rows], [row["reward"] for row in rows]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{file} holds no rollouts that can be read: {error!r}") from error
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    sampled = torch.tensor(row["sampled"])
+    return Rollout(
+        prompt=Prompt(
+            id=row["prompt_id"],
+            text=row["prompt"],
+            token_ids=tuple(row["prompt_token_ids"]),
+            answer=row["answer"],
+            task=row["task"],
+            reward=row["verifier"],
+        ),
+        sample=row["sample"],
+        token_ids=torch.tensor(row["token_ids"]),
+        rollout_logprobs=torch.tensor(row["rollout_logprobs"], dtype=torch.float32),
+        text=row["text"],
+        finish_reason=row["finish_reason"],
+        policy_versions=torch.tensor(row["policy_versions"]),
+        temperature=row["temperature"],
+        sampled=None if bool(sampled.all()) else sampled,
+    )
 
 
 def flat_column(rows: pa.Table, name: str) -> np.ndarray:

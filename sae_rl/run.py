@@ -7,7 +7,7 @@ import dataclasses
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
 from sae_rl.data.sampler import Sampler
 from sae_rl.driver import Run, prepare_critic, train
 from sae_rl.evaluate import Evaluation, evaluate
+from sae_rl.overlapped import train_overlapped
 from sae_rl.plugins import nearest
 from sae_rl.records import Records
+from sae_rl.replay import recorded_files, train_replay
 from sae_rl.rewards import resolve_reward
 from sae_rl.rewards.pool import RewardPool
 from sae_rl.types import Prompt
-from sae_rl.workers.crew import ray_session, start_rollout, start_workers
 from sae_rl.workers.placement import Role, pretraining_roles, roles_of
+from sae_rl.workers.session import ray_session, start_rollout, start_workers
 
 NUM_PROBE_PROMPTS = 2
 
@@ -41,15 +43,25 @@ def run_training(config: Config) -> None:
         ConfigError: data, folders or Ray's resources do not fit the configuration; no worker was started.
         WorkerError, RuntimeError: the run failed; its last checkpoint is usable.
     """
+    if config.replay is not None:
+        recorded_files(config.replay, config.steps)
     prepare_output(config)
     resume_from, told = find_checkpoint(config), []
     if config.algorithm.needs_critic and config.learner.critic_pretraining.checkpoint is not None:
         told = [critic_files.describe(config)]
-    with assembled(config, roles_of(config), resume_from) as run:
+    roles = [role for role in roles_of(config) if role != "rollout" or config.replay is None]
+    with assembled(config, roles, resume_from) as run:
         for text in told:
             run.records.note(text)
-        train(run)
+        loop_of(config)(run)
     publish_policy(config)
+
+
+def loop_of(config: Config) -> Callable[[Run], None]:
+    """The driver that a configuration asks for."""
+    if config.replay is not None:
+        return train_replay
+    return {"synchronous": train, "overlapped": train_overlapped}[config.schedule.mode]
 
 
 def run_critic_pretraining(config: Config) -> Path:
@@ -262,7 +274,10 @@ def _source_of(source: SourceConfig) -> Problems | File:
 
 def check_prompts(config: Config, prompts: list[Prompt]) -> None:
     """Raises ConfigError if a step, or the critic's pre-training, asks for more prompts than there are."""
-    wanted = {"rollout.prompts_per_step": config.rollout.prompts_per_step}
+    wanted = {
+        "rollout.prompts_per_step": config.rollout.prompts_per_step,
+        "rollout.prompts_under_way": config.rollout.prompts_under_way or 0,
+    }
     if config.algorithm.needs_critic and config.learner.critic_pretraining.checkpoint is None:
         wanted["learner.critic_pretraining.num_prompts"] = config.learner.critic_pretraining.num_prompts
     problems = [

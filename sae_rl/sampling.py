@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sae_rl.clock import Clock
 from sae_rl.config import DynamicSamplingConfig
-from sae_rl.data.sampler import Sampler
-from sae_rl.protocols import Metrics, RolloutEngines
+from sae_rl.data.sampler import Sampler, SamplerState
+from sae_rl.protocols import Metrics, RolloutEngines, Scoring
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
 from sae_rl.types import Prompt, Rollout
+
+
+class Early:
+    """Hands on parts of a batch while the rest is sampled: consecutive prompts, so that no part depends on who was first.
+
+    Args:
+        start: what is done with the responses of a part.
+    """
+
+    def __init__(self, num_parts: int, start: Callable[[list[Rollout]], Any]) -> None:
+        self._num_parts, self._start = num_parts, start
+        self._started: dict[int, Any] = {}
+
+    def take(self, prompts: Sequence[Prompt], groups: Mapping[str, list[Rollout]]) -> None:
+        """Starts the parts whose groups are all there."""
+        size = math.ceil(len(prompts) / self._num_parts)
+        for first in range(0, len(prompts), size):
+            names = [prompt.id for prompt in prompts[first : first + size]]
+            if first not in self._started and all(name in groups for name in names):
+                self._started[first] = self._start([rollout for name in names for rollout in groups[name]])
+
+    @property
+    def started(self) -> list[Any]:
+        """What was started, in the order of the prompts."""
+        return [self._started[first] for first in sorted(self._started)]
 
 
 def sample(
@@ -25,23 +51,30 @@ def sample(
     temperature: float,
     top_p: float = 1.0,
     stream: str,
+    early: Early | None = None,
 ) -> tuple[list[Rollout], Rewards]:
     """``group_size`` responses to each prompt, in the order of the prompts, and their rewards.
+
+    Args:
+        early: what else to do with some of them while others are sampled.
 
     Raises:
         RuntimeError: no engine is left, or too many checks failed.
     """
-    groups: dict[str, tuple[list[Rollout], list[Check]]] = {}
+    groups: dict[str, list[Rollout]] = {}
+    checks: dict[str, list[Check]] = {}
     with clock.phase("generate"):
         for group in engines.generate(
             prompts, group_size=group_size, max_tokens=max_tokens, temperature=temperature, top_p=top_p, stream=stream
         ):
-            groups[group[0].prompt.id] = (group, rewards.submit(group))
+            name = group[0].prompt.id
+            groups[name], checks[name] = group, rewards.submit(group)
+            if early is not None:
+                early.take(prompts, groups)
     with clock.phase("reward"):  # what is left of it
-        in_order = [groups[prompt.id] for prompt in prompts]
         return (
-            [rollout for rollouts, _ in in_order for rollout in rollouts],
-            rewards.collect([check for _, checks in in_order for check in checks]),
+            [rollout for prompt in prompts for rollout in groups[prompt.id]],
+            rewards.collect([check for prompt in prompts for check in checks[prompt.id]]),
         )
 
 
@@ -52,6 +85,8 @@ class Collected:
     rollouts: list[Rollout]
     scores: list[float]  # R(x, y) of each
     metrics: Metrics
+    sampler: SamplerState  # behind them: what a checkpoint of this step goes on from
+    scoring: Sequence[Scoring] = ()  # of all of them, begun while others were sampled; empty: not begun
 
 
 Respond = Callable[[list[Prompt], int], tuple[list[Rollout], Rewards]]
@@ -111,7 +146,7 @@ def collect(
         metrics["sampling/reward_mean"] = sum(scores) / len(scores)
         metrics["sampling/kept_fraction"] = len(kept) / len(scores)
         metrics["sampling/num_rounds"] = float(turn)
-    return Collected([rollout for rollout, _ in kept], [score for _, score in kept], metrics)
+    return Collected([rollout for rollout, _ in kept], [score for _, score in kept], metrics, sampler.state())
 
 
 def is_useful(scores: Sequence[float], config: DynamicSamplingConfig) -> bool:

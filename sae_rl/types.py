@@ -45,12 +45,17 @@ class Rollout:
     rollout_logprobs: Tensor  # (T,) float32, log pi_rollout(a_t | s_t) at `temperature`, untruncated
     text: str
     finish_reason: FinishReason  # "length": cut at the limit, the end token was not sampled
-    policy_version: int  # the step whose weights sampled it
+    policy_versions: Tensor  # (T,) int64, of each token the step whose weights sampled it
     temperature: float
     sampled: Tensor | None = None  # (T,) bool, see `Batch.sampled`
 
     def __post_init__(self) -> None:
-        for name, flat in (("logprobs", self.rollout_logprobs), ("marks of sampled tokens", self.sampled)):
+        per_token = {
+            "logprobs": self.rollout_logprobs,
+            "policy versions": self.policy_versions,
+            "marks of sampled tokens": self.sampled,
+        }
+        for name, flat in per_token.items():
             if flat is not None and flat.shape != self.token_ids.shape:
                 raise ValueError(
                     f"rollout of prompt {self.prompt.id!r}: {tuple(self.token_ids.shape)} token ids but "
@@ -67,6 +72,7 @@ class Batch:
     token_ids: Tensor  # (N,) int64, responses only
     offsets: Tensor  # (B+1,) int64
     rollout_logprobs: Tensor  # (N,) float32
+    policy_versions: Tensor  # (N,) int64
     rewards: Tensor  # (B,) float32, R(x, y) of the whole response
     groups: Tensor  # (B,) int64, responses to the same prompt share a number
     truncated: Tensor  # (B,) bool, cut at the length limit
@@ -102,6 +108,7 @@ class Batch:
             token_ids=torch.cat([r.token_ids for r in rollouts]),
             offsets=offsets_of([r.token_ids.numel() for r in rollouts]),
             rollout_logprobs=torch.cat([r.rollout_logprobs for r in rollouts]),
+            policy_versions=torch.cat([r.policy_versions for r in rollouts]),
             rewards=torch.tensor(rewards, dtype=torch.float32),
             groups=torch.tensor(groups, dtype=torch.int64),
             truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),
@@ -191,6 +198,7 @@ def select(batch: Batch, indices: Tensor) -> Batch:
         token_ids=gather_ragged(batch.token_ids, batch.offsets, indices),
         offsets=offsets_of(batch.lengths[indices].tolist()),
         rollout_logprobs=gather_ragged(batch.rollout_logprobs, batch.offsets, indices),
+        policy_versions=gather_ragged(batch.policy_versions, batch.offsets, indices),
         rewards=batch.rewards[indices],
         sampled=None if batch.sampled is None else gather_ragged(batch.sampled, batch.offsets, indices),
         groups=batch.groups[indices],
@@ -212,6 +220,7 @@ def sampled_only(batch: Batch, scores: Scores) -> tuple[Batch, Scores]:
         token_ids=batch.token_ids[sampled],
         offsets=offsets_of(batch.num_sampled.tolist()),
         rollout_logprobs=batch.rollout_logprobs[sampled],
+        policy_versions=batch.policy_versions[sampled],
         sampled=None,
     ), replace(
         scores,

@@ -60,6 +60,22 @@ def probability_stats(batch: Batch) -> dict[str, float]:
     return stats | {f"probability/bin_{k}_fraction": float(part) for k, part in enumerate(bins)}
 
 
+def staleness_stats(batch: Batch, step: int) -> dict[str, float]:
+    """How many steps ago the weights were current that sampled; 0 where sampling and learning take turns.
+
+    - ``rollout/staleness_mean``, ``rollout/staleness_max``: over sampled tokens
+    - ``rollout/mixed_versions_fraction``: responses whose tokens are of more than one version
+    """
+    ages = step - sampled_tokens(batch.policy_versions, batch)
+    ends = batch.num_sampled.cumsum(0)
+    first, last = ages[torch.cat([ends.new_zeros(1), ends[:-1]])], ages[ends - 1]
+    return {
+        "rollout/staleness_mean": float(ages.double().mean()),
+        "rollout/staleness_max": float(ages.max()),
+        "rollout/mixed_versions_fraction": float((first != last).double().mean()),
+    }
+
+
 def segment_stats(batch: Batch, opens: Tensor) -> dict[str, float]:
     """How a segmenter cut the sampled tokens; soft weights count as parts of a segment.
 

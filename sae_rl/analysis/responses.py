@@ -77,12 +77,17 @@ def _response(record: dict[str, Any], reason: str, decode: Decode) -> Response:
         prompt=record["prompt"],
         answer=record["answer"],
         facts=f"{len(tokens)} tokens, {num_segments} segments, {ending}; prompt {record['prompt_id']}, "
-        f"sample {record['sample']}, sampled by the policy of step {record['policy_version']}",
+        f"sample {record['sample']}, sampled by the policy of {_steps(record['policy_versions'])}",
         head=tokens if num_left_out == 0 else tokens[:head],
         tail=[] if num_left_out == 0 else tokens[-tail:],
         num_left_out=num_left_out,
         charts=_charts(record, [i for i, token in enumerate(tokens) if token.opens]),
     )
+
+
+def _steps(versions: Sequence[int]) -> str:
+    first, last = versions[0], versions[-1]
+    return f"step {first}" if first == last else f"steps {first} to {last}"
 
 
 def _tokens(record: dict[str, Any], texts: Sequence[str]) -> list[Token]:

@@ -37,7 +37,7 @@ class Sample:
     logprobs: tuple[float, ...]  # of the sampled tokens, at the sampling temperature
     text: str
     finish_reason: FinishReason
-    weight_version: str
+    weight_versions: tuple[tuple[str, int], ...]  # each version that sampled, and how many tokens it did, in order
 
 
 class EngineLost(RuntimeError):
@@ -166,7 +166,7 @@ class RolloutEngine:
             logprobs=logprobs,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
             finish_reason=output.finish_reason,
-            weight_version=_version_of(output),
+            weight_versions=tuple((span.version, span.end - span.start) for span in output.weight_versions),
         )
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
@@ -175,7 +175,8 @@ class RolloutEngine:
         await self._asked(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
 
     async def start_weight_update(self) -> None:
-        await self._asked(self._engine.pause_generation(mode="wait", clear_cache=True))
+        """Responses under way stop between two tokens, and go on with the new weights: keys and values are computed anew."""
+        await self._asked(self._engine.pause_generation(mode="keep", clear_cache=True))
         await self._asked(self._engine.start_weight_update())
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -200,11 +201,3 @@ def _told_apart() -> Iterator[None]:
         yield
     except (EngineDeadError, EngineGenerateError) as error:
         raise EngineLost(f"vLLM's engine is dead ({error})") from None
-
-
-def _version_of(output: Any) -> str:
-    """The one version that sampled the whole response."""
-    versions = {span.version for span in output.weight_versions}
-    if len(versions) != 1:
-        raise RuntimeError(f"one response was sampled from several weight versions: {sorted(versions)}")
-    return str(versions.pop())

@@ -77,14 +77,15 @@ class Sampler:
         """Prompts that were handed out and are not used now: they come before all others, in this order."""
         self._pending = [self._index[prompt.id] for prompt in prompts] + self._pending
 
-    def state(self) -> SamplerState:
+    def state(self, unused: Sequence[Prompt] = ()) -> SamplerState:
+        """Where it is; as if the prompts ``unused``, which it handed out, had been put back."""
         return SamplerState(
             seed=self._seed,
             fingerprint=self._fingerprint,
             epoch=self._epoch,
             position=self._position,
             postponed=list(self._postponed),
-            pending=list(self._pending),
+            pending=[self._index[prompt.id] for prompt in unused] + self._pending,
         )
 
     def load_state(self, state: SamplerState) -> None:

@@ -1,136 +1,36 @@
-"""All workers of one run: connected, checked, placed, started, and ended with the run."""
+"""All workers of one run, and what the driver asks of them."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import os
-import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, remove_placement_group
+from torch import Tensor
 
 from sae_rl.backends.deepspeed import Rank
 from sae_rl.clock import Clock
-from sae_rl.config import Config, ConfigError
-from sae_rl.types import Batch, Prompt, Scores, Targets
-from sae_rl.workers.critic import CriticWorker
-from sae_rl.workers.group import Call, Process, WorkerError, WorkerGroup, start_worker, wait_for
-from sae_rl.workers.placement import Placement, Role, check_resources, plan, reserve, roles_of
-from sae_rl.workers.policy import PolicyWorker, merge, summarize
-from sae_rl.workers.reference import ReferenceWorker
-from sae_rl.workers.rollout import RolloutWorker
+from sae_rl.config import Config
+from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+from sae_rl.workers.group import Call, WorkerError, WorkerGroup, wait_for
+from sae_rl.workers.placement import Role, plan
+from sae_rl.workers.policy import merge, summarize
 from sae_rl.workers.rollout_pool import RolloutPool
 
-WORKERS: dict[Role, type[Process]] = {
-    "rollout": RolloutWorker,
-    "policy": PolicyWorker,
-    "critic": CriticWorker,
-    "reference": ReferenceWorker,
-}
 PROBE_TOKENS = 24
-CLOSE_TIMEOUT_S = 4.0
 
 
-@contextlib.contextmanager
-def ray_session(config: Config) -> Iterator[None]:
-    """Starts a Ray of its own, or joins ``cluster.address``; leaves it as it was found."""
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    options = {"log_to_driver": False, "configure_logging": False}
-    terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        if address is None:
-            # "local": without it Ray joins whatever cluster it finds running on this machine.
-            ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **options)
-        else:
-            ray.init(address=address, **options)
-    except ConnectionError as error:
-        raise ConfigError([f"cluster.address = {address!r}: no Ray cluster answers there ({error})"]) from error
-    signal.signal(signal.SIGTERM, terminate)  # Ray's own would end Ray before the workers are closed
-    try:
-        yield
-    finally:
-        ours = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::")]
-        ray.shutdown()
-        for child in ours:  # Ray's agents would take a minute to notice that their raylet is gone
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """A part of a batch, with the learners' scores of it under way."""
 
-
-@contextlib.contextmanager
-def start_workers(
-    config: Config,
-    probe_prompts: list[Prompt],
-    clock: Clock,
-    roles: list[Role] | None = None,
-    note: Callable[[str], None] = print,
-) -> Iterator[Crew]:
-    """Places and starts every worker, or those of ``roles``; kills them all at the end, however it comes.
-
-    ``note`` tells the reader of the console what happened to them.
-
-    Raises:
-        ConfigError: Ray does not have what the run asks for.
-        TimeoutError: it has, but others hold it.
-        WorkerError: a worker failed to start.
-    """
-    with _placed(config, roles_of(config) if roles is None else roles) as groups:
-        crew = Crew(config, groups, probe_prompts, clock, note)
-        crew.start()
-        yield crew
-
-
-@contextlib.contextmanager
-def start_learners(config: Config, clock: Clock) -> Iterator[Crew]:
-    """Everything but the rollout engines: scores and updates on rollouts that are there already."""
-    with _placed(config, [role for role in roles_of(config) if role != "rollout"]) as groups:
-        crew = Crew(config, groups, [], clock)
-        crew.start()
-        yield crew
-
-
-@contextlib.contextmanager
-def start_rollout(config: Config, clock: Clock) -> Iterator[RolloutPool]:
-    """Only the rollout engines, with the weights of ``model.path``."""
-    with _placed(config, ["rollout"]) as groups:
-        crew = Crew(config, groups, [], clock)
-        crew.start()
-        yield crew.rollout
-
-
-@contextlib.contextmanager
-def _placed(config: Config, roles: list[Role]) -> Iterator[dict[Role, WorkerGroup]]:
-    placement = plan(config, roles)
-    try:
-        check_resources(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    reserved = reserve(placement, config.cluster.start_timeout_s)
-    groups: dict[Role, WorkerGroup] = {}
-    try:
-        groups = _spawn(config, placement, reserved)
-        yield groups
-    finally:
-        close(groups)
-        remove_placement_group(reserved)
-
-
-def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[Role, WorkerGroup]:
-    groups: dict[Role, WorkerGroup] = {}
-    for role, slots in placement.slots.items():
-        threads = getattr(config.cluster, role).threads_per_worker
-        env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        if config.cluster.device == "cpu" and role != "rollout":
-            env["DS_ACCELERATOR"] = "cpu"
-        starts = [functools.partial(start_worker, WORKERS[role], slot, group, env) for slot in slots]
-        groups[role] = WorkerGroup(role, starts, config.cluster.call_timeout_s)
-    return groups
+    batch: Batch
+    calls: list[Call]
 
 
 class Crew:
@@ -152,6 +52,8 @@ class Crew:
         if "rollout" in groups:
             self._rollout = RolloutPool(groups["rollout"], config, self._load_engine, self._refit, note)
         self._connected: list[ActorHandle] = []  # the engines that the policy sends weights to
+        self._policy = threading.Lock()  # held while its weights change, or are sent
+        self._version = 0  # of its weights
 
     def start(self) -> None:
         """Loads all models at the same time, and connects the policy with the engines."""
@@ -198,12 +100,17 @@ class Crew:
             policy.run(lambda worker: worker.open_weight_transfer.remote(*transfer))
             self._connected = engines
         policy.run(lambda worker: worker.send_weights.remote(str(version)))
+        self.rollout.engines.hold(ranks, version)
 
     def _refit(self, rank: int) -> None:
-        """Gives a replaced engine the weights that the others have."""
-        assert self.rollout.version is not None
-        self._send([rank], self.rollout.version)
-        self._probe([rank])
+        """Gives a replaced engine the policy's weights, unless they are changing."""
+        if not self._policy.acquire(blocking=False):
+            return
+        try:
+            self._send([rank], self._version)
+            self._probe([rank])
+        finally:
+            self._policy.release()
 
     def _start_learner(self, role: Role) -> Call:
         config, group = self._config, self._groups[role]
@@ -238,15 +145,22 @@ class Crew:
             references.append(worker.start.remote(rank, config.model, *extra))
         return Call(group, references)
 
-    def score(self, batch: Batch) -> Scores:
+    def start_score(self, rollouts: Sequence[Rollout]) -> Scoring:
+        # Scores do not depend on rewards, which may not be there yet.
+        return self._start_score_all(Batch.of(rollouts, [0.0] * len(rollouts)))
+
+    def score(self, batch: Batch, started: Sequence[Scoring] = ()) -> Scores:
         with self._clock.phase("score"):
-            return self._score(batch, list(self._groups), self._config.algorithm.needs_entropies)
+            return self._scores_of(batch, started or [self._start_score_all(batch)])
 
     def score_critic(self, batch: Batch) -> Scores:
         with self._clock.phase("score"):
-            return self._score(batch, ["critic"], False)
+            return self._scores_of(batch, [self._start_score(batch, ["critic"], False)])
 
-    def _score(self, batch: Batch, roles: list[Role], with_entropies: bool) -> Scores:
+    def _start_score_all(self, batch: Batch) -> Scoring:
+        return self._start_score(batch, list(self._groups), self._config.algorithm.needs_entropies)
+
+    def _start_score(self, batch: Batch, roles: list[Role], with_entropies: bool) -> Scoring:
         shared = ray.put(batch)
         with_final = self._config.algorithm.bootstrap_truncated
         arguments = {"policy": (shared, with_entropies), "critic": (shared, with_final), "reference": (shared,)}
@@ -254,8 +168,18 @@ class Crew:
         calls = [
             self._groups[role].start(lambda worker, role=role: worker.score.remote(*arguments[role])) for role in asked
         ]
-        answers = wait_for(calls, self._config.cluster.call_timeout_s)
-        merged = {name: flat for parts in answers for name, flat in merge(parts, batch).items()}
+        return Scoring(batch, calls)
+
+    def _scores_of(self, batch: Batch, parts: Sequence[Scoring]) -> Scores:
+        """``parts`` are the batch, in its order."""
+        assert sum(part.batch.num_tokens for part in parts) == batch.num_tokens, "every token is scored, and once"
+        answers = wait_for([call for part in parts for call in part.calls], self._config.cluster.call_timeout_s)
+        flats: dict[str, list[Tensor]] = {}
+        for part in parts:
+            for ranks in (answers.pop(0) for _ in part.calls):
+                for name, flat in merge(ranks, part.batch).items():
+                    flats.setdefault(name, []).append(flat)
+        merged = {name: torch.cat(pieces) for name, pieces in flats.items()}
         final_values = merged.get("final_values")
         return Scores(
             old_logprobs=merged.get("old_logprobs", torch.full((batch.num_tokens,), float("nan"))),
@@ -266,11 +190,12 @@ class Crew:
         )
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> dict[str, float]:
-        with self._clock.phase("update"):
+        with self._clock.phase("update"), self._policy:
             shared = [ray.put(value) for value in (batch, scores, targets)]
             asked = self._learners()
             calls = [self._groups[role].start(lambda worker: worker.update.remote(*shared, seed)) for role in asked]
             answers = wait_for(calls, self._config.cluster.call_timeout_s)
+            self._version += 1
         metrics: dict[str, float] = {}
         peak = self._config.cluster.peak_tflops
         for role, ranks in zip(asked, answers, strict=True):
@@ -301,16 +226,16 @@ class Crew:
         Raises:
             RuntimeError: an engine's logprobs differ from the policy's by more than ``rollout.logprob_tolerance``.
         """
-        with self._clock.phase("sync"):
+        engines = self.rollout.engines
+        with self._clock.phase("sync"), self.rollout.lock, self._policy:
+            self._version = version
             try:
-                self._send(self.rollout.settle(), version)
+                self._send(engines.settle(), version)
             except WorkerError as error:
                 if error.died == "policy":
                     raise
-                self.rollout.replace(f"sending weights {version} failed ({error})")
-                self._send(self.rollout.ready, version)
-            self.rollout.version = version
-            return self._probe(self.rollout.ready)
+                self._send(engines.replace_all(f"sending weights {version} failed ({error})"), version)
+            return self._probe(engines.ready)
 
     def _probe(self, ranks: list[int]) -> dict[str, float]:
         rollout = self._config.rollout
@@ -322,13 +247,13 @@ class Crew:
         )
         sampled = [r for engine in engines for r in engine]
         batch = Batch.of(sampled, [0.0] * len(sampled))
-        scores = self._score(batch, ["policy"], False)
+        scores = self._scores_of(batch, [self._start_score(batch, ["policy"], False)])
         difference = (batch.rollout_logprobs - scores.old_logprobs).abs()
         worst = float(difference.max())
         if not worst <= rollout.logprob_tolerance:
             row = int(torch.searchsorted(batch.offsets, difference.argmax(), right=True)) - 1
             raise RuntimeError(
-                f"after sending weights {self.rollout.version}, rollout engine {ranks[row // len(self._probe_prompts)]} and "
+                f"after sending weights {self._version}, rollout engine {ranks[row // len(self._probe_prompts)]} and "
                 f"the policy differ by {worst:.4g} nats on a sampled token, more than rollout.logprob_tolerance = "
                 f"{rollout.logprob_tolerance:g}: the engine does not have the policy's weights, or computes in another "
                 "precision"
@@ -369,12 +294,3 @@ class Crew:
             self._groups[role].start(lambda worker, role=role: worker.load.remote(folder / role)) for role in roles
         ]
         wait_for(calls, self._config.cluster.call_timeout_s)
-
-
-def close(groups: dict[Role, WorkerGroup]) -> None:
-    """Asks the engines to end their child processes, then kills every worker."""
-    if "rollout" in groups:
-        closing = [worker.close.remote() for worker in groups["rollout"].workers]
-        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
-    for group in groups.values():
-        group.close()

@@ -29,6 +29,7 @@ def make_batch(lengths: list[int], seed: int = 0, group_size: int = 1) -> Batch:
         token_ids=torch.randint(0, 50, (num_tokens,), generator=generator),
         offsets=offsets_of(lengths),
         rollout_logprobs=torch.rand(num_tokens, generator=generator, dtype=torch.float64).clamp(min=1e-6).log(),
+        policy_versions=torch.zeros(num_tokens, dtype=torch.int64),
         rewards=torch.randn(num_responses, generator=generator, dtype=torch.float64),
         groups=torch.arange(num_responses) // group_size,
         truncated=torch.rand(num_responses, generator=generator) < 0.5,

@@ -202,7 +202,7 @@ def two_responses() -> Batch:
             rollout_logprobs=torch.zeros(3),
             text="",
             finish_reason="stop",
-            policy_version=0,
+            policy_versions=torch.zeros(3, dtype=torch.int64),
             temperature=1.0,
         )
         for i in range(2)

@@ -64,7 +64,7 @@ def make_rollout(prompt: Prompt, sample: int, version: int, temperature: float) 
         rollout_logprobs=torch.rand(length, generator=draw).mul(0.99).add(0.005).log(),
         text=f"{prompt.id}/{sample}/{version}",
         finish_reason="stop",
-        policy_version=version,
+        policy_versions=torch.full((length,), version),
         temperature=temperature,
     )
 
@@ -90,6 +90,7 @@ class ScriptedWorkers:
     fail_in_update: int | None = None  # the update with this seed raises
     version: int | None = None
     num_gpus: int = 0
+    num_lost: int = 0
     passes: int = 0
     quality: float = 0.0
 
@@ -116,7 +117,20 @@ class ScriptedWorkers:
         for prompt in reversed(prompts):
             yield [make_rollout(prompt, i, self.version, temperature) for i in range(group_size)]
 
-    def score(self, batch: Batch) -> Scores:
+    def open(self, *, group_size: int, max_tokens: int, temperature: float, top_p: float = 1.0) -> ScriptedGroups:
+        return ScriptedGroups(self, group_size)
+
+    def interrupt(self) -> None:
+        self._write("interrupt")
+
+    def start_score(self, rollouts: Sequence[Rollout]) -> Batch:
+        part = Batch.of(rollouts, [0.0] * len(rollouts))
+        self._write("start_score", batch=part)
+        return part
+
+    def score(self, batch: Batch, started: Sequence[Batch] = ()) -> Scores:
+        if started:
+            assert torch.equal(torch.cat([part.token_ids for part in started]), batch.token_ids)
         scores = Scores(
             old_logprobs=batch.rollout_logprobs - 0.01,
             values=torch.linspace(-1, 1, batch.num_tokens),
@@ -178,6 +192,29 @@ class ScriptedWorkers:
 
     def asked(self, *names: str) -> list[Asked]:
         return [call for call in self.log if call.name in names]
+
+
+class ScriptedGroups:
+    """The group that was added last comes first, so that the first ones are left over again and again."""
+
+    def __init__(self, workers: ScriptedWorkers, group_size: int) -> None:
+        self._workers, self._group_size = workers, group_size
+        self._open: list[tuple[Prompt, int]] = []
+
+    def add(self, prompts: Sequence[Prompt], stream: str) -> None:
+        version = self._workers.version
+        assert version is not None
+        self._workers.log.append(
+            Asked("add", {"prompts": [p.id for p in prompts], "stream": stream, "version": version})
+        )
+        self._open += [(prompt, version) for prompt in prompts]
+
+    def __iter__(self) -> Iterator[list[Rollout]]:
+        return self
+
+    def __next__(self) -> list[Rollout]:
+        prompt, version = self._open.pop()
+        return [make_rollout(prompt, i, version, 1.0) for i in range(self._group_size)]
 
 
 class ScriptedRewards:

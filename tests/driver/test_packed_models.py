@@ -58,6 +58,7 @@ def batch() -> Batch:
         token_ids=torch.randint(0, VOCABULARY, (num_response,), generator=draw),
         offsets=offsets_of([t for _, t in LENGTHS]),
         rollout_logprobs=torch.zeros(num_response),
+        policy_versions=torch.zeros(num_response, dtype=torch.int64),
         rewards=torch.zeros(len(LENGTHS)),
         groups=torch.arange(len(LENGTHS)),
         truncated=torch.zeros(len(LENGTHS), dtype=torch.bool),

@@ -36,6 +36,7 @@ def make_batch(rows: Sequence[Shape]) -> Batch:
         token_ids=torch.arange(num_response) + 1,  # every token differs from every other and from the padding
         offsets=offsets_of(responses),
         rollout_logprobs=torch.zeros(num_response),
+        policy_versions=torch.zeros(num_response, dtype=torch.int64),
         rewards=torch.zeros(len(rows)),
         groups=torch.arange(len(rows)),
         truncated=torch.zeros(len(rows), dtype=torch.bool),

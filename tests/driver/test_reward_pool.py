@@ -26,7 +26,7 @@ def rollout(verifier: str, index: int, response: str = "yes") -> Rollout:
         rollout_logprobs=torch.zeros(1),
         text=response,
         finish_reason="stop",
-        policy_version=0,
+        policy_versions=torch.zeros(1, dtype=torch.int64),
         temperature=1.0,
     )
 

@@ -57,7 +57,7 @@ def sample_rollout(prompt: Prompt, sample: int, step: int, skill: float, rng: ra
         rollout_logprobs=torch.tensor(probabilities).log(),
         text=text,
         finish_reason="stop" if rng.random() < 0.95 else "length",
-        policy_version=step,
+        policy_versions=torch.full((len(words),), step),
         temperature=1.0,
     )
 

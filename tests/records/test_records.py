@@ -128,7 +128,8 @@ def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
             rollout.prompt.answer,
         )
         assert (row["step"], row["sample"], row["reward"], row["text"]) == (3, rollout.sample, rewards[i], rollout.text)
-        assert (row["finish_reason"], row["policy_version"], row["temperature"]) == (rollout.finish_reason, 3, 1.0)
+        assert (row["finish_reason"], row["temperature"]) == (rollout.finish_reason, 1.0)
+        assert row["policy_versions"] == [3] * len(row["token_ids"])
     with Records(config, tmp_path, first_step=9):
         assert [step for step, _ in rollout_files(tmp_path)] == [3], "step 9 is sampled again"
 

@@ -17,6 +17,7 @@ from sae_rl.warm_start import ModelShape, build_model, save
 from sae_rl.workers.crew import Crew
 
 Configure = Callable[..., Config]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ import torch
 
 from sae_rl.clock import Clock
 from sae_rl.types import Targets
-from sae_rl.workers.crew import ray_session, start_learners
 from sae_rl.workers.group import WorkerError
+from sae_rl.workers.session import ray_session, start_learners
 from tests.stack.conftest import Configure, for_learners
 from tests.stack.test_layouts import learners_weights, rollouts_of_many_lengths
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForTokenClassification
 
 from sae_rl.clock import Clock
 from sae_rl.types import Batch, Prompt, Rollout
-from sae_rl.workers.crew import Crew, ray_session, start_learners
+from sae_rl.workers.crew import Crew
+from sae_rl.workers.session import ray_session, start_learners
 from tests.exactness import Exactness, largest_difference
 from tests.stack.conftest import Configure, for_learners
 from tests.stack.padded import ENTROPY_COEF, VALUE_CLIP, Expected, expected_of
@@ -36,7 +37,7 @@ def rollouts_of_many_lengths() -> Batch:
                 rollout_logprobs=-3 * torch.rand(length, generator=random),
                 text="",
                 finish_reason="stop",
-                policy_version=0,
+                policy_versions=torch.zeros(length, dtype=torch.int64),
                 temperature=0.9,
                 sampled=torch.arange(length) % 5 < 3 if i % 4 == 1 else None,
             )

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from sae_rl.clock import Clock
 from sae_rl.run import load_source, load_tokenizer
 from sae_rl.types import Batch, Prompt, Targets
-from sae_rl.workers.crew import Crew, ray_session, start_workers
+from sae_rl.workers.crew import Crew
+from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import Configure, sampled
 
 pytestmark = pytest.mark.slow
@@ -55,21 +57,22 @@ def check_agreement(configure: Configure, more: list[str], model: Path | None = 
             difference, after = worst_difference(crew, prompts, temperature)
             assert difference < 1e-4, f"after a sync, at temperature {temperature}"
             assert not torch.equal(after.token_ids, before[temperature].token_ids)
-        if model is not None:
-            check_missing_head(crew, batch, scores)
-
-
-def check_missing_head(crew: Crew, batch: Batch, scores: object) -> None:
-    """Leaves the tied output layer out of what is sent, which is what ``named_parameters()`` would do."""
-    crew.update(batch, scores, Targets(advantages=batch.rollout_logprobs, returns=scores.values), seed=1)  # type: ignore
-    for worker in crew._groups["policy"].workers:
-        import ray
-
-        ray.get(worker.__ray_call__.remote(forget_head))
-    with pytest.raises(RuntimeError, match=r"differ by .* nats"):
-        crew.sync_weights(2)
+        # What ``named_parameters()`` would do to tied embeddings; and one tensor of many.
+        forget = forget_one if model is None else forget_head
+        crew.update(batch, scores, Targets(advantages=batch.rollout_logprobs, returns=scores.values), seed=1)
+        for worker in crew._groups["policy"].workers:
+            ray.get(worker.__ray_call__.remote(forget))
+        with pytest.raises(RuntimeError, match=r"differ by .* nats"):
+            crew.sync_weights(2)
 
 
 def forget_head(worker: object) -> None:
-    """Runs inside the policy's process."""
+    """Runs inside the policy's process: the tied output layer is not sent."""
     worker._sender.weights._tied = False  # type: ignore[attr-defined]
+
+
+def forget_one(worker: object) -> None:
+    """Runs inside the policy's process: one of its tensors is not sent."""
+    weights = worker._sender.weights  # type: ignore[attr-defined]
+    sent_names = weights._sent_names
+    weights._sent_names = lambda name: [] if name.endswith("layers.1.mlp.down_proj.weight") else sent_names(name)

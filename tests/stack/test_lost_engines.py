@@ -14,8 +14,9 @@ import torch
 from sae_rl.clock import Clock
 from sae_rl.run import load_source, load_tokenizer
 from sae_rl.types import Batch, Prompt, Rollout, Targets
-from sae_rl.workers.crew import Crew, ray_session, start_workers
+from sae_rl.workers.crew import Crew
 from sae_rl.workers.group import WorkerError
+from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import Configure, sampled
 
 pytestmark = pytest.mark.slow
@@ -46,8 +47,8 @@ def ray_worker(crew: Crew, rank: int) -> int:
 
 def check(crew: Crew, rollouts: list[Rollout], version: int) -> None:
     """The logprobs are those of the policy as it is."""
-    assert {rollout.policy_version for rollout in rollouts} == {version}
     batch = Batch.of(rollouts, [0.0] * len(rollouts))
+    assert batch.policy_versions.unique().tolist() == [version]
     difference = (batch.rollout_logprobs - crew.score(batch).old_logprobs).abs().max()
     assert float(difference) < 1e-4
 
@@ -93,11 +94,11 @@ def test_what_a_lost_engine_had_not_answered_goes_to_others(configure: Configure
             assert [r.token_ids.tolist() for r in rollouts] == [r.token_ids.tolist() for r in straight]
             assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
             limit = time.monotonic() + 120
-            while crew.rollout.settle() != [0, 1] and time.monotonic() < limit:
+            while crew.rollout.engines.settle() != [0, 1] and time.monotonic() < limit:
                 time.sleep(0.5)
-            assert crew.rollout.ready == [0, 1]
             crew.sync_weights(1)  # which makes the one that was replaced after the last group a full member
-        assert len(notes) == crew.rollout.num_losses == 3
+            assert crew.rollout.engines.ready == [0, 1]
+        assert len(notes) == crew.rollout.num_lost == 3
 
         # In the middle of a weight sync: it waits for an engine that is stopped, and then dies.
         move_policy(crew, before, seed=2)
@@ -107,7 +108,7 @@ def test_what_a_lost_engine_had_not_answered_goes_to_others(configure: Configure
         killer.start()
         assert crew.sync_weights(2)["sync/logprob_diff_max"] < 1e-4
         killer.join()
-        assert "sending weights 2 failed" in notes[-1] and crew.rollout.ready == [0, 1]
+        assert "sending weights 2 failed" in notes[-1] and crew.rollout.engines.ready == [0, 1]
         check(crew, sampled(crew, prompts[:4], group_size=GROUP_SIZE, max_tokens=MAX_TOKENS), 2)
 
 

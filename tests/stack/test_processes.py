@@ -15,8 +15,9 @@ import torch
 from sae_rl.clock import Clock
 from sae_rl.run import load_source, load_tokenizer
 from sae_rl.types import Batch, Prompt, Rollout, Targets
-from sae_rl.workers.crew import Crew, ray_session, start_workers
+from sae_rl.workers.crew import Crew
 from sae_rl.workers.group import WorkerError, WorkerGroup
+from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import Configure, sampled
 
 pytestmark = pytest.mark.slow

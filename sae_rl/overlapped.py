@@ -1,0 +1,131 @@
+"""The overlapped schedule: while a step trains, a thread samples the next one's responses from the weights it has.
+
+So a step takes the longer of sampling and learning instead of both, and its responses are up to ``max_staleness`` steps
+older than the policy that learns from them; `ImportanceCorrection` weighs their tokens accordingly.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+
+from sae_rl.clock import Clock
+from sae_rl.driver import Run, begin, evaluate_if_due, finish, gather, learn
+from sae_rl.metrics import PHASES
+from sae_rl.partial_rollouts import PartialRollouts
+from sae_rl.protocols import Metrics
+from sae_rl.sampling import Collected
+
+STOP_S = 30.0  # for the sampling thread to notice that the run ended
+
+
+def train_overlapped(run: Run) -> None:
+    """Every step that is left of a run.
+
+    Raises:
+        RuntimeError: rewards, weights or a worker failed; the last checkpoint stays usable.
+    """
+    first = begin(run)
+    with Ahead(run, first) as ahead:
+        for step in range(first, run.config.steps):
+            sampled = ahead.take(step)  # y ~ pi_rollout(. | x) of an earlier step, and R(x, y)
+            learnt = learn(run, step, sampled)  # pi_theta and V
+            ahead.before_sync(step)
+            synced = run.workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
+            evaluate_if_due(run, step + 1)
+            ahead.allow(step + 1)
+            finish(run, step, sampled, learnt, synced | overlap(run.clock.so_far(), sampled.metrics))
+
+
+def overlap(times: Metrics, sampled: Metrics) -> Metrics:
+    """How much more was done than a single line of phases could have."""
+    phases = sum(times[name] for name in PHASES if name in times) - times["time/wait_s"]
+    return {"ahead/overlap": (phases + sampled["ahead/generate_s"] + sampled["ahead/reward_s"]) / times["time/step_s"]}
+
+
+class Ahead:
+    """A thread that gathers step after step, each as soon as the weights are new enough for it.
+
+    The batch of step s is begun by weights of version s - ``max_staleness`` or later. Where an evaluation comes before step
+    s, its sampling waits for that: both use the same engines.
+    """
+
+    def __init__(self, run: Run, first: int) -> None:
+        self._run, self._first = run, first
+        self._schedule = run.config.schedule
+        self._is_partial = run.config.rollout.prompts_under_way is not None
+        self._batches: dict[int, Future[Collected]] = {step: Future() for step in range(first, run.config.steps)}
+        self._version = first
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._gather_all, name="sampling", daemon=True)
+
+    def __enter__(self) -> Ahead:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._run.workers.rollout.interrupt()
+        self._thread.join(STOP_S)
+
+    def take(self, step: int) -> Collected:
+        """The batch of this step. Raises what sampling it raised."""
+        with self._run.clock.phase("wait"):
+            return self._batches.pop(step).result()
+
+    def before_sync(self, step: int) -> None:
+        """Drained weight updates: waits for the batches that the engines work at; those in flight do not."""
+        if self._schedule.weight_updates == "in_flight":
+            return
+        with self._run.clock.phase("wait"):
+            for coming, batch in self._batches.items():
+                if self._needed(coming) <= self._version:
+                    batch.result()
+
+    def allow(self, version: int) -> None:
+        """The engines have these weights, and no evaluation needs them."""
+        with self._changed:
+            self._version = version
+            self._changed.notify_all()
+
+    def _needed(self, step: int) -> int:
+        """The version that this step's batch waits for."""
+        every = self._run.config.evaluation.every_steps
+        evaluated = step // every * every if every else 0
+        carried = 1 if self._is_partial else 0  # responses that are left over become one step older
+        return max(step - self._schedule.max_staleness + carried, evaluated, self._first)
+
+    def _gatherer(self, run: Run) -> Callable[[int], Collected]:
+        if not self._is_partial:
+            return partial(gather, run)
+        return PartialRollouts(run.sampler, run.workers.rollout, run.rewards, run.clock, run.config.rollout).gather
+
+    def _gather_all(self) -> None:
+        clock = Clock()
+        run = replace(self._run, clock=clock)
+        gather_step = self._gatherer(run)
+        for step, batch in list(self._batches.items()):
+            with self._changed:
+                while not self._stopped and self._needed(step) > self._version:
+                    self._changed.wait()
+                if self._stopped:
+                    return
+            clock.lap()
+            try:
+                sampled = gather_step(step)
+            except BaseException as error:  # whoever waits for the batch has to know, whatever it is
+                batch.set_exception(error)
+                return
+            times = clock.lap()
+            spent = {f"ahead/{phase}_s": times[f"time/{phase}_s"] for phase in ("generate", "reward")}
+            batch.set_result(replace(sampled, metrics=sampled.metrics | spent))

@@ -1,0 +1,46 @@
+"""Learning from recorded rollouts, without any engine: to look at an update again, or on a machine that cannot sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae_rl.config import ConfigError
+from sae_rl.driver import Run, finish, learn, restore
+from sae_rl.rollout_table import FOLDER, read_step, rollout_files
+from sae_rl.sampling import Collected
+
+
+def train_replay(run: Run) -> None:
+    """One step for each recorded one, in their order; nothing is evaluated, and the critic is not pre-trained.
+
+    Raises:
+        RuntimeError: a worker failed; the last checkpoint stays usable.
+        ValueError: a file cannot be read.
+    """
+    files = recorded_files(run.config.replay, run.config.steps)
+    run.records.note(f"replaying {run.config.steps} of the steps recorded in {run.config.replay}; no engine samples")
+    first = restore(run)
+    run.clock.lap()
+    for step in range(first, run.config.steps):
+        with run.clock.phase("generate"):
+            rollouts, rewards = read_step(files[step])
+        sampled = Collected(rollouts, rewards, {}, run.sampler.state())
+        finish(run, step, sampled, learn(run, step, sampled), {})
+
+
+def recorded_files(folder: Path | None, num_steps: int) -> list[Path]:
+    """The first ``num_steps`` recorded steps of a run.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    assert folder is not None, "asked only when the configuration has a replay"
+    files = [file for _, file in rollout_files(folder)]
+    if len(files) < num_steps:
+        raise ConfigError(
+            [
+                f"replay = {folder}: {len(files)} steps are recorded in {folder / FOLDER}, but steps = {num_steps}; lower "
+                "steps, or record more of them (logger.rollouts_every_steps=1)"
+            ]
+        )
+    return files[:num_steps]

@@ -1,0 +1,238 @@
+"""Every rollout engine of a run: which of them can serve, what each was asked, and what happens when one is lost."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ray
+
+from sae_rl.backends.vllm import EngineLost, Request, Sample
+from sae_rl.config import Config
+from sae_rl.types import Prompt
+from sae_rl.workers.group import WorkerError, WorkerGroup, kill_processes
+
+MAX_ATTEMPTS = 3  # engines that a group may outlive
+LISTEN_S = 1.0  # the longest wait between two looks at everything
+
+
+@dataclass(eq=False)
+class Job:
+    """One group: the responses to a prompt that are asked of one engine."""
+
+    prompt: Prompt
+    requests: list[Request]
+    stream: Any  # who waits for it
+    since: int | None = None  # weights of the engine when it was asked
+    attempts: int = 0
+
+
+@dataclass(eq=False)
+class Engine:
+    """One rollout worker as the driver sees it."""
+
+    rank: int
+    state: Literal["ready", "starting", "waiting"] = "ready"  # for its model to load, then for the current weights
+    version: int | None = None  # of the weights that it holds; None: those of model.path
+    jobs: dict[Any, Job] = field(default_factory=dict)  # by call: what it was asked and has not answered
+    starting: Any = None  # its replacement's call to start
+    started_at: float = 0.0
+    check: Any = None  # a health check under way
+    checked_at: float = 0.0
+
+    @property
+    def num_responses(self) -> int:
+        return sum(len(job.requests) for job in self.jobs.values())
+
+
+class Engines:
+    """All engines of a run.
+
+    Args:
+        start: asks a new worker to load ``model.path``, and returns the call.
+        refit: gives the engine of a rank the policy's weights, so that it can serve, unless they are changing now.
+        note: tells the reader of the console.
+        queue: where the work of a lost engine goes back to.
+    """
+
+    def __init__(
+        self,
+        group: WorkerGroup,
+        config: Config,
+        start: Callable[[Any], Any],
+        refit: Callable[[int], None],
+        note: Callable[[str], None],
+        queue: deque[Job],
+    ) -> None:
+        self._group, self._config, self._queue = group, config, queue
+        self._start, self._refit, self._note = start, refit, note
+        self._engines = [Engine(rank) for rank in range(len(group.workers))]
+        self._is_synced = False  # once, and so every replacement needs weights
+        self._listened_at = time.monotonic()
+        self.num_lost = 0
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(self._engines)
+
+    @property
+    def ready(self) -> list[int]:
+        """Ranks of the engines that can serve."""
+        return [engine.rank for engine in self._engines if engine.state == "ready"]
+
+    def hold(self, ranks: Sequence[int], version: int) -> None:
+        """These engines have the weights of this version now, and can serve."""
+        self._is_synced = True
+        for rank in ranks:
+            self._engines[rank].state, self._engines[rank].version = "ready", version
+
+    def with_room(self) -> Engine | None:
+        """The one with the fewest responses under way; None: all decode as many as they can."""
+        room = [e for e in self._engines if e.state == "ready" and e.num_responses < self._config.rollout.max_num_seqs]
+        return min(room, key=lambda engine: engine.num_responses, default=None)
+
+    def ask(self, engine: Engine, job: Job) -> None:
+        if not engine.jobs:
+            engine.checked_at = time.monotonic()
+        job.since = engine.version
+        engine.jobs[self._group.workers[engine.rank].generate.remote(job.requests)] = job
+
+    def wait(self, calls: Sequence[Any]) -> list[Any]:
+        """Waits for some of these calls for a moment. Time in which nobody listened is no engine's delay."""
+        away = time.monotonic() - self._listened_at
+        for engine in self._engines:
+            engine.checked_at += away if engine.check is not None else 0.0
+        if calls:
+            timeout = min(LISTEN_S, self._config.rollout.health_timeout_s / 4)
+            ray.wait(list(calls), num_returns=1, timeout=timeout)
+        else:
+            time.sleep(LISTEN_S / 10)  # for the policy, whose weights a replacement needs
+        # All that have answered, so that none is taken for late that only nobody looked at.
+        done: list[Any] = ray.wait(list(calls), num_returns=len(calls), timeout=0)[0] if calls else []
+        self._listened_at = time.monotonic()
+        return done
+
+    def calls(self) -> list[Any]:
+        """Everything under way.
+
+        Raises:
+            WorkerError: nothing ever will be.
+        """
+        if all(engine.state == "starting" and engine.starting is None for engine in self._engines):
+            raise WorkerError("no rollout engine is left, and none can be started")
+        return [call for e in self._engines for call in (*e.jobs, e.check, e.starting) if call is not None]
+
+    def take(self, done: Sequence[Any]) -> Iterator[tuple[Engine, Job, list[Sample]]]:
+        """What was answered. Looks after engines that fell silent, died, or start."""
+        for engine in self._engines:
+            for call in done:
+                if call in engine.jobs and (samples := self._answer(engine, call)) is not None:
+                    yield engine, engine.jobs.pop(call), samples
+            self._look_after(engine, done)
+        self._check_deadlines()
+
+    def settle(self) -> list[int]:
+        """Takes in replacements that have started and wait for weights: their ranks, and those that are ready."""
+        started = [engine for engine in self._engines if engine.starting is not None]
+        done, _ = ray.wait([e.starting for e in started], num_returns=len(started), timeout=0) if started else ([], [])
+        for engine in started:
+            if engine.starting in done:
+                self._take_in(engine)
+        return [engine.rank for engine in self._engines if engine.state != "starting"]
+
+    def replace_all(self, why: str) -> list[int]:
+        """Gives up all engines, and waits for their replacements, which wait for weights: their ranks.
+
+        Raises:
+            WorkerError: they did not start, or too many engines were lost.
+        """
+        for engine in self._engines:
+            if engine.state != "starting":
+                self._lose(engine, why)
+        while any(engine.starting is not None for engine in self._engines):
+            self.wait([engine.starting for engine in self._engines if engine.starting is not None])
+            self.settle()
+            self._check_deadlines()
+        return self.settle()
+
+    def _answer(self, engine: Engine, call: Any) -> list[Sample] | None:
+        try:
+            samples: list[Sample] = self._group.result(engine.rank, call)
+        except WorkerError as error:
+            if not _is_loss(error):
+                raise
+            self._lose(engine, str(error))
+            return None
+        return samples
+
+    def _look_after(self, engine: Engine, done: Sequence[Any]) -> None:
+        if engine.starting is not None and engine.starting in done:
+            self._take_in(engine)
+        if engine.state == "waiting":
+            try:
+                self._refit(engine.rank)
+            except WorkerError as error:
+                if error.died == "policy":
+                    raise
+                self._lose(engine, str(error))
+                return
+        if engine.check is not None and engine.check in done:
+            try:
+                self._group.result(engine.rank, engine.check)
+            except WorkerError as error:
+                self._lose(engine, str(error))
+                return
+            engine.check, engine.checked_at = None, time.monotonic()
+        idle_s = time.monotonic() - engine.checked_at
+        if engine.jobs and engine.check is None and idle_s > self._config.rollout.health_timeout_s / 4:
+            engine.check, engine.checked_at = self._group.workers[engine.rank].check.remote(), time.monotonic()
+
+    def _check_deadlines(self) -> None:
+        now, limit = time.monotonic(), self._config.rollout.health_timeout_s
+        for engine in self._engines:
+            if engine.check is not None and now - engine.checked_at > limit:
+                self._lose(engine, f"it did not answer within rollout.health_timeout_s = {limit:g} s")
+            elif engine.starting is not None and now - engine.started_at > self._config.cluster.start_timeout_s:
+                seconds = self._config.cluster.start_timeout_s
+                self._lose(engine, f"it did not start within cluster.start_timeout_s = {seconds:g} s")
+
+    def _take_in(self, engine: Engine) -> None:
+        """A replacement that has answered its call to start."""
+        call, engine.starting = engine.starting, None
+        try:
+            self._group.result(engine.rank, call)
+            self._group.locate_one(engine.rank)
+        except WorkerError as error:
+            self._lose(engine, str(error))
+            return
+        engine.state = "waiting" if self._is_synced else "ready"
+
+    def _lose(self, engine: Engine, why: str) -> None:
+        """Ends what is left of an engine, hands its work to others, and starts another in its place."""
+        self.num_lost += 1
+        self._note(f"rollout engine {engine.rank} is lost, with {engine.num_responses} responses under way: {why}")
+        for job in reversed(engine.jobs.values()):
+            job.attempts += 1
+            if job.attempts >= MAX_ATTEMPTS:
+                raise WorkerError(
+                    f"prompt {job.prompt.id!r} was under way on {MAX_ATTEMPTS} engines that were lost; the last: {why}"
+                )
+            self._queue.appendleft(job)
+        place = self._group.place(engine.rank)
+        if place is not None:
+            kill_processes(place)
+        if self.num_lost > self._config.rollout.max_engine_losses:
+            raise WorkerError(
+                f"{self.num_lost} rollout engines were lost, more than rollout.max_engine_losses = "
+                f"{self._config.rollout.max_engine_losses}; the last: {why}"
+            )
+        engine.jobs, engine.check, engine.state, engine.version = {}, None, "starting", None
+        engine.starting, engine.started_at = self._start(self._group.replace(engine.rank)), time.monotonic()
+
+
+def _is_loss(error: WorkerError) -> bool:
+    """Whether the engine is gone, rather than unable to do what it was asked."""
+    cause = error.__cause__
+    return not isinstance(cause, ray.exceptions.RayTaskError) or isinstance(cause.cause, EngineLost)
