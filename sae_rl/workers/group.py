@@ -206,15 +206,12 @@ def _advice(role: Role, text: str) -> str:
     )
 
 
-def start_worker(
-    cls: type[Process], slot: Slot, group: PlacementGroup, env: dict[str, str], *args: Any, max_concurrency: int = 1
-) -> ActorHandle:
-    """Starts one worker in its slot."""
+def start_worker(cls: type[Process], slot: Slot, group: PlacementGroup, env: dict[str, str], *args: Any) -> ActorHandle:
+    """Starts one worker in its slot. A class with coroutines answers many calls at the same time, another one by one."""
     remote = ray.remote(cls)
     actor: ActorHandle = remote.options(  # type: ignore[attr-defined]
         num_cpus=slot.cpus,
         num_gpus=slot.gpus,
-        max_concurrency=max_concurrency,
         scheduling_strategy=PlacementGroupSchedulingStrategy(
             placement_group=group, placement_group_bundle_index=slot.bundle
         ),

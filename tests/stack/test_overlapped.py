@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,11 @@ def test_responses_under_way_go_on_with_new_weights(configure: Configure, tmp_pa
 
         groups = crew.rollout.open(group_size=4, max_tokens=256, temperature=1.0)
         groups.add(prompts, "test")
-        crew.rollout.turn()  # hands them out
-        time.sleep(0.2)
-        assert crew.sync_weights(1)["sync/logprob_diff_max"] < 1e-4
-        rollouts = [rollout for group in groups for rollout in group]
+        with ThreadPoolExecutor(1) as thread:
+            sampling = thread.submit(lambda: [rollout for group in groups for rollout in group])
+            time.sleep(0.3)
+            assert crew.sync_weights(1)["sync/logprob_diff_max"] < 1e-4
+            rollouts = sampling.result()
         batch = Batch.of(rollouts, [0.0] * len(rollouts))
         assert len(rollouts) == 4 * len(prompts)
         mixed = [r for r in rollouts if r.policy_versions.unique().tolist() == [0, 1]]
