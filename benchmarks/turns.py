@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 
 def take_turns(
     programs: Mapping[str, Callable[[], object]], rounds: int, slow_s: float = math.inf
@@ -54,9 +56,12 @@ def in_a_process(command: Sequence[str], log: Path, env: Mapping[str, str]) -> I
     try:
         yield work
     finally:
-        process.terminate()  # not killed: it may have children to end
-        try:
-            process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()  # not killed: it may have children to end
+            psutil.wait_procs([psutil.Process(process.pid), *family], timeout=20)
+            for left in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
             process.kill()
-            process.communicate()
+        process.communicate()  # they all held its output

@@ -38,8 +38,10 @@ def sample(crew: Crew, prompts: list[Prompt]) -> list[Rollout]:
     return sampled(crew, prompts, group_size=2, max_tokens=8)
 
 
-def more(flat: torch.Tensor, value: float) -> torch.Tensor:
-    return torch.cat([flat, flat.new_full((1,), value)])
+def one_token_more(rollout: Rollout) -> Rollout:
+    longer = {"token_ids": 5, "rollout_logprobs": 0, "policy_versions": 0}
+    flats = {name: getattr(rollout, name) for name in longer}
+    return replace(rollout, **{name: torch.cat([f, f.new_full((1,), longer[name])]) for name, f in flats.items()})
 
 
 def test_every_role_is_a_process_of_its_own_and_none_can_be_missed(configure: Configure) -> None:
@@ -64,9 +66,7 @@ def test_every_role_is_a_process_of_its_own_and_none_can_be_missed(configure: Co
         crew.update(batch, scores, targets, seed=0)
 
         assert float(crew.score(batch).final_values.abs().max()) > 0  # type: ignore[union-attr]
-        longer = [
-            replace(r, token_ids=more(r.token_ids, 5), rollout_logprobs=more(r.rollout_logprobs, 0)) for r in rollouts
-        ]
+        longer = [one_token_more(r) for r in rollouts]
         extended = Batch.of(longer, [0.0] * len(longer))
         behind = crew.score(extended).values[extended.offsets[1:] - 1]  # type: ignore[index]
         torch.testing.assert_close(crew.score(batch).final_values, behind, atol=1e-5, rtol=1e-5)
