@@ -143,6 +143,7 @@ class ClusterConfig(Section):
     reference: WorkersConfig  # started if a KL term needs it
     peak_tflops: Annotated[float, Field(gt=0)] | None  # of one GPU in model.precision, dense; null: MFU is not logged
     share_learner_gpus: bool  # rank i of policy, critic and reference live on one GPU
+    colocate_rollout: bool  # and an engine too, which sleeps while the learners work
     start_timeout_s: Annotated[float, Field(gt=0)]
     call_timeout_s: Annotated[float, Field(gt=0)]  # of any one remote call
 

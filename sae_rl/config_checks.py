@@ -15,6 +15,7 @@ def check(config: Config) -> list[str]:
         *_check_workers(config),
         *_check_dynamic_sampling(config),
         *_check_schedule(config),
+        *_check_colocation(config),
     ]
     try:
         context = config.model.read_context_tokens()
@@ -116,6 +117,25 @@ def _check_schedule(config: Config) -> list[str]:
             "replay and schedule.mode = overlapped: recorded rollouts need no sampling; use schedule=synchronous"
         )
     return problems + _check_partial_rollouts(config)
+
+
+def _check_colocation(config: Config) -> list[str]:
+    """CUDA IPC needs a policy rank on each engine's GPU; engines that sleep cannot sample while others learn."""
+    if not config.cluster.colocate_rollout:
+        return []
+    needed: dict[str, tuple[object, object]] = {
+        "cluster.device": (config.cluster.device, "cuda"),
+        "cluster.share_learner_gpus": (config.cluster.share_learner_gpus, True),
+        "rollout.tensor_parallel_size": (config.rollout.tensor_parallel_size, 1),
+        "cluster.rollout.num_workers": (config.cluster.rollout.num_workers, config.cluster.policy.num_workers),
+        "schedule.mode": (config.schedule.mode, "synchronous"),
+        "schedule.scoring_parts": (config.schedule.scoring_parts, 1),
+    }
+    return [
+        f"cluster.colocate_rollout = true needs {key} = {allowed}, found {found}"
+        for key, (found, allowed) in needed.items()
+        if found != allowed
+    ]
 
 
 def _check_partial_rollouts(config: Config) -> list[str]:

@@ -44,7 +44,7 @@ class EngineLost(RuntimeError):
     """vLLM's engine died, or cannot go on."""
 
 
-def prepare_environment(device: Device, threads: int, sockets: str) -> None:
+def prepare_environment(device: Device, threads: int, sockets: str, *, sleeps: bool) -> None:
     """Settings that vLLM reads from the environment, before it is imported.
 
     Args:
@@ -54,6 +54,10 @@ def prepare_environment(device: Device, threads: int, sockets: str) -> None:
     os.environ["VLLM_RPC_BASE_PATH"] = sockets
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if sleeps:
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
+            "1"  # CUDA IPC handles on their way to vLLM's worker are pickled
+        )
     if device == "cpu":
         # Engines of one machine must not all bind to the same cores; the number of threads is what we choose.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
@@ -64,8 +68,16 @@ class RolloutEngine:
     """vLLM's ``AsyncLLM`` with the settings that training needs. To be used inside one event loop."""
 
     def __init__(
-        self, model: ModelConfig, rollout: RolloutConfig, device: Device, *, max_model_tokens: int, seed: int
+        self,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        device: Device,
+        *,
+        sleeps: bool,
+        max_model_tokens: int,
+        seed: int,
     ) -> None:
+        """``sleeps``: it shares its GPU with a learner, and gets weights through CUDA IPC."""
         from vllm import AsyncEngineArgs
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -99,8 +111,9 @@ class RolloutEngine:
                 generation_config="vllm",  # no sampling defaults from the model's folder
                 seed=seed,
                 weight_transfer_config=WeightTransferConfig(
-                    backend={"cpu": weight_receiver.GLOO, "cuda": "nccl"}[device]
+                    backend="ipc" if sleeps else {"cpu": weight_receiver.GLOO, "cuda": "nccl"}[device]
                 ),
+                enable_sleep_mode=sleeps,
                 worker_extension_cls=f"{weight_receiver.__name__}.{weight_receiver.WorkerExtension.__name__}",
                 disable_log_stats=True,
                 **options,
@@ -187,6 +200,13 @@ class RolloutEngine:
     async def finish_weight_update(self, weight_version: str) -> None:
         await self._asked(self._engine.finish_weight_update(weight_version=weight_version))
         await self._asked(self._engine.resume_generation())
+
+    async def sleep(self) -> None:
+        """Leaves the GPU to others: weights go to the host's memory, keys and values are forgotten."""
+        await self._asked(self._engine.sleep(level=1))
+
+    async def wake(self) -> None:
+        await self._asked(self._engine.wake_up())
 
     def close(self) -> None:
         self._engine.shutdown()

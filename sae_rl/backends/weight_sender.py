@@ -21,6 +21,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightSource,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from sae_rl.backends.deepspeed import Learner
@@ -130,9 +131,11 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
 
 
 def trainer_init_info(
-    device: Device, *, rank: int, address: str, port: int, world_size: int, timeout_s: float
+    device: Device, *, shares_gpus: bool, rank: int, address: str, port: int, world_size: int, timeout_s: float
 ) -> TrainerInitInfo:
-    """How the policy's rank opens its side: gloo on CPU, vLLM's own NCCL engine on GPU."""
+    """How the policy's rank opens its side: gloo on CPU; vLLM's own on GPUs, NCCL or, on GPUs that they share, CUDA IPC."""
+    if shares_gpus:
+        return IPCTrainerInitInfo(rank=rank, packed=True)
     if device == "cpu":
         return GlooTrainerInitInfo(address, port, world_size, timeout_s, rank=rank)
     return NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=rank)

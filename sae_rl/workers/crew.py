@@ -61,10 +61,11 @@ class Crew:
         limit = config.cluster.start_timeout_s
         for group in self._groups.values():
             group.locate(limit)
-        calls = [
-            group.start(self._load_engine) if role == "rollout" else self._start_learner(role)
-            for role, group in self._groups.items()
-        ]
+        calls = []
+        for role, group in self._groups.items():  # "rollout" is the first
+            calls.append(group.start(self._load_engine) if role == "rollout" else self._start_learner(role))
+            if config.cluster.colocate_rollout:  # one after the other, as vLLM measures what is free on its GPU
+                wait_for([calls[-1]], limit)
         wait_for(calls, limit)
         if "rollout" in self._groups:
             self._groups["rollout"].locate(limit)  # again, with vLLM's own processes
@@ -85,18 +86,27 @@ class Crew:
         threads = config.cluster.rollout.threads_per_worker
         max_tokens = config.task.max_prompt_tokens + config.rollout.max_response_tokens
         return worker.start.remote(
-            config.model, config.rollout, config.cluster.device, threads, max_tokens, config.seed
+            config.model,
+            config.rollout,
+            config.cluster.device,
+            threads,
+            config.cluster.colocate_rollout,
+            max_tokens,
+            config.seed,
         )
 
     def _send(self, ranks: list[int], version: int) -> None:
         """The policy's weights to the engines of these ranks; connects with them if it has not yet."""
         policy, config = self._groups["policy"], self._config
+        if config.cluster.colocate_rollout:  # a replacement starts asleep
+            self._groups["rollout"].run_on(ranks, lambda worker: worker.wake.remote())
         engines = [self._groups["rollout"].workers[rank] for rank in ranks]
         if engines != self._connected:
             self._connected = []
             ((address, port),) = policy.run_on([0], lambda worker: worker.free_address.remote())
             parallel = config.rollout.tensor_parallel_size
-            transfer = (engines, parallel, address, port, config.cluster.call_timeout_s)
+            shares_gpus = config.cluster.colocate_rollout
+            transfer = (engines, parallel, shares_gpus, address, port, config.cluster.call_timeout_s)
             policy.run(lambda worker: worker.open_weight_transfer.remote(*transfer))
             self._connected = engines
         policy.run(lambda worker: worker.send_weights.remote(str(version)))
@@ -151,10 +161,17 @@ class Crew:
 
     def score(self, batch: Batch, started: Sequence[Scoring] = ()) -> Scores:
         with self._clock.phase("score"):
+            self._have_gpus()
             return self._scores_of(batch, started or [self._start_score_all(batch)])
+
+    def _have_gpus(self) -> None:
+        """Learners are about to work: engines that share their GPUs sleep."""
+        if self._rollout is not None:
+            self._rollout.sleep()
 
     def score_critic(self, batch: Batch) -> Scores:
         with self._clock.phase("score"):
+            self._have_gpus()
             return self._scores_of(batch, [self._start_score(batch, ["critic"], False)])
 
     def _start_score_all(self, batch: Batch) -> Scoring:
@@ -191,6 +208,7 @@ class Crew:
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> dict[str, float]:
         with self._clock.phase("update"), self._policy:
+            self._have_gpus()
             shared = [ray.put(value) for value in (batch, scores, targets)]
             asked = self._learners()
             calls = [self._groups[role].start(lambda worker: worker.update.remote(*shared, seed)) for role in asked]
@@ -208,6 +226,7 @@ class Crew:
         self, batch: Batch, scores: Scores, targets: Targets, *, responses_per_update: int, seed: int
     ) -> dict[str, float]:
         with self._clock.phase("update"):
+            self._have_gpus()
             shared = [ray.put(value) for value in (batch, scores, targets)]
             ranks = self._groups["critic"].run(
                 lambda worker: worker.pretrain.remote(*shared, responses_per_update, seed)
@@ -229,6 +248,7 @@ class Crew:
         engines = self.rollout.engines
         with self._clock.phase("sync"), self.rollout.lock, self._policy:
             self._version = version
+            self.rollout.wake()
             try:
                 self._send(engines.settle(), version)
             except WorkerError as error:

@@ -53,7 +53,7 @@ def pretraining_roles(config: Config) -> list[Role]:
 
 
 def plan(config: Config, roles: Sequence[Role]) -> Placement:
-    """One bundle per rollout engine; one per learner, or one per rank that all learners share."""
+    """One bundle per rollout engine; one per learner, or one per rank that all learners share, and engines as well."""
     cluster = config.cluster
     on_gpu = cluster.device == "cuda"
     bundles: list[Resources] = []
@@ -70,31 +70,31 @@ def plan(config: Config, roles: Sequence[Role]) -> Placement:
             for _ in range(workers.num_workers)
         ]
 
-    if "rollout" in roles:
-        own_bundles("rollout", config.rollout.tensor_parallel_size if on_gpu else 0)
     learners = [role for role in roles if role != "rollout"]
-    if on_gpu and cluster.share_learner_gpus and learners:
-        _share_bundles(cluster, learners, bundles, slots)
-    else:
-        for role in learners:
-            own_bundles(role, 1 if on_gpu else 0)
+    sharing = learners if on_gpu and cluster.share_learner_gpus else []
+    if sharing and cluster.colocate_rollout:
+        sharing = list(roles)
+    for role in roles:
+        if role not in sharing:
+            gpus = config.rollout.tensor_parallel_size if role == "rollout" else 1
+            own_bundles(role, gpus if on_gpu else 0)
+    if sharing:
+        _share_bundles(cluster, sharing, bundles, slots)
     return Placement(bundles=bundles, slots=slots)
 
 
 def _share_bundles(
-    cluster: ClusterConfig, learners: Sequence[Role], bundles: list[Resources], slots: dict[Role, list[Slot]]
+    cluster: ClusterConfig, roles: Sequence[Role], bundles: list[Resources], slots: dict[Role, list[Slot]]
 ) -> None:
     first = len(bundles)
-    num_ranks = max(getattr(cluster, role).num_workers for role in learners)
+    num_ranks = max(getattr(cluster, role).num_workers for role in roles)
     bundles += [{"CPU": 0.0, "GPU": 1.0} for _ in range(num_ranks)]
-    for role in learners:
+    for role in roles:
         workers = getattr(cluster, role)
         slots[role] = []
         for rank in range(workers.num_workers):
             bundles[first + rank]["CPU"] += workers.cpus_per_worker
-            slots[role].append(
-                Slot(bundle=first + rank, cpus=workers.cpus_per_worker, gpus=round(1 / len(learners), 3))
-            )
+            slots[role].append(Slot(bundle=first + rank, cpus=workers.cpus_per_worker, gpus=round(1 / len(roles), 3)))
 
 
 def check_resources(placement: Placement, nodes: Sequence[Mapping[str, float]]) -> None:

@@ -96,14 +96,24 @@ class PolicyWorker(Process):
         return updates
 
     def open_weight_transfer(
-        self, engines: list[ActorHandle], workers_per_engine: int, address: str, port: int, timeout_s: float
+        self,
+        engines: list[ActorHandle],
+        workers_per_engine: int,
+        shares_gpus: bool,
+        address: str,
+        port: int,
+        timeout_s: float,
     ) -> None:
-        """Connects rank 0 with the worker processes of every engine; all ranks take part in gathering weights."""
+        """Connects rank 0 with the worker processes of every engine; all ranks take part in gathering weights.
+
+        ``shares_gpus``: with each rank, one of the engines.
+        """
         from sae_rl.backends.weight_sender import Sender, trainer_init_info
 
         self._client = EngineClient(engines, workers_per_engine, timeout_s)
         info = trainer_init_info(
             self._rank.device,
+            shares_gpus=shares_gpus,
             rank=self._rank.index,
             address=address,
             port=port,

@@ -15,11 +15,22 @@ class RolloutWorker(Process):
     """An actor with an event loop; vLLM's engine and its workers are child processes of it."""
 
     async def start(
-        self, model: ModelConfig, rollout: RolloutConfig, device: Device, threads: int, max_model_tokens: int, seed: int
+        self,
+        model: ModelConfig,
+        rollout: RolloutConfig,
+        device: Device,
+        threads: int,
+        sleeps: bool,
+        max_model_tokens: int,
+        seed: int,
     ) -> None:
         self._sockets = tempfile.TemporaryDirectory(prefix="sae_rl_")
-        prepare_environment(device, threads, self._sockets.name)
-        self._engine = RolloutEngine(model, rollout, device, max_model_tokens=max_model_tokens, seed=seed)
+        prepare_environment(device, threads, self._sockets.name, sleeps=sleeps)
+        self._engine = RolloutEngine(
+            model, rollout, device, sleeps=sleeps, max_model_tokens=max_model_tokens, seed=seed
+        )
+        if sleeps:
+            await self._engine.sleep()  # the learners load behind it
 
     async def generate(self, requests: Sequence[Request]) -> list[Sample]:
         return await self._engine.generate(requests)
@@ -39,6 +50,12 @@ class RolloutWorker(Process):
 
     async def finish_weight_update(self, version: str) -> None:
         await self._engine.finish_weight_update(version)
+
+    async def sleep(self) -> None:
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        await self._engine.wake()
 
     async def close(self) -> None:
         self._sockets.cleanup()  # first: the driver does not wait for long, and connections outlive their names

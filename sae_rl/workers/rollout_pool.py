@@ -70,6 +70,7 @@ class RolloutPool:
         self._queue: deque[Job] = deque()
         self._answered_at = self._turned_at = time.monotonic()
         self._interrupted = False
+        self._sleeps = self._is_asleep = config.cluster.colocate_rollout  # they start asleep
         self.engines = Engines(group, config, start, refit, note, self._queue)
         self.lock = threading.RLock()
 
@@ -106,7 +107,19 @@ class RolloutPool:
 
     def submit(self, job: Job) -> None:
         with self.lock:
+            self.wake()
             self._queue.append(job)
+
+    def sleep(self) -> None:
+        """Engines on the learners' GPUs leave those to them; others do nothing."""
+        if self._sleeps and not self._is_asleep:
+            self._group.run_on(self.engines.ready, lambda worker: worker.sleep.remote())
+            self._is_asleep = True
+
+    def wake(self) -> None:
+        if self._is_asleep:
+            self._group.run_on(self.engines.ready, lambda worker: worker.wake.remote())
+            self._is_asleep = False
 
     def request(
         self,

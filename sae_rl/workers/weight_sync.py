@@ -21,12 +21,12 @@ class EngineClient:
         self.version = ""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        first = int(init_info["rank_offset"])
+        infos = [dict(init_info) for _ in self._engines]
+        if "rank_offset" in init_info:  # CUDA IPC has no ranks
+            for i, info in enumerate(infos):
+                info["rank_offset"] += i * self._workers_per_engine
         self._wait(
-            [
-                engine.init_weight_transfer.remote({**init_info, "rank_offset": first + i * self._workers_per_engine})
-                for i, engine in enumerate(self._engines)
-            ]
+            [engine.init_weight_transfer.remote(info) for engine, info in zip(self._engines, infos, strict=True)]
         )
 
     def start_weight_update(self) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from sae_rl.compose import load_config
-from sae_rl.config import Config
+from sae_rl.config import Config, ConfigError
 from sae_rl.workers.group import _advice
 from sae_rl.workers.placement import Placement, Role, check_resources, plan, reserve, roles_of
 
 FILES = ("task.train.path=/no/train.parquet", "task.evaluation.path=/no/heldout.parquet")
 PAPER = {"paper_4b": 8, "paper_8b": 16, "paper_14b": 32}
+COLOCATED = ["cluster.colocate_rollout=true", "cluster.rollout.num_workers=8"]
 NODE = {"CPU": 32.0, "GPU": 8.0}
 
 
@@ -52,6 +53,7 @@ CONFIGS = {
     **{name: (lambda name=name: paper(name)) for name in PAPER},
     "paper with a reference": lambda: paper("paper_8b", "algorithm.token_rewards.kl_coef=0.1"),
     "paper, each learner with GPUs of its own": lambda: paper("paper_8b", "cluster.share_learner_gpus=false"),
+    "paper, engines on the learners' GPUs": lambda: paper("paper_8b", *COLOCATED),
     "paper, fewer critics": lambda: paper("paper_8b", "cluster.critic.num_workers=4"),
     "paper, tensor parallel": lambda: paper(
         "paper_8b", "rollout.tensor_parallel_size=4", "cluster.rollout.num_workers=2"
@@ -91,6 +93,29 @@ def test_the_papers_clusters(experiment: str, num_gpus: int) -> None:
     assert [s.bundle for s in placement.slots["policy"]] == [s.bundle for s in placement.slots["critic"]]
     assert not {s.bundle for s in placement.slots["policy"]} & {s.bundle for s in placement.slots["rollout"]}
     check_resources(placement, [NODE] * (num_gpus // 8))
+
+
+def test_engines_on_the_learners_gpus() -> None:
+    """Each GPU has an engine and a rank of every learner, so that weights need no network: half of the GPUs do."""
+    placement = placed(paper("paper_8b", *COLOCATED))
+    assert placement.total == {"CPU": 64.0, "GPU": 8.0}
+    bundles = {role: [slot.bundle for slot in slots] for role, slots in placement.slots.items()}
+    assert bundles["rollout"] == bundles["policy"] == bundles["critic"] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cluster.rollout.num_workers=4"], r"needs cluster.rollout.num_workers = 8, found 4"),
+        (["cluster.share_learner_gpus=false"], r"needs cluster.share_learner_gpus = True, found False"),
+        (["rollout.tensor_parallel_size=2"], r"needs rollout.tensor_parallel_size = 1, found 2"),
+        (["schedule=overlapped"], r"needs schedule.mode = synchronous, found overlapped"),
+        (["schedule.scoring_parts=4"], r"needs schedule.scoring_parts = 1, found 4"),
+    ],
+)
+def test_engines_on_the_learners_gpus_need_all_of_this(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        paper("paper_8b", *COLOCATED, *overrides)
 
 
 def test_a_tensor_parallel_engine_has_its_gpus_on_one_node() -> None:
