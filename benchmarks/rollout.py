@@ -90,9 +90,10 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def generate(crew: Any, prompts: list[Any]) -> Any:
-    groups = crew.rollout.generate(
-        prompts, group_size=work.GROUP_SIZE, max_tokens=work.RESPONSE_TOKENS, temperature=1.0, stream="bench"
-    )
+    from sae_rl.types import Sampling
+
+    sampling = Sampling(max_tokens=work.RESPONSE_TOKENS)
+    groups = crew.rollout.generate(prompts, group_size=work.GROUP_SIZE, sampling=sampling, stream="bench")
     for group in groups:
         assert all(rollout.token_ids.numel() == work.RESPONSE_TOKENS for rollout in group), "responses ended early"
         yield from group

@@ -20,6 +20,7 @@ from sae_rl.algo.segmenter_sets import SEGMENTERS
 from sae_rl.algo.segmenters import Segmenter
 from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.plugins import member_of, tree_of
+from sae_rl.types import Sampling
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -159,15 +160,27 @@ class DynamicSamplingConfig(Section):
     max_rounds: Positive  # of sampling in one step; after them the step trains on the groups that it has
 
 
-class RolloutConfig(Section):
+class SamplingConfig(Section):
+    """How tokens are drawn; anything but a temperature changes the distribution that vLLM's logprobs are of."""
+
+    temperature: Annotated[float, Field(ge=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: NonNegative  # 0: all tokens
+    min_p: Fraction
+    repetition_penalty: Annotated[float, Field(gt=0)]  # 1: none
+    presence_penalty: float  # 0: none
+    frequency_penalty: float  # 0: none
+
+    def sampling(self, max_tokens: int) -> Sampling:
+        return Sampling(max_tokens=max_tokens, **{name: getattr(self, name) for name in SamplingConfig.model_fields})
+
+
+class RolloutConfig(SamplingConfig):
     prompts_per_step: Positive
     prompts_under_way: Positive | None  # above prompts_per_step: partial rollouts; null: a step waits for its own
     group_size: Positive  # responses per prompt
     max_response_tokens: Positive
     temperature: Annotated[float, Field(gt=0)]
-    top_p: float
-    top_k: int
-    min_p: float
     tensor_parallel_size: Positive
     max_num_seqs: Positive  # responses that one engine decodes at the same time
     kv_cache_gb: Annotated[float, Field(gt=0)] | None  # on CPU; on GPU null: what gpu_memory_utilization leaves
@@ -248,11 +261,9 @@ class RewardPoolConfig(Section):
     max_failed_fraction: Fraction  # checks that crash or time out; above it the run stops
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(SamplingConfig):
     every_steps: NonNegative  # 0: never; always before the first and after the last step otherwise
     samples_per_prompt: Positive  # k of avg@k
-    temperature: Annotated[float, Field(ge=0)]
-    top_p: Annotated[float, Field(gt=0, le=1)]
 
 
 class CheckpointConfig(Section):

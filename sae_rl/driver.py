@@ -186,8 +186,7 @@ def respond(run: Run, prompts: list[Prompt], stream: str, early: Early | None = 
         run.rewards,
         run.clock,
         group_size=rollout.group_size,
-        max_tokens=rollout.max_response_tokens,
-        temperature=rollout.temperature,
+        sampling=rollout.sampling(rollout.max_response_tokens),
         stream=stream,
         early=early,
     )

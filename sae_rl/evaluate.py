@@ -48,9 +48,7 @@ def evaluate(
         rewards,
         clock,
         group_size=config.samples_per_prompt,
-        max_tokens=max_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
+        sampling=config.sampling(max_tokens),
         stream="evaluation",
     )
     scores = np.array(checked.scores).reshape(len(prompts), config.samples_per_prompt)

@@ -36,9 +36,7 @@ class PartialRollouts:
         assert config.prompts_under_way is not None, "otherwise every step waits for its own"
         self._sampler, self._rewards, self._clock, self._config = sampler, rewards, clock, config
         self._engines, self._num_under_way = engines, config.prompts_under_way
-        self._groups = engines.open(
-            group_size=config.group_size, max_tokens=config.max_response_tokens, temperature=config.temperature
-        )
+        self._groups = engines.open(group_size=config.group_size, sampling=config.sampling(config.max_response_tokens))
         self._under_way: dict[str, UnderWay] = {}  # by prompt, in the order in which they were asked for
 
     def gather(self, step: int) -> Collected:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
 
 Metrics = dict[str, float]
 Scoring = Any  # of a part of a batch, under way; the workers' own
@@ -30,19 +30,12 @@ class RolloutEngines(Protocol):
     """Everything that samples."""
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        group_size: int,
-        max_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        stream: str,
+        self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, stream: str
     ) -> Iterator[list[Rollout]]:
         """``group_size`` responses to each prompt, a group as soon as it is done. ``stream`` names the random numbers."""
         ...
 
-    def open(self, *, group_size: int, max_tokens: int, temperature: float, top_p: float = 1.0) -> Groups:
+    def open(self, *, group_size: int, sampling: Sampling) -> Groups:
         """The same for groups that are added one after the other, such as those of several steps."""
         ...
 

@@ -12,7 +12,7 @@ from sae_rl.config import DynamicSamplingConfig
 from sae_rl.data.sampler import Sampler, SamplerState
 from sae_rl.protocols import Metrics, RolloutEngines, Scoring
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
-from sae_rl.types import Prompt, Rollout
+from sae_rl.types import Prompt, Rollout, Sampling
 
 
 class Early:
@@ -47,9 +47,7 @@ def sample(
     clock: Clock,
     *,
     group_size: int,
-    max_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
+    sampling: Sampling,
     stream: str,
     early: Early | None = None,
 ) -> tuple[list[Rollout], Rewards]:
@@ -64,9 +62,7 @@ def sample(
     groups: dict[str, list[Rollout]] = {}
     checks: dict[str, list[Check]] = {}
     with clock.phase("generate"):
-        for group in engines.generate(
-            prompts, group_size=group_size, max_tokens=max_tokens, temperature=temperature, top_p=top_p, stream=stream
-        ):
+        for group in engines.generate(prompts, group_size=group_size, sampling=sampling, stream=stream):
             name = group[0].prompt.id
             groups[name], checks[name] = group, rewards.submit(group)
             if early is not None:

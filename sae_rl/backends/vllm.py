@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Coroutine, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from sae_rl.config import Device, ModelConfig, RolloutConfig
-from sae_rl.types import FinishReason
+from sae_rl.types import FinishReason, Sampling
 
 ALIVE_S = 1.0  # between two looks at whether the engine's process lives
 PREFILL_TOKENS = 8192  # prompt tokens that an engine on a CPU reads in one pass
@@ -23,9 +23,7 @@ class Request:
     """One response to sample."""
 
     prompt_token_ids: tuple[int, ...]
-    max_tokens: int
-    temperature: float
-    top_p: float
+    sampling: Sampling
     seed: int
 
 
@@ -150,9 +148,7 @@ class RolloutEngine:
         from vllm.sampling_params import RequestOutputKind
 
         parameters = SamplingParams(
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_p=request.top_p,
+            **asdict(request.sampling),
             seed=request.seed,
             logprobs=0,  # the sampled token's only
             flat_logprobs=True,

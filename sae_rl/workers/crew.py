@@ -259,12 +259,8 @@ class Crew:
 
     def _probe(self, ranks: list[int]) -> dict[str, float]:
         rollout = self._config.rollout
-        engines = self.rollout.generate_on(
-            ranks,
-            self._probe_prompts,
-            max_tokens=min(PROBE_TOKENS, rollout.max_response_tokens),
-            temperature=rollout.temperature,
-        )
+        sampling = rollout.sampling(min(PROBE_TOKENS, rollout.max_response_tokens))
+        engines = self.rollout.generate_on(ranks, self._probe_prompts, sampling)
         sampled = [r for engine in engines for r in engine]
         batch = Batch.of(sampled, [0.0] * len(sampled))
         scores = self._scores_of(batch, [self._start_score(batch, ["policy"], False)])

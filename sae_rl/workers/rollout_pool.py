@@ -17,7 +17,7 @@ import torch
 from sae_rl.backends.vllm import Request, Sample
 from sae_rl.config import Config
 from sae_rl.seeds import derive_seed
-from sae_rl.types import Prompt, Rollout
+from sae_rl.types import Prompt, Rollout, Sampling
 from sae_rl.workers.engines import Engine, Engines, Job
 from sae_rl.workers.group import WorkerError, WorkerGroup
 
@@ -27,9 +27,8 @@ UNSYNCED = "default"  # what vLLM calls the weights that it loaded itself
 class Stream:
     """Groups under way, to which more may be added; iterating gives each as soon as it is done, in any order."""
 
-    def __init__(self, pool: RolloutPool, group_size: int, max_tokens: int, temperature: float, top_p: float) -> None:
-        self._pool, self._group_size = pool, group_size
-        self._options = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+    def __init__(self, pool: RolloutPool, group_size: int, sampling: Sampling) -> None:
+        self._pool, self._group_size, self._sampling = pool, group_size, sampling
         self.num_open = 0
         self.finished: deque[list[Rollout]] = deque()
 
@@ -37,7 +36,7 @@ class Stream:
         """More groups; seeds derive from (run seed, ``stream``, prompt id, sample), and nothing else."""
         for prompt in prompts:
             seeds = [(stream, prompt.id, sample) for sample in range(self._group_size)]
-            self._pool.submit(Job(prompt, [self._pool.request(prompt, seed, **self._options) for seed in seeds], self))
+            self._pool.submit(Job(prompt, [self._pool.request(prompt, seed, self._sampling) for seed in seeds], self))
         self.num_open += len(prompts)
 
     def __iter__(self) -> Iterator[list[Rollout]]:
@@ -80,14 +79,7 @@ class RolloutPool:
         return self.engines.num_lost
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        group_size: int,
-        max_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        stream: str,
+        self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, stream: str
     ) -> Iterator[list[Rollout]]:
         """``group_size`` responses to each prompt, a group as soon as it is done, in any order.
 
@@ -97,13 +89,13 @@ class RolloutPool:
             WorkerError: no engine is left, or a prompt outlived too many of them.
             RuntimeError: a response was sampled from other weights than its engine was sent, or `interrupt` was called.
         """
-        groups = self.open(group_size=group_size, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+        groups = self.open(group_size=group_size, sampling=sampling)
         groups.add(prompts, stream)
         return groups
 
-    def open(self, *, group_size: int, max_tokens: int, temperature: float, top_p: float = 1.0) -> Stream:
+    def open(self, *, group_size: int, sampling: Sampling) -> Stream:
         """Groups that are added one after the other, such as those of several steps."""
-        return Stream(self, group_size, max_tokens, temperature, top_p)
+        return Stream(self, group_size, sampling)
 
     def submit(self, job: Job) -> None:
         with self.lock:
@@ -121,34 +113,13 @@ class RolloutPool:
             self._group.run_on(self.engines.ready, lambda worker: worker.wake.remote())
             self._is_asleep = False
 
-    def request(
-        self,
-        prompt: Prompt,
-        seed: tuple[str | int | None, ...],
-        *,
-        max_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-    ) -> Request:
-        return Request(
-            prompt_token_ids=prompt.token_ids,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=derive_seed(self._config.seed, *seed),
-        )
+    def request(self, prompt: Prompt, seed: tuple[str | int | None, ...], sampling: Sampling) -> Request:
+        return Request(prompt_token_ids=prompt.token_ids, sampling=sampling, seed=derive_seed(self._config.seed, *seed))
 
-    def generate_on(
-        self, ranks: Sequence[int], prompts: Sequence[Prompt], *, max_tokens: int, temperature: float
-    ) -> list[list[Rollout]]:
+    def generate_on(self, ranks: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
         """One response to each prompt from each of these engines: what a weight sync is checked with."""
         engines = [engine for engine in self.engines if engine.rank in ranks]
-        requests = [
-            self.request(
-                prompt, ("probe", engines[0].version, prompt.id), max_tokens=max_tokens, temperature=temperature
-            )
-            for prompt in prompts
-        ]
+        requests = [self.request(prompt, ("probe", engines[0].version, prompt.id), sampling) for prompt in prompts]
         answers = self._group.run_on([e.rank for e in engines], lambda engine: engine.generate.remote(requests))
         return [
             [
@@ -211,5 +182,5 @@ def _rollout(job: Job, index: int, sample: Sample, engine: Engine) -> Rollout:
         text=sample.text,
         finish_reason=sample.finish_reason,
         policy_versions=torch.tensor(versions).repeat_interleave(counts),
-        temperature=job.requests[index].temperature,
+        temperature=job.requests[index].sampling.temperature,
     )

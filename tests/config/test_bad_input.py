@@ -118,6 +118,10 @@ CONFIGURATION = {
         ["model.path", "'nobody/nothing'", "model.context_tokens"],
     ),
     "truncation by top_p": (["rollout.top_p=0.9"], ["rollout.top_p = 0.9", "top_p = 1.0", "evaluation.top_p"]),
+    "a penalty": (
+        ["rollout.repetition_penalty=1.1"],
+        ["rollout.repetition_penalty = 1.1", "does not know of a penalty", "evaluation.repetition_penalty"],
+    ),
     "truncation by top_k": (["rollout.top_k=20"], ["rollout.top_k = 20", "top_k = 0"]),
     "truncation by min_p": (["rollout.min_p=0.1"], ["rollout.min_p = 0.1", "min_p = 0.0"]),
     "temperature 0": (["rollout.temperature=0"], ["rollout.temperature", "found 0", "greater than 0"]),

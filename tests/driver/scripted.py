@@ -19,7 +19,7 @@ from sae_rl.data.sampler import Sampler
 from sae_rl.driver import Run
 from sae_rl.protocols import Metrics
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
-from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
 
 NUM_PROMPTS = 10
 
@@ -102,22 +102,15 @@ class ScriptedWorkers:
         self.log.append(Asked(name, of))
 
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        group_size: int,
-        max_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        stream: str,
+        self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, stream: str
     ) -> Iterator[list[Rollout]]:
         """The last group comes first."""
         assert self.version is not None, "nothing is sampled before the first sync"
-        self._write("generate", prompts=[p.id for p in prompts], stream=stream, version=self.version, top_p=top_p)
+        self._write("generate", prompts=[p.id for p in prompts], stream=stream, version=self.version, sampling=sampling)
         for prompt in reversed(prompts):
-            yield [make_rollout(prompt, i, self.version, temperature) for i in range(group_size)]
+            yield [make_rollout(prompt, i, self.version, sampling.temperature) for i in range(group_size)]
 
-    def open(self, *, group_size: int, max_tokens: int, temperature: float, top_p: float = 1.0) -> ScriptedGroups:
+    def open(self, *, group_size: int, sampling: Sampling) -> ScriptedGroups:
         return ScriptedGroups(self, group_size)
 
     def interrupt(self) -> None:

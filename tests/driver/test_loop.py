@@ -15,7 +15,7 @@ from sae_rl.algo import SAE, LowProbability
 from sae_rl.driver import throughput, train
 from sae_rl.metrics import check_names
 from sae_rl.seeds import derive_seed
-from sae_rl.types import Batch
+from sae_rl.types import Batch, Sampling
 
 from .scripted import NUM_PROMPTS, ScriptedWorkers, make_config, make_prompts, make_rollout, make_run, reward_of
 
@@ -38,7 +38,7 @@ def test_weights_are_sent_after_every_update_and_the_next_step_samples_from_them
     assert [call.of["version"] for call in workers.asked("sync")] == list(range(7))
     assert [call.of["version"] for call in workers.asked("generate")] == list(range(6))
     assert [call.of["stream"] for call in workers.asked("generate")] == [f"step {k}" for k in range(6)]
-    assert {call.of["top_p"] for call in workers.asked("generate")} == {1.0}
+    assert {call.of["sampling"] for call in workers.asked("generate")} == {Sampling(max_tokens=8)}
 
 
 def test_the_batch_holds_the_responses_and_their_rewards(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_an_evaluation_samples_the_held_out_prompts_with_its_own_settings(tmp_pa
     before, after = (call for call in workers.asked("generate") if call.of["stream"] == "evaluation")
     assert before.of["prompts"] == after.of["prompts"] == ["p0", "p1", "p2"]
     assert (before.of["version"], after.of["version"]) == (0, 6)
-    assert before.of["top_p"] == 0.9
+    assert before.of["sampling"].top_p == 0.9
     results = [call.of["metrics"] for call in workers.asked("log") if call.of["phase"] == "evaluation"]
     for version, result in zip((0, 6), results, strict=True):
         rewards = [reward_of(make_rollout(p, i, version, 1.0)) for p in make_prompts(3) for i in range(3)]

@@ -76,7 +76,7 @@ def test_the_next_batch_is_sampled_while_a_step_trains(tmp_path: Path) -> None:
 def test_batches_are_those_of_the_synchronous_schedule_but_for_their_weights(tmp_path: Path) -> None:
     straight, workers = ScriptedWorkers(), overlapped(tmp_path / "b", Timed())
     train(make_run(make_config(tmp_path / "a"), straight))
-    for name in ("prompts", "stream", "top_p"):
+    for name in ("prompts", "stream", "sampling"):
         assert [call.of[name] for call in workers.asked("generate")] == [
             call.of[name] for call in straight.asked("generate")
         ]

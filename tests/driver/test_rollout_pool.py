@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sae_rl.config import Config
+from sae_rl.types import Sampling
 from sae_rl.workers.group import WorkerGroup
 from sae_rl.workers.rollout_pool import RolloutPool
 
@@ -46,7 +47,7 @@ def test_engines_that_share_gpus_sleep_once_and_wake_for_work(tmp_path: Path) ->
     )
     pool.sleep()
     assert group.asked == [], "they start asleep"
-    groups = pool.open(group_size=2, max_tokens=8, temperature=1.0)
+    groups = pool.open(group_size=2, sampling=Sampling(max_tokens=8))
     groups.add(make_prompts(2), "step 0")
     assert group.asked == [(0, "wake"), (1, "wake")], "once, and not for every prompt"
     pool.sleep()
@@ -59,6 +60,6 @@ def test_engines_that_share_gpus_sleep_once_and_wake_for_work(tmp_path: Path) ->
 def test_others_never_sleep(tmp_path: Path) -> None:
     pool, group = pool_of(make_config(tmp_path))
     pool.sleep()
-    pool.open(group_size=2, max_tokens=8, temperature=1.0).add(make_prompts(2), "step 0")
+    pool.open(group_size=2, sampling=Sampling(max_tokens=8)).add(make_prompts(2), "step 0")
     pool.wake()
     assert group.asked == []

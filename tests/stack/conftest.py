@@ -12,7 +12,7 @@ from sae_rl.compose import load_config
 from sae_rl.config import Config
 from sae_rl.data.level import Level
 from sae_rl.data.tokenizer import build_tokenizer
-from sae_rl.types import Prompt, Rollout
+from sae_rl.types import Prompt, Rollout, Sampling
 from sae_rl.warm_start import ModelShape, build_model, save
 from sae_rl.workers.crew import Crew
 
@@ -80,7 +80,10 @@ def sampled(
     groups = {
         group[0].prompt.id: group
         for group in crew.rollout.generate(
-            prompts, group_size=group_size, max_tokens=max_tokens, temperature=temperature, stream="test"
+            prompts,
+            group_size=group_size,
+            sampling=Sampling(max_tokens=max_tokens, temperature=temperature),
+            stream="test",
         )
     }
     assert len(groups) == len(prompts), "every prompt is answered, and once"

@@ -13,7 +13,7 @@ import torch
 
 from sae_rl.clock import Clock
 from sae_rl.run import load_source, load_tokenizer
-from sae_rl.types import Batch, Prompt, Rollout, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Sampling, Targets
 from sae_rl.workers.crew import Crew
 from sae_rl.workers.group import WorkerError
 from sae_rl.workers.session import ray_session, start_workers
@@ -64,7 +64,7 @@ def interrupted(crew: Crew, prompts: list[Prompt], pid: int, number: int) -> dic
     """Samples, and sends a signal when the first group is there."""
     groups: dict[str, list[Rollout]] = {}
     stream = crew.rollout.generate(
-        prompts, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS, temperature=1.0, stream="test"
+        prompts, group_size=GROUP_SIZE, sampling=Sampling(max_tokens=MAX_TOKENS), stream="test"
     )
     for group in stream:
         if not groups:

@@ -15,7 +15,7 @@ from sae_rl.clock import Clock
 from sae_rl.records import read_jsonl
 from sae_rl.rollout_table import read_rollouts, read_step, rollout_files
 from sae_rl.run import load_source, load_tokenizer
-from sae_rl.types import Batch, Targets
+from sae_rl.types import Batch, Sampling, Targets
 from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import ROOT, Configure, overrides, sampled
 
@@ -34,7 +34,7 @@ def test_responses_under_way_go_on_with_new_weights(configure: Configure, tmp_pa
         draw = torch.randn(first.num_tokens, generator=torch.Generator().manual_seed(0))
         crew.update(first, crew.score(first), Targets(advantages=draw, returns=None), seed=0)
 
-        groups = crew.rollout.open(group_size=4, max_tokens=256, temperature=1.0)
+        groups = crew.rollout.open(group_size=4, sampling=Sampling(max_tokens=256))
         groups.add(prompts, "test")
         with ThreadPoolExecutor(1) as thread:
             sampling = thread.submit(lambda: [rollout for group in groups for rollout in group])

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "metrics": [],
     "algo": ["types"],
     "plugins": [],
-    "config": ["algo", "plugins"],
+    "config": ["algo", "plugins", "types"],
     "config_checks": ["config"],
     "compose": ["config", "config_checks", "plugins"],
     "data": ["types"],
