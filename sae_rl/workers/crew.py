@@ -17,6 +17,7 @@ from sae_rl.backends.deepspeed import Rank
 from sae_rl.clock import Clock
 from sae_rl.config import Config
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+from sae_rl.workers.engines import Engines
 from sae_rl.workers.group import Call, WorkerError, WorkerGroup, wait_for
 from sae_rl.workers.placement import Role, plan
 from sae_rl.workers.policy import merge, summarize
@@ -50,7 +51,8 @@ class Crew:
         self._clock = clock
         self._rollout: RolloutPool | None = None
         if "rollout" in groups:
-            self._rollout = RolloutPool(groups["rollout"], config, self._load_engine, self._refit, note)
+            engines = Engines(groups["rollout"], config, self._load_engine, self._refit, note)
+            self._rollout = RolloutPool(engines, config)
         self._connected: list[ActorHandle] = []  # the engines that the policy sends weights to
         self._policy = threading.Lock()  # held while its weights change, or are sent
         self._version = 0  # of its weights

@@ -55,7 +55,6 @@ class Engines:
         start: asks a new worker to load ``model.path``, and returns the call.
         refit: gives the engine of a rank the policy's weights, so that it can serve, unless they are changing now.
         note: tells the reader of the console.
-        queue: where the work of a lost engine goes back to.
     """
 
     def __init__(
@@ -65,9 +64,10 @@ class Engines:
         start: Callable[[Any], Any],
         refit: Callable[[int], None],
         note: Callable[[str], None],
-        queue: deque[Job],
     ) -> None:
-        self._group, self._config, self._queue = group, config, queue
+        self.group = group
+        self.queue: deque[Job] = deque()  # what no engine works at
+        self._config = config
         self._start, self._refit, self._note = start, refit, note
         self._engines = [Engine(rank) for rank in range(len(group.workers))]
         self._is_synced = False  # once, and so every replacement needs weights
@@ -97,7 +97,7 @@ class Engines:
         if not engine.jobs:
             engine.checked_at = time.monotonic()
         job.since = engine.version
-        engine.jobs[self._group.workers[engine.rank].generate.remote(job.requests)] = job
+        engine.jobs[self.group.workers[engine.rank].generate.remote(job.requests)] = job
 
     def wait(self, calls: Sequence[Any]) -> list[Any]:
         """Waits for some of these calls for a moment. Time in which nobody listened is no engine's delay."""
@@ -159,7 +159,7 @@ class Engines:
 
     def _answer(self, engine: Engine, call: Any) -> list[Sample] | None:
         try:
-            samples: list[Sample] = self._group.result(engine.rank, call)
+            samples: list[Sample] = self.group.result(engine.rank, call)
         except WorkerError as error:
             if not _is_loss(error):
                 raise
@@ -180,14 +180,14 @@ class Engines:
                 return
         if engine.check is not None and engine.check in done:
             try:
-                self._group.result(engine.rank, engine.check)
+                self.group.result(engine.rank, engine.check)
             except WorkerError as error:
                 self._lose(engine, str(error))
                 return
             engine.check, engine.checked_at = None, time.monotonic()
         idle_s = time.monotonic() - engine.checked_at
         if engine.jobs and engine.check is None and idle_s > self._config.rollout.health_timeout_s / 4:
-            engine.check, engine.checked_at = self._group.workers[engine.rank].check.remote(), time.monotonic()
+            engine.check, engine.checked_at = self.group.workers[engine.rank].check.remote(), time.monotonic()
 
     def _check_deadlines(self) -> None:
         now, limit = time.monotonic(), self._config.rollout.health_timeout_s
@@ -202,8 +202,8 @@ class Engines:
         """A replacement that has answered its call to start."""
         call, engine.starting = engine.starting, None
         try:
-            self._group.result(engine.rank, call)
-            self._group.locate_one(engine.rank)
+            self.group.result(engine.rank, call)
+            self.group.locate_one(engine.rank)
         except WorkerError as error:
             self._lose(engine, str(error))
             return
@@ -219,8 +219,8 @@ class Engines:
                 raise WorkerError(
                     f"prompt {job.prompt.id!r} was under way on {MAX_ATTEMPTS} engines that were lost; the last: {why}"
                 )
-            self._queue.appendleft(job)
-        place = self._group.place(engine.rank)
+            self.queue.appendleft(job)
+        place = self.group.place(engine.rank)
         if place is not None:
             kill_processes(place)
         if self.num_lost > self._config.rollout.max_engine_losses:
@@ -229,7 +229,7 @@ class Engines:
                 f"{self._config.rollout.max_engine_losses}; the last: {why}"
             )
         engine.jobs, engine.check, engine.state, engine.version = {}, None, "starting", None
-        engine.starting, engine.started_at = self._start(self._group.replace(engine.rank)), time.monotonic()
+        engine.starting, engine.started_at = self._start(self.group.replace(engine.rank)), time.monotonic()
 
 
 def _is_loss(error: WorkerError) -> bool:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -19,7 +18,7 @@ from sae_rl.config import Config
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Prompt, Rollout, Sampling
 from sae_rl.workers.engines import Engine, Engines, Job
-from sae_rl.workers.group import WorkerError, WorkerGroup
+from sae_rl.workers.group import WorkerError
 
 UNSYNCED = "default"  # what vLLM calls the weights that it loaded itself
 
@@ -52,25 +51,17 @@ class Stream:
 
 
 class RolloutPool:
-    """All engines of a run; implements `sae_rl.protocols.RolloutEngines`. See `Engines` for the arguments.
+    """Implements `sae_rl.protocols.RolloutEngines`.
 
     One thread may sample while another sends weights, which it does under ``lock``.
     """
 
-    def __init__(
-        self,
-        group: WorkerGroup,
-        config: Config,
-        start: Callable[[Any], Any],
-        refit: Callable[[int], None],
-        note: Callable[[str], None],
-    ) -> None:
-        self._group, self._config = group, config
-        self._queue: deque[Job] = deque()
+    def __init__(self, engines: Engines, config: Config) -> None:
+        self.engines, self._config = engines, config
+        self._group, self._queue = engines.group, engines.queue
         self._answered_at = self._turned_at = time.monotonic()
         self._interrupted = False
         self._sleeps = self._is_asleep = config.cluster.colocate_rollout  # they start asleep
-        self.engines = Engines(group, config, start, refit, note, self._queue)
         self.lock = threading.RLock()
 
     @property

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from sae_rl.config import Config
 from sae_rl.types import Sampling
+from sae_rl.workers.engines import Engines
 from sae_rl.workers.group import WorkerGroup
 from sae_rl.workers.rollout_pool import RolloutPool
 
@@ -37,7 +38,7 @@ class Asked:
 
 def pool_of(config: Config) -> tuple[RolloutPool, Recording]:
     group = Recording()
-    return RolloutPool(cast(WorkerGroup, group), config, start=Any, refit=Any, note=print), group
+    return RolloutPool(Engines(cast(WorkerGroup, group), config, start=Any, refit=Any, note=print), config), group
 
 
 def test_engines_that_share_gpus_sleep_once_and_wake_for_work(tmp_path: Path) -> None:

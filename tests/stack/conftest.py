@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from sae_rl.compose import load_config
 from sae_rl.config import Config
 from sae_rl.data.level import Level
 from sae_rl.data.tokenizer import build_tokenizer
+from sae_rl.records import read_jsonl
 from sae_rl.types import Prompt, Rollout, Sampling
 from sae_rl.warm_start import ModelShape, build_model, save
 from sae_rl.workers.crew import Crew
@@ -62,6 +65,18 @@ def overrides(model: Path, output: Path, *more: str) -> list[str]:
         "logger=off",
         *more,
     ]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "sae_rl", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def train_rows(folder: Path) -> dict[int, dict[str, float]]:
+    return {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl") if row["phase"] == "train"}
 
 
 def for_learners(**keys: object) -> list[str]:

@@ -15,9 +15,8 @@ from sae_rl.rollout_table import read_rollouts, rollout_files
 from sae_rl.types import Batch, Targets
 from sae_rl.workers.crew import Crew
 from sae_rl.workers.session import ray_session, start_learners
-from tests.stack.conftest import Configure, for_learners, overrides
+from tests.stack.conftest import Configure, for_learners, overrides, run
 from tests.stack.test_layouts import learners_weights, rollouts_of_many_lengths
-from tests.stack.test_run import run
 
 pytestmark = pytest.mark.slow
 LORA = ["learner.lora.rank=4", "learner.lora.alpha=8", "learner.policy.optimizer.lr=0.05"]

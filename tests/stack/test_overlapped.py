@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +15,7 @@ from sae_rl.rollout_table import read_rollouts, read_step, rollout_files
 from sae_rl.run import load_source, load_tokenizer
 from sae_rl.types import Batch, Sampling, Targets
 from sae_rl.workers.session import ray_session, start_workers
-from tests.stack.conftest import ROOT, Configure, overrides, sampled
+from tests.stack.conftest import Configure, overrides, run, sampled, train_rows
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -57,12 +55,6 @@ def test_responses_under_way_go_on_with_new_weights(configure: Configure, tmp_pa
         )
 
 
-def train(*arguments: str) -> None:
-    command = [sys.executable, "-m", "sae_rl", "train", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Overlapped, with partial rollouts, engines that take turns with an evaluation, and a correction."""
@@ -75,16 +67,13 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         "logger.rollouts_every_steps=1",
         f"steps={STEPS}",
     ]
-    train(*overrides(tiny_model, output, *more))
+    done = run("train", *overrides(tiny_model, output, *more))
+    assert done.returncode == 0, done.stderr
     return output
 
 
-def train_rows(folder: Path) -> list[dict[str, float]]:
-    return [row for row in read_jsonl(folder / "metrics.jsonl") if row["phase"] == "train"]
-
-
 def test_an_overlapped_run(finished: Path) -> None:
-    rows = train_rows(finished)
+    rows = list(train_rows(finished).values())
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert max(row["rollout/staleness_max"] for row in rows) in (1, 2)
     assert all(row["sync/logprob_diff_max"] < 1e-4 and row["ahead/overlap"] > 0 for row in rows)
@@ -98,10 +87,17 @@ def test_an_overlapped_run(finished: Path) -> None:
 
 def test_its_recorded_rollouts_are_learnt_from_again(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
     """The same numbers come out, without an engine."""
-    train(*overrides(tiny_model, tmp_path / "again", "schedule.mode=synchronous", f"steps={STEPS}", f"replay={finished}",
-                     "algorithm.policy_loss.correction={mode: truncate, level: token, cap: 2.0}",
-                     "logger.rollouts_every_steps=1"))  # fmt: skip
-    for again, before in zip(train_rows(tmp_path / "again"), train_rows(finished), strict=True):
+    more = [
+        f"steps={STEPS}",
+        f"replay={finished}",
+        "algorithm.policy_loss.correction.mode=truncate",
+        "logger.rollouts_every_steps=1",
+    ]
+    done = run("train", *overrides(tiny_model, tmp_path / "again", *more))
+    assert done.returncode == 0, done.stderr
+    recorded = train_rows(finished)
+    for step, again in train_rows(tmp_path / "again").items():
+        before = recorded[step]
         for name in ("policy/loss", "policy/approx_kl", "critic/loss", "policy/grad_norm", "critic/explained_variance",
                      "rollout/reward_mean", "segment/tokens_mean", "rollout/staleness_mean"):  # fmt: skip
             assert again[name] == pytest.approx(before[name], rel=1e-4, abs=1e-7), name

@@ -11,8 +11,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from sae_rl.records import read_jsonl
 from sae_rl.rollout_table import read_rollouts, rollout_files
-from tests.stack.conftest import overrides
-from tests.stack.test_run import run
+from tests.stack.conftest import overrides, run
 
 pytestmark = pytest.mark.slow
 ZERO_3 = "learner.critic.zero_stage=3"

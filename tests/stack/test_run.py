@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,18 +19,10 @@ from transformers import AutoModelForCausalLM
 from sae_rl import checkpoint
 from sae_rl.records import read_jsonl
 from sae_rl.rollout_table import read_rollouts, rollout_files
-from tests.stack.conftest import ROOT, overrides
+from tests.stack.conftest import ROOT, command, overrides, run, train_rows
 
 pytestmark = pytest.mark.slow
 KL = ["algorithm.token_rewards.kl_coef=0.05", "algorithm.policy_loss.kl_coef=0.1"]
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "sae_rl", *arguments]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +43,6 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     done = run("train", *overrides(tiny_model, output, *more))
     assert done.returncode == 0, done.stderr
     return output
-
-
-def train_rows(folder: Path) -> dict[int, dict[str, float]]:
-    return {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl") if row["phase"] == "train"}
 
 
 def test_records_of_a_run(finished: Path) -> None:
