@@ -115,6 +115,8 @@ def _check_schedule(config: Config) -> list[str]:
             f"schedule.scoring_parts = {schedule.scoring_parts}: scoring beside sampling needs schedule=synchronous, and "
             "rollout.dynamic_sampling.mode=none, which knows what is learnt from before all is sampled; use 1"
         )
+    if config.replay is not None and config.replay.resolve() == config.output_dir.resolve():
+        problems.append(f"replay = output_dir = {config.replay}: a run records anew; choose another output_dir")
     if config.replay is not None and schedule.mode == "overlapped":
         problems.append(
             "replay and schedule.mode = overlapped: recorded rollouts need no sampling; use schedule=synchronous"
@@ -131,6 +133,8 @@ def _check_colocation(config: Config) -> list[str]:
         "cluster.share_learner_gpus": (config.cluster.share_learner_gpus, True),
         "rollout.tensor_parallel_size": (config.rollout.tensor_parallel_size, 1),
         "cluster.rollout.num_workers": (config.cluster.rollout.num_workers, config.cluster.policy.num_workers),
+        # A replacement could not measure what is free on a GPU where learners work.
+        "rollout.max_engine_losses": (config.rollout.max_engine_losses, 0),
         "schedule.mode": (config.schedule.mode, "synchronous"),
         "schedule.scoring_parts": (config.schedule.scoring_parts, 1),
     }

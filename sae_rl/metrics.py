@@ -126,7 +126,9 @@ METRICS: dict[str, Metric] = {
     "time/step_s": Metric("s", "wall time since the last step ended", "step"),
     "ahead/generate_s": Metric("s", "overlapped schedule: sampling this step's responses, beside the phases above"),
     "ahead/reward_s": Metric("s", "overlapped schedule: checking them behind that"),
-    "ahead/overlap": Metric("", "all of these phases but waiting, summed, / time/step_s; 1 where nothing overlaps"),
+    "ahead/overlap": Metric(
+        "", "all of these phases but waiting, / the wall time until the next weights were sent; 1: no overlap"
+    ),
     "throughput/tokens_per_s": Metric("tokens/s", "response tokens / time/step_s", "tokens per second"),
     **{
         f"throughput/{phase}_tokens_per_s": Metric("tokens/s", f"response tokens / time/{phase}_s")

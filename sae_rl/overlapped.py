@@ -7,7 +7,7 @@ older than the policy that learns from them; `ImportanceCorrection` weighs their
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -111,21 +111,25 @@ class Ahead:
         return PartialRollouts(run.sampler, run.workers.rollout, run.rewards, run.clock, run.config.rollout).gather
 
     def _gather_all(self) -> None:
+        batches = dict(self._batches)
+        try:
+            for step, sampled in self._gathered():
+                batches.pop(step).set_result(sampled)
+        except BaseException as error:  # whoever waits for a batch has to know, whatever it is
+            for batch in batches.values():
+                batch.set_exception(error)
+
+    def _gathered(self) -> Iterator[tuple[int, Collected]]:
         clock = Clock()
-        run = replace(self._run, clock=clock)
-        gather_step = self._gatherer(run)
-        for step, batch in list(self._batches.items()):
+        gather_step = self._gatherer(replace(self._run, clock=clock))
+        for step in list(self._batches):
             with self._changed:
                 while not self._stopped and self._needed(step) > self._version:
                     self._changed.wait()
                 if self._stopped:
                     return
             clock.lap()
-            try:
-                sampled = gather_step(step)
-            except BaseException as error:  # whoever waits for the batch has to know, whatever it is
-                batch.set_exception(error)
-                return
+            sampled = gather_step(step)
             times = clock.lap()
             spent = {f"ahead/{phase}_s": times[f"time/{phase}_s"] for phase in ("generate", "reward")}
-            batch.set_result(replace(sampled, metrics=sampled.metrics | spent))
+            yield step, replace(sampled, metrics=sampled.metrics | spent)

@@ -22,20 +22,21 @@ def train_replay(run: Run) -> None:
     first = restore(run)
     run.clock.lap()
     for step in range(first, run.config.steps):
+        recorded_step, file = files[step]
         with run.clock.phase("generate"):
-            rollouts, rewards = read_step(files[step])
+            rollouts, rewards = read_step(file)
         sampled = Collected(rollouts, rewards, {}, run.sampler.state())
-        finish(run, step, sampled, learn(run, step, sampled), {})
+        finish(run, step, sampled, learn(run, recorded_step, sampled), {})
 
 
-def recorded_files(folder: Path | None, num_steps: int) -> list[Path]:
-    """The first ``num_steps`` recorded steps of a run.
+def recorded_files(folder: Path | None, num_steps: int) -> list[tuple[int, Path]]:
+    """(step, file) of the first ``num_steps`` recorded steps of a run.
 
     Raises:
         ConfigError: there are not so many.
     """
     assert folder is not None, "asked only when the configuration has a replay"
-    files = [file for _, file in rollout_files(folder)]
+    files = rollout_files(folder)
     if len(files) < num_steps:
         raise ConfigError(
             [

@@ -51,8 +51,11 @@ class PolicyWeights(WeightSource):
             metadata += [ParamMeta(n, dtype, shape) for n in self._sent_names(name)]
         return metadata
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+    def begin(self) -> None:
+        """Before they are asked for once: `finish` has something to gather, even if they never are."""
         self._gathered = self._learner.full_weights()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._gathered:
             for sent_name in self._sent_names(name):
                 yield sent_name, tensor
@@ -149,6 +152,7 @@ class Sender:
         self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self.weights)
 
     def send(self) -> None:
+        self.weights.begin()
         try:
             self._engine.send_weights()
         except Exception:  # an engine died, say: another attempt follows, or the run ends with this error

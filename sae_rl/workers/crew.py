@@ -54,11 +54,12 @@ class Crew:
             engines = Engines(groups["rollout"], config, self._load_engine, self._refit, note)
             self._rollout = RolloutPool(engines, config)
         self._connected: list[ActorHandle] = []  # the engines that the policy sends weights to
-        self._policy = threading.Lock()  # held while its weights change, or are sent
+        # Held while the policy works: its ranks must be asked in one order, and its weights are sent when they do not change.
+        self._policy = threading.Lock()
         self._version = 0  # of its weights
 
     def start(self) -> None:
-        """Loads all models at the same time, and connects the policy with the engines."""
+        """Loads all models, at the same time where they do not share GPUs with engines."""
         config = self._config
         limit = config.cluster.start_timeout_s
         for group in self._groups.values():
@@ -100,8 +101,6 @@ class Crew:
     def _send(self, ranks: list[int], version: int) -> None:
         """The policy's weights to the engines of these ranks; connects with them if it has not yet."""
         policy, config = self._groups["policy"], self._config
-        if config.cluster.colocate_rollout:  # a replacement starts asleep
-            self._groups["rollout"].run_on(ranks, lambda worker: worker.wake.remote())
         engines = [self._groups["rollout"].workers[rank] for rank in ranks]
         if engines != self._connected:
             self._connected = []
@@ -162,7 +161,7 @@ class Crew:
         return self._start_score_all(Batch.of(rollouts, [0.0] * len(rollouts)))
 
     def score(self, batch: Batch, started: Sequence[Scoring] = ()) -> Scores:
-        with self._clock.phase("score"):
+        with self._clock.phase("score"), self._policy:
             self._have_gpus()
             return self._scores_of(batch, started or [self._start_score_all(batch)])
 
@@ -252,7 +251,7 @@ class Crew:
             self._version = version
             self.rollout.wake()
             try:
-                self._send(engines.settle(), version)
+                self._send(engines.settle() or engines.replace_all("none had started"), version)
             except WorkerError as error:
                 if error.died == "policy":
                     raise
@@ -279,7 +278,7 @@ class Crew:
         return {"sync/logprob_diff_max": worst}
 
     def save(self, folder: Path) -> None:
-        with self._clock.phase("checkpoint"):
+        with self._clock.phase("checkpoint"), self._policy:
             self._save(folder, self._learners())
             self._groups["policy"].run(lambda worker: worker.export.remote(folder.absolute() / "hf"))
 

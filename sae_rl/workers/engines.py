@@ -115,13 +115,7 @@ class Engines:
         return done
 
     def calls(self) -> list[Any]:
-        """Everything under way.
-
-        Raises:
-            WorkerError: nothing ever will be.
-        """
-        if all(engine.state == "starting" and engine.starting is None for engine in self._engines):
-            raise WorkerError("no rollout engine is left, and none can be started")
+        """Everything under way."""
         return [call for e in self._engines for call in (*e.jobs, e.check, e.starting) if call is not None]
 
     def take(self, done: Sequence[Any]) -> Iterator[tuple[Engine, Job, list[Sample]]]:
@@ -155,7 +149,10 @@ class Engines:
             self.wait([engine.starting for engine in self._engines if engine.starting is not None])
             self.settle()
             self._check_deadlines()
-        return self.settle()
+        ranks = self.settle()
+        if not ranks:
+            raise WorkerError(f"no rollout engine is left: {why}")
+        return ranks
 
     def _answer(self, engine: Engine, call: Any) -> list[Sample] | None:
         try:
@@ -192,9 +189,9 @@ class Engines:
     def _check_deadlines(self) -> None:
         now, limit = time.monotonic(), self._config.rollout.health_timeout_s
         for engine in self._engines:
-            if engine.check is not None and now - engine.checked_at > limit:
+            if _is_late(engine.check, now - engine.checked_at, limit):
                 self._lose(engine, f"it did not answer within rollout.health_timeout_s = {limit:g} s")
-            elif engine.starting is not None and now - engine.started_at > self._config.cluster.start_timeout_s:
+            elif _is_late(engine.starting, now - engine.started_at, self._config.cluster.start_timeout_s):
                 seconds = self._config.cluster.start_timeout_s
                 self._lose(engine, f"it did not start within cluster.start_timeout_s = {seconds:g} s")
 
@@ -230,6 +227,11 @@ class Engines:
             )
         engine.jobs, engine.check, engine.state, engine.version = {}, None, "starting", None
         engine.starting, engine.started_at = self._start(self.group.replace(engine.rank)), time.monotonic()
+
+
+def _is_late(call: Any, seconds: float, limit: float) -> bool:
+    """Whether a call was not answered in time, rather than answered while nobody looked."""
+    return call is not None and seconds > limit and not ray.wait([call], timeout=0)[0]
 
 
 def _is_loss(error: WorkerError) -> bool:

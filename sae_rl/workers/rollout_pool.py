@@ -126,24 +126,30 @@ class RolloutPool:
 
     def turn(self) -> None:
         """Hands out work, and takes in what was answered, if anything was within a moment."""
-        now = time.monotonic()
-        self._answered_at += now - self._turned_at  # nobody waited in between
         with self.lock:
+            self._check_interrupted()
+            self._answered_at += time.monotonic() - self._turned_at  # nobody waited in between
             self._dispatch()
             calls = self.engines.calls()
         done = self.engines.wait(calls)
-        if self._interrupted:
-            raise RuntimeError("sampling was interrupted")
+        waited_until = time.monotonic()
         with self.lock:
+            self._check_interrupted()
+            if not self.engines.ready:  # a replacement has a deadline of its own
+                self._answered_at = waited_until
             for engine, job, samples in self.engines.take(done):
-                self._answered_at = time.monotonic()
+                self._answered_at = waited_until
                 job.stream.finished.append([_rollout(job, i, sample, engine) for i, sample in enumerate(samples)])
-        self._turned_at = time.monotonic()
-        if self._turned_at - self._answered_at > self._config.cluster.call_timeout_s:
+            self._turned_at = time.monotonic()
+        if waited_until - self._answered_at > self._config.cluster.call_timeout_s:
             raise WorkerError(
                 f"no rollout engine answered within cluster.call_timeout_s = {self._config.cluster.call_timeout_s:g} s"
-                f"{self._group.last_lines((self.engines.ready or [0])[0])}"
+                f"{self._group.last_lines(self.engines.ready[0])}"
             )
+
+    def _check_interrupted(self) -> None:
+        if self._interrupted:
+            raise RuntimeError("sampling was interrupted")
 
     def _dispatch(self) -> None:
         """Fills engines, the emptiest first, a group beyond what they decode at once, so that none waits for more."""

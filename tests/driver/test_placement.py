@@ -19,7 +19,7 @@ from sae_rl.workers.placement import Placement, Role, check_resources, plan, res
 
 FILES = ("task.train.path=/no/train.parquet", "task.evaluation.path=/no/heldout.parquet")
 PAPER = {"paper_4b": 8, "paper_8b": 16, "paper_14b": 32}
-COLOCATED = ["cluster.colocate_rollout=true", "cluster.rollout.num_workers=8"]
+COLOCATED = ["cluster.colocate_rollout=true", "cluster.rollout.num_workers=8", "rollout.max_engine_losses=0"]
 NODE = {"CPU": 32.0, "GPU": 8.0}
 
 
@@ -110,6 +110,7 @@ def test_engines_on_the_learners_gpus() -> None:
         (["cluster.share_learner_gpus=false"], r"needs cluster.share_learner_gpus = True, found False"),
         (["rollout.tensor_parallel_size=2"], r"needs rollout.tensor_parallel_size = 1, found 2"),
         (["schedule=overlapped"], r"needs schedule.mode = synchronous, found overlapped"),
+        (["rollout.max_engine_losses=1"], r"needs rollout.max_engine_losses = 0, found 1"),
         (["schedule.scoring_parts=4"], r"needs schedule.scoring_parts = 1, found 4"),
     ],
 )

@@ -71,6 +71,10 @@ def test_every_role_is_a_process_of_its_own_and_none_can_be_missed(configure: Co
         behind = crew.score(extended).values[extended.offsets[1:] - 1]  # type: ignore[index]
         torch.testing.assert_close(crew.score(batch).final_values, behind, atol=1e-5, rtol=1e-5)
 
+        parts = crew.score(batch, [crew.start_score(rollouts[:3]), crew.start_score(rollouts[3:])])
+        for name in ("old_logprobs", "values", "final_values"):
+            torch.testing.assert_close(getattr(parts, name), getattr(crew.score(batch), name), atol=1e-5, rtol=1e-5)
+
         deaths: list[tuple[str, Callable[[], object]]] = [
             ("critic", lambda: crew.score(batch)),
             ("policy", lambda: crew.sync_weights(1)),
