@@ -18,8 +18,8 @@ help:  ## this list
 demo: $(INSTALLED)  ## a small model learns a verifiable task with SAE on this machine, about ten minutes
 	$(BIN)/sae-rl demo
 
-test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 15 minutes on two cores
-	@echo "Running every test, with the real Ray, vLLM and DeepSpeed: about 15 minutes on two cores."
+test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 30 minutes on two cores
+	@echo "Running every test, with the real Ray, vLLM and DeepSpeed: about 30 minutes on two cores."
 	$(BIN)/python -m pytest
 
 test-fast: $(INSTALLED)  ## the tests that start no engine; about two minutes

@@ -98,6 +98,11 @@ class Crew:
             config.seed,
         )
 
+    def _send_and_probe(self, ranks: list[int]) -> dict[str, float]:
+        self._send(ranks, self._version)
+        self.rollout.engines.hold(ranks, self._version)
+        return self._probe(ranks)
+
     def _send(self, ranks: list[int], version: int) -> None:
         """The policy's weights to the engines of these ranks; connects with them if it has not yet."""
         policy, config = self._groups["policy"], self._config
@@ -111,15 +116,13 @@ class Crew:
             policy.run(lambda worker: worker.open_weight_transfer.remote(*transfer))
             self._connected = engines
         policy.run(lambda worker: worker.send_weights.remote(str(version)))
-        self.rollout.engines.hold(ranks, version)
 
     def _refit(self, rank: int) -> None:
         """Gives a replaced engine the policy's weights, unless they are changing."""
         if not self._policy.acquire(blocking=False):
             return
         try:
-            self._send([rank], self._version)
-            self._probe([rank])
+            self._send_and_probe([rank])
         finally:
             self._policy.release()
 
@@ -251,12 +254,11 @@ class Crew:
             self._version = version
             self.rollout.wake()
             try:
-                self._send(engines.settle() or engines.replace_all("none had started"), version)
+                return self._send_and_probe(engines.settle() or engines.replace_all("none had started"))
             except WorkerError as error:
                 if error.died == "policy":
                     raise
-                self._send(engines.replace_all(f"sending weights {version} failed ({error})"), version)
-            return self._probe(engines.ready)
+                return self._send_and_probe(engines.replace_all(f"sending weights {version} failed ({error})"))
 
     def _probe(self, ranks: list[int]) -> dict[str, float]:
         rollout = self._config.rollout

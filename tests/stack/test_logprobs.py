@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,16 +25,11 @@ def worst_difference(crew: Crew, prompts: list[Prompt], temperature: float) -> t
     return float((batch.rollout_logprobs - crew.score(batch).old_logprobs).abs().max()), batch
 
 
-def test_untied_weights_arrive_at_every_engine_and_logprobs_agree(configure: Configure) -> None:
-    check_agreement(configure, ["cluster.rollout.num_workers=2"])
-
-
-def test_tied_weights_arrive_under_zero_3_and_a_missing_head_is_noticed(configure: Configure, tied_model: Path) -> None:
-    check_agreement(configure, ["learner.policy.zero_stage=3"], model=tied_model)
-
-
-def check_agreement(configure: Configure, more: list[str], model: Path | None = None) -> None:
-    config = configure(*more) if model is None else configure(*more, model=model)
+def test_tied_weights_arrive_under_zero_3_and_what_is_missing_is_noticed(
+    configure: Configure, tied_model: Path
+) -> None:
+    """Untied ones, to two engines, are compared in test_lost_engines.py."""
+    config = configure("learner.policy.zero_stage=3", model=tied_model)
     prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")[:4]
     with ray_session(config), start_workers(config, prompts[:2], Clock()) as crew:
         crew.sync_weights(0)
@@ -57,17 +53,21 @@ def check_agreement(configure: Configure, more: list[str], model: Path | None = 
             difference, after = worst_difference(crew, prompts, temperature)
             assert difference < 1e-4, f"after a sync, at temperature {temperature}"
             assert not torch.equal(after.token_ids, before[temperature].token_ids)
-        # What ``named_parameters()`` would do to tied embeddings; and one tensor of many.
-        forget = forget_one if model is None else forget_head
-        crew.update(batch, scores, Targets(advantages=batch.rollout_logprobs, returns=scores.values), seed=1)
-        for worker in crew._groups["policy"].workers:
-            ray.get(worker.__ray_call__.remote(forget))
-        with pytest.raises(RuntimeError, match=r"differ by .* nats"):
-            crew.sync_weights(2)
+        for version, forget in ((2, forget_head), (3, forget_one)):
+            crew.update(batch, scores, Targets(advantages=batch.rollout_logprobs, returns=scores.values), seed=version)
+            tell(crew, forget)
+            with pytest.raises(RuntimeError, match=r"differ by .* nats"):
+                crew.sync_weights(version)
+            tell(crew, remember)
+            assert crew.sync_weights(version)["sync/logprob_diff_max"] < 1e-4
+
+
+def tell(crew: Crew, what: Callable[[object], None]) -> None:
+    ray.get([worker.__ray_call__.remote(what) for worker in crew._groups["policy"].workers])
 
 
 def forget_head(worker: object) -> None:
-    """Runs inside the policy's process: the tied output layer is not sent."""
+    """Runs inside the policy's process: the tied output layer is not sent, as by ``named_parameters()``."""
     worker._sender.weights._tied = False  # type: ignore[attr-defined]
 
 
@@ -76,3 +76,10 @@ def forget_one(worker: object) -> None:
     weights = worker._sender.weights  # type: ignore[attr-defined]
     sent_names = weights._sent_names
     weights._sent_names = lambda name: [] if name.endswith("layers.1.mlp.down_proj.weight") else sent_names(name)
+
+
+def remember(worker: object) -> None:
+    """Runs inside the policy's process: all are sent again."""
+    weights = worker._sender.weights  # type: ignore[attr-defined]
+    weights._tied = True
+    weights.__dict__.pop("_sent_names", None)

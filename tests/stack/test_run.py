@@ -117,8 +117,10 @@ def test_a_demo_killed_before_its_policy_was_published_shows_what_it_learned(
     assert (folder / "policy" / "model.safetensors").is_file() and (folder / "report.html").is_file()
 
 
-def start_and_wait_for_a_step(model: Path, output: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    arguments = overrides(model, output, "steps=500", "checkpoint.every_steps=1")
+def start_and_wait_for_a_step(
+    model: Path, output: Path, *more: str
+) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    arguments = overrides(model, output, "steps=500", "checkpoint.every_steps=1", *more)
     process = subprocess.Popen(
         command("train", *arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
@@ -136,7 +138,8 @@ def test_an_interrupted_run_leaves_no_process_and_goes_on(
     tiny_model: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     output = tmp_path / "run"
-    process, children = start_and_wait_for_a_step(tiny_model, output)
+    schedule = ["schedule=overlapped"] if number == signal.SIGINT else []  # whose sampling thread must end as well
+    process, children = start_and_wait_for_a_step(tiny_model, output, *schedule)
     assert len(children) >= 6  # Ray, the three workers, vLLM's one, the reward pool
     started = time.monotonic()
     if number == signal.SIGINT:
