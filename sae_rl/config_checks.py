@@ -15,6 +15,7 @@ def check(config: Config) -> list[str]:
         *_check_workers(config),
         *_check_dynamic_sampling(config),
         *_check_schedule(config),
+        *_check_partial_rollouts(config),
         *_check_colocation(config),
     ]
     try:
@@ -121,7 +122,7 @@ def _check_schedule(config: Config) -> list[str]:
         problems.append(
             "replay and schedule.mode = overlapped: recorded rollouts need no sampling; use schedule=synchronous"
         )
-    return problems + _check_partial_rollouts(config)
+    return problems
 
 
 def _check_colocation(config: Config) -> list[str]:

@@ -172,9 +172,8 @@ def gather(run: Run, step: int) -> Collected:
     def respond_to(prompts: list[Prompt], turn: int) -> tuple[list[Rollout], Rewards]:
         return respond(run, prompts, f"step {step}" if turn == 1 else f"step {step} round {turn}", early)
 
-    found = collect(run.sampler, rollout.prompts_per_step, rollout.group_size, rollout.dynamic_sampling, respond_to)
-    lost = {"rollout/num_lost_engines": float(run.workers.rollout.num_lost)}
-    return replace(found, metrics=found.metrics | lost, scoring=early.started if early else [])
+    sampled = collect(run.sampler, rollout.prompts_per_step, rollout.group_size, rollout.dynamic_sampling, respond_to)
+    return replace(sampled, scoring=early.started) if early else sampled
 
 
 def respond(run: Run, prompts: list[Prompt], stream: str, early: Early | None = None) -> tuple[list[Rollout], Rewards]:

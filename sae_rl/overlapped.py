@@ -34,7 +34,7 @@ def train_overlapped(run: Run) -> None:
         for step in range(first, run.config.steps):
             sampled = ahead.take(step)  # y ~ pi_rollout(. | x) of an earlier step, and R(x, y)
             learnt = learn(run, step, sampled)  # pi_theta and V
-            ahead.before_sync(step)
+            ahead.before_sync()
             synced = run.workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
             evaluate_if_due(run, step + 1)
             ahead.allow(step + 1)
@@ -83,7 +83,7 @@ class Ahead:
         with self._run.clock.phase("wait"):
             return self._batches.pop(step).result()
 
-    def before_sync(self, step: int) -> None:
+    def before_sync(self) -> None:
         """Drained weight updates: waits for the batches that the engines work at; those in flight do not."""
         if self._schedule.weight_updates == "in_flight":
             return

@@ -35,7 +35,7 @@ class PartialRollouts:
     ) -> None:
         assert config.prompts_under_way is not None, "otherwise every step waits for its own"
         self._sampler, self._rewards, self._clock, self._config = sampler, rewards, clock, config
-        self._engines, self._num_under_way = engines, config.prompts_under_way
+        self._num_under_way = config.prompts_under_way
         self._groups = engines.open(group_size=config.group_size, sampling=config.sampling(config.max_response_tokens))
         self._under_way: dict[str, UnderWay] = {}  # by prompt, in the order in which they were asked for
 
@@ -64,7 +64,6 @@ class PartialRollouts:
         metrics = {
             "reward/failed_fraction": rewards.failed_fraction,
             "sampling/left_over_fraction": len(left_over) / len(taken),
-            "rollout/num_lost_engines": float(self._engines.num_lost),
         }
         state = self._sampler.state(unused=[group.prompt for group in self._under_way.values()])
         return Collected([r for group in taken for r in group.rollouts or ()], rewards.scores, metrics, state)

@@ -43,11 +43,6 @@ class RolloutEngines(Protocol):
         """Whoever waits for responses in another thread gets an exception instead; nothing is sampled after it."""
         ...
 
-    @property
-    def num_lost(self) -> int:
-        """Engines that were lost and replaced since the run began."""
-        ...
-
 
 class Workers(Protocol):
     """The rollout engines, the policy, the critic and the reference model of one run."""

@@ -38,12 +38,11 @@ def write_rollouts(
 ) -> Path:
     """Writes one step; a kill leaves no half file. All tensors are (N,), in the order of ``rollouts``."""
     offsets = offsets_of([r.token_ids.numel() for r in rollouts])
-    marks = [torch.ones_like(r.token_ids, dtype=torch.bool) if r.sampled is None else r.sampled for r in rollouts]
     flat = {
         "token_ids": torch.cat([r.token_ids for r in rollouts]).int(),
         "rollout_logprobs": torch.cat([r.rollout_logprobs for r in rollouts]).float(),
         "policy_versions": torch.cat([r.policy_versions for r in rollouts]).int(),
-        "sampled": torch.cat(marks),
+        "sampled": torch.cat([r.marks for r in rollouts]),
         "old_logprobs": scores.old_logprobs.float(),
         "values": None if scores.values is None else scores.values.float(),  # None: the estimator has no critic
         "advantages": targets.advantages.float(),

@@ -76,6 +76,11 @@ class Rollout:
                     f"{tuple(flat.shape)} {name}"
                 )
 
+    @property
+    def marks(self) -> Tensor:
+        """(T,) bool, ``sampled`` written out."""
+        return torch.ones_like(self.token_ids, dtype=torch.bool) if self.sampled is None else self.sampled
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -191,9 +196,7 @@ def offsets_of(lengths: Sequence[int]) -> Tensor:
 def _marks(rollouts: Sequence[Rollout]) -> Tensor | None:
     if all(r.sampled is None for r in rollouts):
         return None
-    return torch.cat(
-        [torch.ones_like(r.token_ids, dtype=torch.bool) if r.sampled is None else r.sampled for r in rollouts]
-    )
+    return torch.cat([r.marks for r in rollouts])
 
 
 def gather_ragged(flat: Tensor, offsets: Tensor, indices: Tensor) -> Tensor:

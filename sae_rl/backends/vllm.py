@@ -53,9 +53,8 @@ def prepare_environment(device: Device, threads: int, sockets: str, *, sleeps: b
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if sleeps:
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = (
-            "1"  # CUDA IPC handles on their way to vLLM's worker are pickled
-        )
+        # CUDA IPC handles are pickled on their way to vLLM's worker.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if device == "cpu":
         # Engines of one machine must not all bind to the same cores; the number of threads is what we choose.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -99,11 +99,11 @@ class Crew:
         )
 
     def _send_and_probe(self, ranks: list[int]) -> dict[str, float]:
-        self._send(ranks, self._version)
+        self._send(ranks)
         self.rollout.engines.hold(ranks, self._version)
         return self._probe(ranks)
 
-    def _send(self, ranks: list[int], version: int) -> None:
+    def _send(self, ranks: list[int]) -> None:
         """The policy's weights to the engines of these ranks; connects with them if it has not yet."""
         policy, config = self._groups["policy"], self._config
         engines = [self._groups["rollout"].workers[rank] for rank in ranks]
@@ -115,7 +115,7 @@ class Crew:
             transfer = (engines, parallel, shares_gpus, address, port, config.cluster.call_timeout_s)
             policy.run(lambda worker: worker.open_weight_transfer.remote(*transfer))
             self._connected = engines
-        policy.run(lambda worker: worker.send_weights.remote(str(version)))
+        policy.run(lambda worker: worker.send_weights.remote(str(self._version)))
 
     def _refit(self, rank: int) -> None:
         """Gives a replaced engine the policy's weights, unless they are changing."""
@@ -254,11 +254,12 @@ class Crew:
             self._version = version
             self.rollout.wake()
             try:
-                return self._send_and_probe(engines.settle() or engines.replace_all("none had started"))
+                probed = self._send_and_probe(engines.settle() or engines.replace_all("none had started"))
             except WorkerError as error:
                 if error.died == "policy":
                     raise
-                return self._send_and_probe(engines.replace_all(f"sending weights {version} failed ({error})"))
+                probed = self._send_and_probe(engines.replace_all(f"sending weights {version} failed ({error})"))
+            return probed | {"rollout/num_lost_engines": float(engines.num_lost)}
 
     def _probe(self, ranks: list[int]) -> dict[str, float]:
         rollout = self._config.rollout

@@ -64,11 +64,6 @@ class RolloutPool:
         self._sleeps = self._is_asleep = config.cluster.colocate_rollout  # they start asleep
         self.lock = threading.RLock()
 
-    @property
-    def num_lost(self) -> int:
-        """Engines that were lost and replaced since the run began."""
-        return self.engines.num_lost
-
     def generate(
         self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, stream: str
     ) -> Iterator[list[Rollout]]:
@@ -135,11 +130,11 @@ class RolloutPool:
         waited_until = time.monotonic()
         with self.lock:
             self._check_interrupted()
-            if not self.engines.ready:  # a replacement has a deadline of its own
-                self._answered_at = waited_until
             for engine, job, samples in self.engines.take(done):
                 self._answered_at = waited_until
                 job.stream.finished.append([_rollout(job, i, sample, engine) for i, sample in enumerate(samples)])
+            if not self.engines.ready:  # a replacement has a deadline of its own
+                self._answered_at = waited_until
             self._turned_at = time.monotonic()
         if waited_until - self._answered_at > self._config.cluster.call_timeout_s:
             raise WorkerError(

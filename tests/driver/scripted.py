@@ -90,7 +90,6 @@ class ScriptedWorkers:
     fail_in_update: int | None = None  # the update with this seed raises
     version: int | None = None
     num_gpus: int = 0
-    num_lost: int = 0
     passes: int = 0
     quality: float = 0.0
 

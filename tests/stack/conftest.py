@@ -75,6 +75,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+def trained(model: Path, output: Path, *more: str) -> Path:
+    """A whole run through the command line, which succeeds."""
+    done = run("train", *overrides(model, output, *more))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
 def train_rows(folder: Path) -> dict[int, dict[str, float]]:
     return {row["step"]: row for row in read_jsonl(folder / "metrics.jsonl") if row["phase"] == "train"}
 

@@ -99,7 +99,7 @@ def test_what_a_lost_engine_had_not_answered_goes_to_others_until_too_many_are_l
                 time.sleep(0.5)
             crew.sync_weights(1)  # which makes the one that was replaced after the last group a full member
             assert crew.rollout.engines.ready == [0, 1]
-        assert len(notes) == crew.rollout.num_lost == 3
+        assert len(notes) == crew.rollout.engines.num_lost == 3
 
         # In the middle of a weight sync: it waits for an engine that is stopped, and then dies.
         move_policy(crew, before, seed=2)

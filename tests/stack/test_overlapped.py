@@ -15,7 +15,7 @@ from sae_rl.rollout_table import read_rollouts, read_step, rollout_files
 from sae_rl.run import load_source, load_tokenizer
 from sae_rl.types import Batch, Sampling, Targets
 from sae_rl.workers.session import ray_session, start_workers
-from tests.stack.conftest import Configure, overrides, run, sampled, train_rows
+from tests.stack.conftest import Configure, sampled, train_rows, trained
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -67,9 +67,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         "logger.rollouts_every_steps=1",
         f"steps={STEPS}",
     ]
-    done = run("train", *overrides(tiny_model, output, *more))
-    assert done.returncode == 0, done.stderr
-    return output
+    return trained(tiny_model, output, *more)
 
 
 def test_an_overlapped_run(finished: Path) -> None:
@@ -77,7 +75,7 @@ def test_an_overlapped_run(finished: Path) -> None:
     assert [row["step"] for row in rows] == list(range(STEPS))
     assert max(row["rollout/staleness_max"] for row in rows) in (1, 2)
     assert all(row["sync/logprob_diff_max"] < 1e-4 and row["ahead/overlap"] > 0 for row in rows)
-    assert all(row["correction/weight_mean"] > 0 for row in rows)
+    assert all(row["correction/weight_mean"] > 0 and row["rollout/num_lost_engines"] == 0 for row in rows)
     assert [row["sampling/left_over_fraction"] for row in rows] == [0, *[0.5] * (STEPS - 1)]
     asked = [read_rollouts(file)["prompt_id"].to_pylist() for _, file in rollout_files(finished)]
     assert all(len(set(names)) == 4 for names in asked)
@@ -93,8 +91,7 @@ def test_its_recorded_rollouts_are_learnt_from_again(finished: Path, tiny_model:
         "algorithm.policy_loss.correction.mode=truncate",
         "logger.rollouts_every_steps=1",
     ]
-    done = run("train", *overrides(tiny_model, tmp_path / "again", *more))
-    assert done.returncode == 0, done.stderr
+    trained(tiny_model, tmp_path / "again", *more)
     recorded = train_rows(finished)
     for step, again in train_rows(tmp_path / "again").items():
         before = recorded[step]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from sae_rl import checkpoint
 from sae_rl.records import read_jsonl
 from sae_rl.rollout_table import read_rollouts, rollout_files
-from tests.stack.conftest import ROOT, command, overrides, run, train_rows
+from tests.stack.conftest import ROOT, command, overrides, run, train_rows, trained
 
 pytestmark = pytest.mark.slow
 KL = ["algorithm.token_rewards.kl_coef=0.05", "algorithm.policy_loss.kl_coef=0.1"]
@@ -40,9 +40,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         "learner.critic_pretraining.num_prompts=8",
         "learner.critic_pretraining.max_epochs=2",
     ]
-    done = run("train", *overrides(tiny_model, output, *more))
-    assert done.returncode == 0, done.stderr
-    return output
+    return trained(tiny_model, output, *more)
 
 
 def test_records_of_a_run(finished: Path) -> None:
