@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from sae_rl.config import ConfigError
+from sae_rl.errors import ConfigError
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 

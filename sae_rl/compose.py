@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from sae_rl.config import Config, ConfigError, Section
+from sae_rl.config import Config, Section
 from sae_rl.config_checks import check
+from sae_rl.errors import ConfigError
 from sae_rl.plugins import describe, nearest
 
 T = TypeVar("T", bound=Section)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,8 @@ from sae_rl.algo.segmenter_sets import SEGMENTERS
 from sae_rl.algo.segmenters import Segmenter
 from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.plugins import member_of, tree_of
+from sae_rl.rewards import VERIFIERS
+from sae_rl.rewards.verdict import Verifier
 from sae_rl.types import Sampling
 
 Positive = Annotated[int, Field(ge=1)]
@@ -27,13 +28,6 @@ NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
-
-
-class ConfigError(ValueError):
-    """What is wrong with a configuration, one problem per line, each with the key to change."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
 
 
 class Section(BaseModel):
@@ -255,10 +249,16 @@ class LearnersConfig(Section):
     critic_pretraining: CriticPretrainingConfig
 
 
-class RewardPoolConfig(Section):
+class RewardsConfig(Section):
+    """How responses are checked. A failed check crashed, or overran its deadline or its memory: no wrong answer."""
+
     num_processes: Positive
-    deadline_s: Annotated[float, Field(gt=0)]  # per response
-    max_failed_fraction: Fraction  # checks that crash or time out; above it the run stops
+    deadline_s: Annotated[float, Field(gt=0)]  # of one check; its process is killed
+    memory_gb: Annotated[float, Field(gt=0)]  # that one process may allocate
+    failed: Literal["leave_out", "score"]  # of training: a response whose check failed is not learnt from, or scores
+    failed_score: float  # this; in an evaluation always
+    max_failed_fraction: Fraction  # of a step's checks; above it the run stops
+    verifiers: dict[str, Annotated[Verifier, PlainValidator(member_of(VERIFIERS))]]  # by the name that sources use
 
 
 class EvaluationConfig(SamplingConfig):
@@ -294,7 +294,7 @@ class Config(Section):
     rollout: RolloutConfig
     schedule: ScheduleConfig
     learner: LearnersConfig
-    rewards: RewardPoolConfig
+    rewards: RewardsConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
     logger: LoggerConfig
@@ -314,4 +314,5 @@ def as_tree(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     tree["algorithm"]["segmenter"] = tree_of(config.algorithm.segmenter, SEGMENTERS)
     tree["algorithm"]["estimator"] = tree_of(config.algorithm.estimator, ESTIMATORS)
+    tree["rewards"]["verifiers"] = {name: tree_of(v, VERIFIERS) for name, v in config.rewards.verifiers.items()}
     return tree

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sae_rl.config import Config, ConfigError, as_tree
+from sae_rl.config import Config, as_tree
+from sae_rl.errors import ConfigError
 
 CARD = "critic.json"
 # What decides the distribution of responses and rewards, and so the values of states.

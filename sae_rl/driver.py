@@ -33,7 +33,7 @@ from sae_rl.evaluate import evaluate
 from sae_rl.pretraining import pretrain_critic
 from sae_rl.protocols import Metrics, Recorder, Workers
 from sae_rl.rewards.pool import RewardPool, Rewards
-from sae_rl.sampling import Collected, Early, collect, sample
+from sae_rl.sampling import Collected, Early, FailedRule, collect, groups_of, sample
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
@@ -87,7 +87,7 @@ def learn(run: Run, step: int, sampled: Collected) -> Learnt:
     """One step of PPO: values, segments, advantages, and the updates of policy and critic."""
     config, workers, algorithm = run.config, run.workers, run.config.algorithm
     batch = Batch.of(sampled.rollouts, sampled.scores)
-    scores = workers.score(batch, sampled.scoring)  # V(s_t), log pi_old, log pi_ref
+    scores = workers.score(batch, sampled.scoring, sampled.scored_rows)  # V(s_t), log pi_old, log pi_ref
     with run.clock.phase("advantage"):
         token_rewards = algorithm.token_rewards(batch, scores)  # r_t: R at the end, minus beta KL_t
         opens = segment(algorithm.segmenter, batch, scores)  # pi(a_t | s_t) < p opens a segment
@@ -150,8 +150,9 @@ def prepare_critic(run: Run) -> tuple[float, int]:
     config, pretraining = run.config, run.config.learner.critic_pretraining
     prompts = Sampler(run.sampler.prompts, derive_seed(config.seed, "pretraining")).next(pretraining.num_prompts)
     rollouts, rewards = respond(run, prompts, "pretraining")
+    groups = groups_of(rollouts, rewards, config.rollout.group_size, FailedRule.of(config))
     best = pretrain_critic(
-        Batch.of(rollouts, rewards.scores),
+        Batch.of([r for group in groups for r in group.rollouts], [s for group in groups for s in group.scores]),
         run.workers,
         config.algorithm,
         pretraining,
@@ -172,7 +173,14 @@ def gather(run: Run, step: int) -> Collected:
     def respond_to(prompts: list[Prompt], turn: int) -> tuple[list[Rollout], Rewards]:
         return respond(run, prompts, f"step {step}" if turn == 1 else f"step {step} round {turn}", early)
 
-    sampled = collect(run.sampler, rollout.prompts_per_step, rollout.group_size, rollout.dynamic_sampling, respond_to)
+    sampled = collect(
+        run.sampler,
+        rollout.prompts_per_step,
+        rollout.group_size,
+        rollout.dynamic_sampling,
+        FailedRule.of(run.config),
+        respond_to,
+    )
     return replace(sampled, scoring=early.started) if early else sampled
 
 
@@ -208,7 +216,9 @@ def measure(
 def finish(run: Run, step: int, sampled: Collected, learnt: Learnt, more: Metrics) -> None:
     """Records and checkpoint of step ``step``."""
     config, done = run.config, step + 1
-    run.records.rollouts(step, sampled.rollouts, sampled.scores, learnt.opens, learnt.scores, learnt.targets)
+    run.records.rollouts(
+        step, sampled.rollouts, sampled.scores, sampled.whys, learnt.opens, learnt.scores, learnt.targets
+    )
     times = run.clock.lap()
     metrics = sampled.metrics | learnt.metrics | more | times
     metrics |= throughput(learnt.opens.numel(), metrics, run.workers.num_gpus)

@@ -18,7 +18,7 @@ from sae_rl.driver import Run, begin, evaluate_if_due, finish, gather, learn
 from sae_rl.metrics import PHASES
 from sae_rl.partial_rollouts import PartialRollouts
 from sae_rl.protocols import Metrics
-from sae_rl.sampling import Collected
+from sae_rl.sampling import Collected, FailedRule
 
 STOP_S = 30.0  # for the sampling thread to notice that the run ended
 
@@ -108,7 +108,10 @@ class Ahead:
     def _gatherer(self, run: Run) -> Callable[[int], Collected]:
         if not self._is_partial:
             return partial(gather, run)
-        return PartialRollouts(run.sampler, run.workers.rollout, run.rewards, run.clock, run.config.rollout).gather
+        rule = FailedRule.of(run.config)
+        return PartialRollouts(
+            run.sampler, run.workers.rollout, run.rewards, run.clock, run.config.rollout, rule
+        ).gather
 
     def _gather_all(self) -> None:
         batches = dict(self._batches)

@@ -13,7 +13,7 @@ from sae_rl.config import RolloutConfig
 from sae_rl.data.sampler import Sampler
 from sae_rl.protocols import RolloutEngines
 from sae_rl.rewards.pool import Check, RewardPool
-from sae_rl.sampling import Collected
+from sae_rl.sampling import Collected, FailedRule, collected, groups_of
 from sae_rl.types import Prompt, Rollout
 
 
@@ -31,10 +31,17 @@ class PartialRollouts:
     """Keeps ``rollout.prompts_under_way`` prompts under way, over all steps of a run."""
 
     def __init__(
-        self, sampler: Sampler, engines: RolloutEngines, rewards: RewardPool, clock: Clock, config: RolloutConfig
+        self,
+        sampler: Sampler,
+        engines: RolloutEngines,
+        rewards: RewardPool,
+        clock: Clock,
+        config: RolloutConfig,
+        rule: FailedRule,
     ) -> None:
         assert config.prompts_under_way is not None, "otherwise every step waits for its own"
         self._sampler, self._rewards, self._clock, self._config = sampler, rewards, clock, config
+        self._rule = rule
         self._num_under_way = config.prompts_under_way
         self._groups = engines.open(group_size=config.group_size, sampling=config.sampling(config.max_response_tokens))
         self._under_way: dict[str, UnderWay] = {}  # by prompt, in the order in which they were asked for
@@ -66,7 +73,9 @@ class PartialRollouts:
             "sampling/left_over_fraction": len(left_over) / len(taken),
         }
         state = self._sampler.state(unused=[group.prompt for group in self._under_way.values()])
-        return Collected([r for group in taken for r in group.rollouts or ()], rewards.scores, metrics, state)
+        rollouts = [r for group in taken for r in group.rollouts or ()]
+        groups = groups_of(rollouts, rewards, self._config.group_size, self._rule)
+        return collected(groups, metrics, state)
 
     def _ask(self, step: int) -> None:
         """As many new prompts as are missing."""

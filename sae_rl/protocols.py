@@ -59,8 +59,13 @@ class Workers(Protocol):
         """Begins to score a part of a batch that is still being sampled."""
         ...
 
-    def score(self, batch: Batch, started: Sequence[Scoring] = ()) -> Scores:
-        """V(s_t), log pi_old and log pi_ref of every response token; ``started`` are all parts of the batch, or none."""
+    def score(self, batch: Batch, started: Sequence[Scoring] = (), rows: Sequence[int] = ()) -> Scores:
+        """V(s_t), log pi_old and log pi_ref of every response token.
+
+        Args:
+            started: parts that are scored already, or none.
+            rows: which responses of those parts are the batch.
+        """
         ...
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:
@@ -116,6 +121,7 @@ class Recorder(Protocol):
         step: int,
         rollouts: Sequence[Rollout],
         rewards: Sequence[float],
+        whys: Sequence[str],
         opens: Tensor,
         scores: Scores,
         targets: Targets,

@@ -105,6 +105,7 @@ class Records:
         step: int,
         rollouts: Sequence[Rollout],
         rewards: Sequence[float],
+        whys: Sequence[str],
         opens: Tensor,
         scores: Scores,
         targets: Targets,
@@ -112,7 +113,7 @@ class Records:
         """One parquet file with a row per response, every ``logger.rollouts_every_steps`` and at the last step."""
         every = self._config.logger.rollouts_every_steps
         if every and (step % every == 0 or step == self._config.steps - 1):
-            write_rollouts(self._run_dir, step, rollouts, rewards, opens, scores, targets)
+            write_rollouts(self._run_dir, step, rollouts, rewards, whys, opens, scores, targets)
 
 
 class Jsonl:

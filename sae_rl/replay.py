@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sae_rl.config import ConfigError
 from sae_rl.driver import Run, finish, learn, restore
+from sae_rl.errors import ConfigError
 from sae_rl.rollout_table import FOLDER, read_step, rollout_files
 from sae_rl.sampling import Collected
 
@@ -24,8 +24,8 @@ def train_replay(run: Run) -> None:
     for step in range(first, run.config.steps):
         recorded_step, file = files[step]
         with run.clock.phase("generate"):
-            rollouts, rewards = read_step(file)
-        sampled = Collected(rollouts, rewards, {}, run.sampler.state())
+            rollouts, rewards, whys = read_step(file)
+        sampled = Collected(rollouts, rewards, whys, {}, run.sampler.state())
         finish(run, step, sampled, learn(run, recorded_step, sampled), {})
 
 

@@ -32,6 +32,7 @@ def write_rollouts(
     step: int,
     rollouts: Sequence[Rollout],
     rewards: Sequence[float],
+    whys: Sequence[str],
     opens: Tensor,
     scores: Scores,
     targets: Targets,
@@ -59,6 +60,7 @@ def write_rollouts(
         "sample": pa.array([r.sample for r in rollouts], pa.int32()),
         "text": pa.array([r.text for r in rollouts]),
         "reward": pa.array(rewards, pa.float32()),
+        "why": pa.array(whys, pa.string()),
         "finish_reason": pa.array([r.finish_reason for r in rollouts]),
         "temperature": pa.array([r.temperature for r in rollouts], pa.float32()),
     } | {name: _ragged(values, offsets) for name, values in flat.items()}
@@ -75,15 +77,15 @@ def read_rollouts(file: Path) -> pa.Table:
     return pq.read_table(file)
 
 
-def read_step(file: Path) -> tuple[list[Rollout], list[float]]:
-    """The responses of one recorded step, and their rewards.
+def read_step(file: Path) -> tuple[list[Rollout], list[float], list[str]]:
+    """The responses of one recorded step, their rewards, and what the verifiers said.
 
     Raises:
         ValueError: it is no such file, or one that an older version wrote.
     """
     try:
         rows = read_rollouts(file).to_pylist()
-        return [_rollout(row) for row in rows], [row["reward"] for row in rows]
+        return [_rollout(row) for row in rows], [row["reward"] for row in rows], [row["why"] for row in rows]
     except (OSError, pa.ArrowException, KeyError) as error:
         raise ValueError(f"{file} holds no rollouts that can be read: {error!r}") from error
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,20 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sae_rl import checkpoint, critic_files
 from sae_rl.algo import with_vocabulary
 from sae_rl.clock import Clock
-from sae_rl.config import Config, ConfigError, SourceConfig, TaskConfig, as_tree
+from sae_rl.config import Config, RewardsConfig, SourceConfig, TaskConfig, as_tree
 from sae_rl.data.files import ColumnMap
 from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
 from sae_rl.data.sampler import Sampler
 from sae_rl.driver import Run, prepare_critic, train
+from sae_rl.errors import ConfigError
 from sae_rl.evaluate import Evaluation, evaluate
 from sae_rl.overlapped import train_overlapped
 from sae_rl.plugins import nearest
 from sae_rl.records import Records
 from sae_rl.replay import recorded_files, train_replay
-from sae_rl.rewards import resolve_reward
+from sae_rl.rewards import resolve
 from sae_rl.rewards.pool import RewardPool
+from sae_rl.rewards.verdict import Verifier
 from sae_rl.types import Prompt
 from sae_rl.workers.placement import Role, pretraining_roles, roles_of
 from sae_rl.workers.session import ray_session, start_rollout, start_workers
@@ -103,8 +105,8 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
     """Everything that a run works with, its workers started; taken apart at the end."""
     tokenizer = load_tokenizer(config.model.path)
     resolved = with_delimiters(config, tokenizer)
-    prompts = load_source(config.task.train, config.task, tokenizer, "task.train")
-    heldout = load_source(config.task.evaluation, config.task, tokenizer, "task.evaluation")
+    prompts = load_source(config.task.train, config.task, tokenizer, config.rewards.verifiers, "task.train")
+    heldout = load_source(config.task.evaluation, config.task, tokenizer, config.rewards.verifiers, "task.evaluation")
     check_prompts(config, prompts)
     clock = Clock()
     with contextlib.ExitStack() as stack:
@@ -114,7 +116,7 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
         records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
         stack.enter_context(ray_session(config))
         workers = stack.enter_context(start_workers(config, prompts[:NUM_PROBE_PROMPTS], clock, roles, records.note))
-        rewards = stack.enter_context(RewardPool(config.rewards))
+        rewards = stack.enter_context(reward_pool(config.rewards))
         yield Run(
             config=resolved,
             sampler=Sampler(prompts, config.seed),
@@ -130,13 +132,24 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
 def run_evaluation(config: Config) -> Evaluation:
     """avg@k of ``model.path`` on ``task.evaluation``."""
     tokenizer = load_tokenizer(config.model.path)
-    prompts = load_source(config.task.evaluation, config.task, tokenizer, "task.evaluation")
+    prompts = load_source(config.task.evaluation, config.task, tokenizer, config.rewards.verifiers, "task.evaluation")
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_session(config))
         clock = Clock()
         rollout = stack.enter_context(start_rollout(config, clock))
-        rewards = stack.enter_context(RewardPool(config.rewards))
+        rewards = stack.enter_context(reward_pool(config.rewards))
         return evaluate(prompts, rollout, rewards, clock, config.evaluation, config.rollout.max_response_tokens)
+
+
+def reward_pool(config: RewardsConfig) -> RewardPool:
+    return RewardPool(
+        num_processes=config.num_processes,
+        deadline_s=config.deadline_s,
+        memory_gb=config.memory_gb,
+        failed_score=config.failed_score,
+        max_failed_fraction=config.max_failed_fraction,
+        verifiers=config.verifiers,
+    )
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -231,14 +244,20 @@ def with_delimiters(config: Config, tokenizer: PreTrainedTokenizerBase) -> Confi
     return config.model_copy(update={"algorithm": algorithm})
 
 
-def load_source(source: SourceConfig, task: TaskConfig, tokenizer: PreTrainedTokenizerBase, key: str) -> list[Prompt]:
+def load_source(
+    source: SourceConfig,
+    task: TaskConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    verifiers: Mapping[str, Verifier],
+    key: str,
+) -> list[Prompt]:
     """The prompts of ``task.train`` or ``task.evaluation``; ``key`` is what messages call it."""
     try:
         prompts = load_prompts(_source_of(source), tokenizer, task.max_prompt_tokens, task.overlong_prompts)
         if source.name != "file" and source.reward is not None:
             prompts = [dataclasses.replace(prompt, reward=source.reward) for prompt in prompts]
         for reward in {prompt.reward for prompt in prompts}:
-            resolve_reward(reward)
+            resolve(reward, verifiers)
     except ValueError as error:
         raise ConfigError([f"{key}: {line}" for line in str(error).splitlines()]) from error
     return prompts[: source.num_prompts] if source.num_prompts else prompts

@@ -8,11 +8,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from sae_rl.clock import Clock
-from sae_rl.config import DynamicSamplingConfig
+from sae_rl.config import Config, DynamicSamplingConfig
 from sae_rl.data.sampler import Sampler, SamplerState
 from sae_rl.protocols import Metrics, RolloutEngines, Scoring
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
+from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Prompt, Rollout, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRule:
+    """What becomes of responses whose check failed."""
+
+    leave_out: bool  # of the update; otherwise they score as the reward pool says
+    smallest_group: int  # of what is left of a group; estimators that compare responses need two
+
+    @staticmethod
+    def of(config: Config) -> FailedRule:
+        return FailedRule(config.rewards.failed == "leave_out", 1 if config.algorithm.needs_critic else 2)
+
+    def keeps(self, outcome: Verdict | Failed) -> bool:
+        return not self.leave_out or isinstance(outcome, Verdict)
 
 
 class Early:
@@ -80,16 +96,45 @@ class Collected:
 
     rollouts: list[Rollout]
     scores: list[float]  # R(x, y) of each
+    whys: list[str]  # of each, what the verifier says
     metrics: Metrics
     sampler: SamplerState  # behind them: what a checkpoint of this step goes on from
-    scoring: Sequence[Scoring] = ()  # of all of them, begun while others were sampled; empty: not begun
+    scoring: Sequence[Scoring] = ()  # begun while others were sampled; empty: not begun
+    scored_rows: Sequence[int] = ()  # which responses of what `scoring` holds these are
 
 
 Respond = Callable[[list[Prompt], int], tuple[list[Rollout], Rewards]]
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What is learnt from of the responses to one prompt."""
+
+    rows: list[int]  # of the round's responses
+    rollouts: list[Rollout]
+    scores: list[float]
+    whys: list[str]
+
+
+def groups_of(rollouts: Sequence[Rollout], rewards: Rewards, group_size: int, rule: FailedRule) -> list[Group]:
+    """By prompt, without responses whose check failed, if the rule leaves them out; a group may end empty."""
+    scores, whys = rewards.scores, rewards.whys
+    groups = []
+    for first in range(0, len(rollouts), group_size):
+        rows = [i for i in range(first, first + group_size) if rule.keeps(rewards.outcomes[i])]
+        if len(rows) < rule.smallest_group:
+            rows = []
+        groups.append(Group(rows, [rollouts[i] for i in rows], [scores[i] for i in rows], [whys[i] for i in rows]))
+    return groups
+
+
 def collect(
-    sampler: Sampler, num_prompts: int, group_size: int, config: DynamicSamplingConfig, respond: Respond
+    sampler: Sampler,
+    num_prompts: int,
+    group_size: int,
+    config: DynamicSamplingConfig,
+    rule: FailedRule,
+    respond: Respond,
 ) -> Collected:
     """The groups of one step, ``num_prompts`` of them unless some are left out.
 
@@ -103,12 +148,12 @@ def collect(
     Raises:
         RuntimeError: no group of any round is of use.
     """
-    kept: list[tuple[Rollout, float]] = []
+    kept: list[Group] = []
     seen: set[str] = set()
     scores: list[float] = []
     num_failed, turn = 0, 0
     for turn in range(1, (config.max_rounds if config.mode == "resample" else 1) + 1):
-        missing = num_prompts - len(kept) // group_size
+        missing = num_prompts - len(kept)
         wanted = missing if config.mode == "none" else math.ceil(missing * config.oversampling)
         drawn = sampler.next(min(wanted, len(sampler.prompts)))
         prompts = [prompt for prompt in drawn if prompt.id not in seen]
@@ -119,30 +164,42 @@ def collect(
         rollouts, rewards = respond(prompts, turn)
         scores += rewards.scores
         num_failed += len(rewards.failures)
-        unused = []
-        for i, prompt in enumerate(prompts):
-            group = slice(i * group_size, (i + 1) * group_size)
-            if not is_useful(rewards.scores[group], config):
-                continue
-            if len(kept) < num_prompts * group_size:
-                kept += zip(rollouts[group], rewards.scores[group], strict=True)
-            else:
-                unused.append(prompt)
-        sampler.put_back(unused)
-        if len(kept) == num_prompts * group_size:
+        groups = groups_of(rollouts, rewards, group_size, rule)
+        useful = [i for i, group in enumerate(groups) if group.rows and is_useful(group.scores, config)]
+        kept += [groups[i] for i in useful[:missing]]
+        sampler.put_back([prompts[i] for i in useful[missing:]])
+        if len(kept) == num_prompts:
             break
-    if not kept:
+    if not kept and config.mode != "none":
         raise RuntimeError(
             f"none of {len(scores) // group_size} groups in {turn} round(s) is of use by rollout.dynamic_sampling.by = "
-            f"{config.by}; the mean reward is {sum(scores) / len(scores):.3g}: choose problems that are easier or harder, or "
-            "set rollout.dynamic_sampling.mode=none"
+            f"{config.by}; the mean reward is {sum(scores) / len(scores):.3g}: choose problems that are easier or harder, "
+            "or set rollout.dynamic_sampling.mode=none"
         )
     metrics = {"reward/failed_fraction": num_failed / len(scores)}
     if config.mode != "none":
         metrics["sampling/reward_mean"] = sum(scores) / len(scores)
-        metrics["sampling/kept_fraction"] = len(kept) / len(scores)
+        metrics["sampling/kept_fraction"] = sum(len(group.rows) for group in kept) / len(scores)
         metrics["sampling/num_rounds"] = float(turn)
-    return Collected([rollout for rollout, _ in kept], [score for _, score in kept], metrics, sampler.state())
+    return collected(kept, metrics, sampler.state())
+
+
+def collected(groups: Sequence[Group], metrics: Metrics, sampler: SamplerState) -> Collected:
+    """A step's groups, one after the other.
+
+    Raises:
+        RuntimeError: no response is left in them.
+    """
+    if not any(group.rows for group in groups):
+        raise RuntimeError("nothing is left to learn from: the checks of all responses failed")
+    return Collected(
+        [rollout for group in groups for rollout in group.rollouts],
+        [score for group in groups for score in group.scores],
+        [why for group in groups for why in group.whys],
+        metrics,
+        sampler,
+        scored_rows=[row for group in groups for row in group.rows],
+    )
 
 
 def is_useful(scores: Sequence[float], config: DynamicSamplingConfig) -> bool:

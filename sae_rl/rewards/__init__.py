@@ -1,53 +1,52 @@
-"""Verifiers: programs that read a prompt, a response and an answer, and say how good the response is.
+"""Verifiers: programs that read a prompt, a response and an answer, and say how good the response is, and why.
 
-To add one, write ``def mine(prompt: str, response: str, answer: str) -> float`` and put it in `REWARDS`, or name it by its
-import path, ``package.module:mine``.
+To add one, write a frozen dataclass like `Exact` and put it in `VERIFIERS`. A function of your own needs no change here:
+name it by its import path, ``package.module:function``.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import cast
+from typing import Any
 
-from sae_rl.data.countdown import countdown
-from sae_rl.data.level import level
-from sae_rl.rewards.text import exact, math
+from sae_rl.rewards.functions import Function, imported
+from sae_rl.rewards.mathematics import Math
+from sae_rl.rewards.text import Exact
+from sae_rl.rewards.verdict import Verifier
+from sae_rl.rewards.weighted import Weighted
 
-Reward = Callable[[str, str, str], float]
+VERIFIERS: dict[str, type[Any]] = {
+    "math": Math,
+    "exact": Exact,
+    "function": Function,
+    "weighted": Weighted,
+}
+# What a source, or a row of a file, may name without any configuration.
+READY: dict[str, Verifier] = {
+    "math": Math(),
+    "exact": Exact(),
+    "level": Function("sae_rl.data.level:level"),
+    "countdown": Function("sae_rl.data.countdown:countdown"),
+}
 
-REWARDS: dict[str, Reward] = {"level": level, "countdown": countdown, "math": math, "exact": exact}
 
-
-def resolve_reward(name: str) -> Reward:
-    """The verifier of that name, or at that import path.
+def resolve(name: str, configured: Mapping[str, Verifier]) -> Verifier:
+    """The verifier of that name in ``rewards.verifiers``, or a ready one, or the function at that import path.
 
     Raises:
         ValueError: there is no such verifier, with the nearest name there is.
     """
-    if name in REWARDS:
-        return REWARDS[name]
+    if name in configured:
+        return configured[name]
+    if name in READY:
+        return READY[name]
     if ":" in name:
-        return _imported(name)
-    nearest = get_close_matches(name, REWARDS, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-    raise ValueError(
-        f"reward: found {name!r}, allowed: {', '.join(sorted(REWARDS))}, or an import path package.module:function{hint}"
-    )
-
-
-def _imported(path: str) -> Reward:
-    module_name, _, function_name = path.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"reward: cannot import {module_name!r} of {path!r}: {error}") from error
-    function = getattr(module, function_name, None)
-    if function is None:
-        nearest = get_close_matches(function_name, vars(module), n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"reward: module {module_name!r} has no {function_name!r}{hint}")
-    if not callable(function):
-        raise ValueError(f"reward: {path!r} is {type(function).__name__}, not a function (prompt, response, answer)")
-    return cast(Reward, function)
+        imported(name)  # a misspelt path is said now, not in the middle of a step
+        return Function(name)
+    names = sorted({*READY, *configured})
+    match = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {match[0]!r}?" if match else ""
+    if name in VERIFIERS:
+        hint = f"; {name!r} needs knobs: give it a name in rewards.verifiers"
+    raise ValueError(f"reward: found {name!r}, allowed: {', '.join(names)}, or package.module:function{hint}")

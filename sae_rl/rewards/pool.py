@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as CheckTimeout
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
 
-from sae_rl.config import RewardPoolConfig
-from sae_rl.rewards import resolve_reward
+from sae_rl.rewards import check as in_process
+from sae_rl.rewards import resolve
+from sae_rl.rewards.verdict import Failed, Sample, Verdict, Verifier
 from sae_rl.types import Rollout
+
+GB = 10**9
 
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """Scores by rollout. A check that failed is counted apart from a wrong answer, and scores 0."""
+    """Outcomes by rollout."""
 
-    scores: list[float]
-    failures: list[str]  # why, one text per failed check
+    outcomes: list[Verdict | Failed]
+    failed_score: float = 0.0
+
+    @property
+    def scores(self) -> list[float]:
+        return [each.score if isinstance(each, Verdict) else self.failed_score for each in self.outcomes]
+
+    @property
+    def whys(self) -> list[str]:
+        return [each.why for each in self.outcomes]
+
+    @property
+    def failures(self) -> list[str]:
+        """Why, one text for each failed check."""
+        return [each.why for each in self.outcomes if isinstance(each, Failed)]
 
     @property
     def failed_fraction(self) -> float:
-        return len(self.failures) / len(self.scores)
+        return len(self.failures) / len(self.outcomes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +49,43 @@ class Check:
     """One under way."""
 
     name: str
-    future: Any
-
-
-def _check(reward: str, prompt: str, response: str, answer: str) -> float:
-    score = float(resolve_reward(reward)(prompt, response, answer))
-    if not math.isfinite(score):
-        raise ValueError(f"returned {score}")
-    return score
+    future: Future[Verdict]
 
 
 class RewardPool:
-    """A few processes that live as long as the run."""
+    """A few processes that live as long as the run.
 
-    def __init__(self, config: RewardPoolConfig) -> None:
-        self._config = config
-        # Not forked: the driver has threads of Ray and torch, whose locks a fork would copy as they stand.
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(max_workers=config.num_processes, context=context)
+    Args:
+        deadline_s: of one check.
+        memory_gb: that each process may allocate.
+        failed_score: of a check that failed.
+        max_failed_fraction: of the checks that are collected together.
+        verifiers: by the names that prompts use, besides the ready ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_processes: int,
+        deadline_s: float,
+        memory_gb: float,
+        failed_score: float,
+        max_failed_fraction: float,
+        verifiers: Mapping[str, Verifier],
+    ) -> None:
+        self._deadline_s, self._memory_gb = deadline_s, memory_gb
+        self._failed_score, self._max_failed_fraction = failed_score, max_failed_fraction
+        self._configured, self._resolved = verifiers, dict[str, Verifier]()
+        # Not forked from here: the driver has threads of Ray and torch, whose locks a fork would copy as they stand. The
+        # server that forks has imported what checks need, so that a killed process is replaced in milliseconds.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([in_process.__name__, "sympy", "math_verify"])
+        self._pool = ProcessPool(
+            max_workers=num_processes,
+            context=context,
+            initializer=in_process.limit_memory,
+            initargs=(int(memory_gb * GB),),
+        )
 
     def __enter__(self) -> RewardPool:
         return self
@@ -66,41 +100,53 @@ class RewardPool:
         """Starts r(x, y) of every rollout, as soon as a process is free."""
         return [
             Check(
-                f"{r.prompt.reward} on prompt {r.prompt.id}",
+                f"{rollout.prompt.reward} on prompt {rollout.prompt.id}",
                 self._pool.schedule(
-                    _check,
-                    args=(r.prompt.reward, r.prompt.text, r.text, r.prompt.answer),
-                    timeout=self._config.deadline_s,
+                    in_process.check,
+                    args=(self._verifier(rollout.prompt.reward), sample_of(rollout)),
+                    timeout=self._deadline_s,
                 ),
             )
-            for r in rollouts
+            for rollout in rollouts
         ]
 
+    def _verifier(self, name: str) -> Verifier:
+        if name not in self._resolved:
+            self._resolved[name] = resolve(name, self._configured)
+        return self._resolved[name]
+
     def collect(self, checks: Sequence[Check]) -> Rewards:
-        """Waits for checks; scores in their order.
+        """Waits for checks; outcomes in their order.
 
         Raises:
-            RuntimeError: more checks crashed or timed out than ``rewards.max_failed_fraction``.
+            RuntimeError: more checks failed than ``rewards.max_failed_fraction``.
         """
-        scores, failures = [], []
-        for check in checks:
-            name = check.name
-            try:
-                score = check.future.result()
-            except CheckTimeout:
-                failures.append(f"{name}: no answer within rewards.deadline_s = {self._config.deadline_s:g} s")
-                score = 0.0
-            except ProcessExpired as error:
-                failures.append(f"{name}: its process died ({error})")
-                score = 0.0
-            except Exception as error:  # a verifier is the user's code: whatever it raises is a failed check
-                failures.append(f"{name}: {type(error).__name__}: {error}")
-                score = 0.0
-            scores.append(score)
-        rewards = Rewards(scores, failures)
-        if rewards.failed_fraction > self._config.max_failed_fraction:
+        rewards = Rewards([self._outcome(check) for check in checks], self._failed_score)
+        if rewards.failed_fraction > self._max_failed_fraction:
             raise RuntimeError(
-                f"{len(failures)} of {len(scores)} reward checks failed, more than rewards.max_failed_fraction = "
-                f"{self._config.max_failed_fraction:g}; the first: {failures[0]}"
+                f"{len(rewards.failures)} of {len(checks)} reward checks failed, more than rewards.max_failed_fraction = "
+                f"{self._max_failed_fraction:g}; the first: {rewards.failures[0]}"
             )
         return rewards
+
+    def _outcome(self, check: Check) -> Verdict | Failed:
+        try:
+            return check.future.result()
+        except CheckTimeout:
+            return Failed(f"{check.name}: no answer within rewards.deadline_s = {self._deadline_s:g} s")
+        except ProcessExpired as error:
+            return Failed(f"{check.name}: its process died ({error})")
+        except MemoryError:
+            return Failed(f"{check.name}: it needs more than rewards.memory_gb = {self._memory_gb:g}")
+        except Exception as error:  # a verifier is the user's code: whatever it raises is a failed check
+            return Failed(f"{check.name}: {type(error).__name__}: {error}")
+
+
+def sample_of(rollout: Rollout) -> Sample:
+    return Sample(
+        prompt=rollout.prompt.text,
+        response=rollout.text,
+        answer=rollout.prompt.answer,
+        num_tokens=rollout.token_ids.numel(),
+        truncated=rollout.finish_reason == "length",
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae_rl.backends.deepspeed import Rank
 from sae_rl.clock import Clock
 from sae_rl.config import Config
-from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets, gather_ragged, offsets_of
 from sae_rl.workers.engines import Engines
 from sae_rl.workers.group import Call, WorkerError, WorkerGroup, wait_for
 from sae_rl.workers.placement import Role, plan
@@ -163,10 +163,12 @@ class Crew:
         # Scores do not depend on rewards, which may not be there yet.
         return self._start_score_all(Batch.of(rollouts, [0.0] * len(rollouts)))
 
-    def score(self, batch: Batch, started: Sequence[Scoring] = ()) -> Scores:
+    def score(self, batch: Batch, started: Sequence[Scoring] = (), rows: Sequence[int] = ()) -> Scores:
         with self._clock.phase("score"), self._policy:
             self._have_gpus()
-            return self._scores_of(batch, started or [self._start_score_all(batch)])
+            if started:
+                return self._scores_of(batch, started, rows)
+            return self._scores_of(batch, [self._start_score_all(batch)])
 
     def _have_gpus(self) -> None:
         """Learners are about to work: engines that share their GPUs sleep."""
@@ -191,16 +193,18 @@ class Crew:
         ]
         return Scoring(batch, calls)
 
-    def _scores_of(self, batch: Batch, parts: Sequence[Scoring]) -> Scores:
-        """``parts`` are the batch, in its order."""
-        assert sum(part.batch.num_tokens for part in parts) == batch.num_tokens, "every token is scored, and once"
+    def _scores_of(self, batch: Batch, parts: Sequence[Scoring], rows: Sequence[int] | None = None) -> Scores:
+        """``parts`` are the batch, in its order; or its responses are ``rows`` of them."""
+        offsets = offsets_of([length for part in parts for length in part.batch.lengths.tolist()])
+        chosen = torch.arange(offsets.numel() - 1) if rows is None else torch.tensor(rows)
+        assert torch.equal(offsets.diff()[chosen], batch.lengths), "every token is scored, and once"
         answers = wait_for([call for part in parts for call in part.calls], self._config.cluster.call_timeout_s)
         flats: dict[str, list[Tensor]] = {}
         for part in parts:
             for ranks in (answers.pop(0) for _ in part.calls):
                 for name, flat in merge(ranks, part.batch).items():
                     flats.setdefault(name, []).append(flat)
-        merged = {name: torch.cat(pieces) for name, pieces in flats.items()}
+        merged = {name: gather_ragged(torch.cat(pieces), offsets, chosen) for name, pieces in flats.items()}
         final_values = merged.get("final_values")
         return Scores(
             old_logprobs=merged.get("old_logprobs", torch.full((batch.num_tokens,), float("nan"))),

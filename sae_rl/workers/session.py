@@ -13,7 +13,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from sae_rl.clock import Clock
-from sae_rl.config import Config, ConfigError
+from sae_rl.config import Config
+from sae_rl.errors import ConfigError
 from sae_rl.types import Prompt
 from sae_rl.workers.crew import Crew
 from sae_rl.workers.critic import CriticWorker

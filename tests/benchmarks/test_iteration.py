@@ -10,7 +10,7 @@ from benchmarks import iteration, workload
 from sae_rl.compose import load_config
 from sae_rl.data.files import ColumnMap
 from sae_rl.data.prompts import File, load_prompts
-from sae_rl.rewards import resolve_reward
+from sae_rl.rewards.functions import imported
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_configuration_loads_with_one_update_of_four_micro_batches(folder: Path,
     assert config.learner.policy.num_mini_batches == config.learner.critic.num_mini_batches == 1
     assert config.learner.policy.micro_batch_tokens == 16 * (32 + 128)
     assert config.task.train.reward is not None
-    assert resolve_reward(config.task.train.reward) is workload.parity
+    assert imported(config.task.train.reward) is workload.parity
 
 
 def test_no_response_can_end_early(folder: Path) -> None:

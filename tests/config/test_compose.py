@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from sae_rl.algo import ESTIMATORS, SEGMENTERS
 from sae_rl.compose import CONF, check_sweep, load_config
-from sae_rl.config import Config, ConfigError, as_tree
+from sae_rl.config import Config, as_tree
 from sae_rl.config_checks import check
+from sae_rl.errors import ConfigError
 from sae_rl.types import Batch, Prompt, Rollout, Scores
 
 from ..conftest import CommandLine

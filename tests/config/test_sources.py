@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sae_rl.config import ConfigError, SourceConfig, TaskConfig
+from sae_rl.config import SourceConfig, TaskConfig
+from sae_rl.errors import ConfigError
 from sae_rl.run import load_source, load_tokenizer
 
 
@@ -20,6 +21,6 @@ def test_duplicates_are_dropped_only_where_the_source_says_so(tiny_model: Path, 
         task = TaskConfig(train=source, evaluation=source, max_prompt_tokens=9, overlong_prompts="error")
         if duplicates == "error":
             with pytest.raises(ConfigError, match="id 'a'"):
-                load_source(source, task, tokenizer, "task.train")
+                load_source(source, task, tokenizer, {}, "task.train")
         else:
-            assert [prompt.id for prompt in load_source(source, task, tokenizer, "task.train")] == ["a"]
+            assert [prompt.id for prompt in load_source(source, task, tokenizer, {}, "task.train")] == ["a"]

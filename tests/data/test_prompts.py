@@ -12,7 +12,7 @@ from sae_rl.data.level import Level
 from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
 from sae_rl.data.task import Task
 from sae_rl.data.tokenizer import build_tokenizer
-from sae_rl.rewards import REWARDS
+from sae_rl.rewards import READY
 
 TOKENIZER = build_tokenizer(["one", "two", "plus", "?", "user", "assistant"])
 CHAT = [{"role": "user", "content": "one plus one ?"}]
@@ -149,7 +149,7 @@ def test_overlong_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
 def test_every_task_keeps_the_contract(make: type[Task]) -> None:
     task = make()
     assert TASKS[task.name] is make
-    assert task.reward in REWARDS
+    assert task.reward in READY
     tokenizer = build_tokenizer(task.words())
     prompts = load_prompts(Problems(task=task, num_prompts=50), tokenizer, 100)
     assert len({prompt.id for prompt in prompts}) == 50

@@ -5,7 +5,9 @@ They train nothing. What they answer is a plain function of what they are asked,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +21,7 @@ from sae_rl.data.sampler import Sampler
 from sae_rl.driver import Run
 from sae_rl.protocols import Metrics
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
+from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
 
 NUM_PROMPTS = 10
@@ -73,6 +76,19 @@ def reward_of(rollout: Rollout) -> float:
     return float(int(rollout.token_ids.sum()) % 2)
 
 
+def outcome_of(rollout: Rollout) -> Verdict | Failed:
+    """Verifier "moody" fails on every third response by the sum of its tokens."""
+    if rollout.prompt.reward == "moody" and int(rollout.token_ids.sum()) % 3 == 0:
+        return Failed("moody")
+    return Verdict(reward_of(rollout), f"sum {int(rollout.token_ids.sum())}")
+
+
+def done(outcome: Verdict | Failed) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(outcome)
+    return future
+
+
 @dataclass
 class Asked:
     """One call: its name and what it was given."""
@@ -120,9 +136,10 @@ class ScriptedWorkers:
         self._write("start_score", batch=part)
         return part
 
-    def score(self, batch: Batch, started: Sequence[Batch] = ()) -> Scores:
+    def score(self, batch: Batch, started: Sequence[Batch] = (), rows: Sequence[int] = ()) -> Scores:
         if started:
-            assert torch.equal(torch.cat([part.token_ids for part in started]), batch.token_ids)
+            responses = [part.token_ids[a:b] for part in started for a, b in itertools.pairwise(part.offsets.tolist())]
+            assert torch.equal(torch.cat([responses[row] for row in rows]), batch.token_ids)
         scores = Scores(
             old_logprobs=batch.rollout_logprobs - 0.01,
             values=torch.linspace(-1, 1, batch.num_tokens),
@@ -214,11 +231,11 @@ class ScriptedRewards:
         self._log = log
 
     def submit(self, rollouts: Sequence[Rollout]) -> list[Check]:
-        return [Check(r.prompt.id, reward_of(r)) for r in rollouts]
+        return [Check(r.prompt.id, done(outcome_of(r))) for r in rollouts]
 
     def collect(self, checks: Sequence[Check]) -> Rewards:
         self._log.append(Asked("reward", {"responses": len(checks)}))
-        return Rewards([check.future for check in checks], [])
+        return Rewards([check.future.result() for check in checks])
 
 
 class ScriptedRecords:

@@ -17,7 +17,16 @@ from sae_rl.metrics import check_names
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Sampling
 
-from .scripted import NUM_PROMPTS, ScriptedWorkers, make_config, make_prompts, make_rollout, make_run, reward_of
+from .scripted import (
+    NUM_PROMPTS,
+    ScriptedWorkers,
+    make_config,
+    make_prompts,
+    make_rollout,
+    make_run,
+    outcome_of,
+    reward_of,
+)
 
 STAGES = ["generate", "reward", "score", "update", "sync", "rollouts", "log"]
 
@@ -133,10 +142,11 @@ def test_metrics_of_a_step_are_known_and_complete(tmp_path: Path) -> None:
 def test_records_get_targets_as_the_estimator_made_them(tmp_path: Path) -> None:
     workers = trained(tmp_path, "steps=1")
     (shown,) = workers.asked("rollouts")
-    rollouts, rewards, opens, scores, targets = shown.of["values"]
+    rollouts, rewards, whys, opens, scores, targets = shown.of["values"]
     (updated,) = workers.asked("update")
     assert scores is updated.of["scores"]
     assert [reward_of(r) for r in rollouts] == rewards
+    assert [outcome_of(r).why for r in rollouts] == whys
     assert len(opens) == updated.of["batch"].num_tokens
     assert not torch.equal(targets.advantages, updated.of["targets"].advantages)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sae_rl import checkpoint
-from sae_rl.config import ConfigError
 from sae_rl.data.sampler import Sampler
+from sae_rl.errors import ConfigError
 from sae_rl.overlapped import train_overlapped
 
 from .scripted import ScriptedWorkers, make_config, make_prompts, make_run

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_rl.config import ConfigError
+from sae_rl.errors import ConfigError
 from sae_rl.replay import train_replay
 from sae_rl.rollout_table import write_rollouts
 from sae_rl.seeds import derive_seed
@@ -28,7 +28,8 @@ def recorded(tmp_path: Path) -> tuple[Path, list[Batch]]:
         batch = Batch.of(rollouts, rewards)
         flat = torch.zeros(batch.num_tokens)
         scores = Scores(old_logprobs=flat, values=None, ref_logprobs=None)
-        write_rollouts(folder, step, rollouts, rewards, flat.bool(), scores, Targets(advantages=flat, returns=None))
+        targets = Targets(advantages=flat, returns=None)
+        write_rollouts(folder, step, rollouts, rewards, [""] * len(rollouts), flat.bool(), scores, targets)
         batches.append(batch)
     return folder, batches
 

@@ -118,7 +118,7 @@ def write_sample_run(run_dir: Path, num_steps: int = 3, num_prompts: int = 2, ev
             }
             metrics["time/step_s"] = sum(value for name, value in metrics.items() if name.startswith("time/"))
             metrics["throughput/tokens_per_s"] = batch.num_tokens / metrics["time/step_s"]
-            records.rollouts(step, rollouts, rewards, opens, scores, targets)
+            records.rollouts(step, rollouts, rewards, [f"scores {r:g}" for r in rewards], opens, scores, targets)
             records.log(step, metrics)
             logged.append(metrics)
         _log_evaluations(records, num_steps)

@@ -100,7 +100,7 @@ def test_its_recorded_rollouts_are_learnt_from_again(finished: Path, tiny_model:
             assert again[name] == pytest.approx(before[name], rel=1e-4, abs=1e-7), name
         assert "time/sync_s" not in again
     files = [rollout_files(folder)[-1][1] for folder in (finished, tmp_path / "again")]
-    (rollouts, rewards), (copies, same_rewards) = read_step(files[0]), read_step(files[1])
+    (rollouts, rewards, _), (copies, same_rewards, _) = read_step(files[0]), read_step(files[1])
     assert rewards == same_rewards
     for rollout, copy in zip(rollouts, copies, strict=True):
         assert rollout.prompt == copy.prompt and torch.equal(rollout.policy_versions, copy.policy_versions)

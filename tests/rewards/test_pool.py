@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from sae_rl.config import RewardPoolConfig
 from sae_rl.rewards.pool import RewardPool, Rewards
+from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Prompt, Rollout
 
 DEADLINE_S = 1.0
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
 def rollout(verifier: str, index: int, response: str = "yes") -> Rollout:
@@ -31,8 +33,16 @@ def rollout(verifier: str, index: int, response: str = "yes") -> Rollout:
     )
 
 
-def config(max_failed_fraction: float = 1.0, num_processes: int = 1) -> RewardPoolConfig:
-    return RewardPoolConfig(num_processes=num_processes, deadline_s=DEADLINE_S, max_failed_fraction=max_failed_fraction)
+def make_pool(**changes: Any) -> RewardPool:
+    defaults = {
+        "num_processes": 1,
+        "deadline_s": DEADLINE_S,
+        "memory_gb": 0.5,
+        "failed_score": 0.0,
+        "max_failed_fraction": 1.0,
+        "verifiers": {},
+    }
+    return RewardPool(**defaults | changes)
 
 
 def score(pool: RewardPool, rollouts: list[Rollout]) -> Rewards:
@@ -40,12 +50,12 @@ def score(pool: RewardPool, rollouts: list[Rollout]) -> Rewards:
 
 
 def children() -> dict[int, str]:
-    """Without Python's own helper of multiprocessing, which lives as long as this process."""
+    """Without Python's own helpers of multiprocessing, which live as long as this process."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             found[process.pid] = " ".join(process.cmdline())
-    return {pid: command for pid, command in found.items() if "resource_tracker" not in command}
+    return {pid: command for pid, command in found.items() if not any(helper in command for helper in HELPERS)}
 
 
 @pytest.fixture
@@ -60,28 +70,39 @@ def no_process_left() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_process_left")
 def test_a_verifier_that_hangs_raises_or_dies_fails_alone() -> None:
-    asked = ["fine", "hang", "fine", "crash", "die", "words", "exact"]
-    with RewardPool(config()) as pool:
+    asked = ["fine", "hang", "fine", "crash", "die", "words", "nan", "swell", "exact", "talkative"]
+    with make_pool() as pool:
         score(pool, [rollout("fine", 9)])  # the process has started
         started = time.monotonic()
         rewards = score(pool, [rollout(name, i) for i, name in enumerate(asked)])
         took_s = time.monotonic() - started
         again = score(pool, [rollout("fine", 0), rollout("fine", 1, response="no")])
-    assert rewards.scores == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
-    hang, crash, die, words = rewards.failures
+    assert rewards.scores == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.5]
+    hang, crash, die, words, nan, swell = rewards.failures
     assert "verifiers:hang on prompt p1: no answer within rewards.deadline_s = 1 s" in hang
     assert "verifiers:crash on prompt p3: KeyError" in crash
     assert "verifiers:die on prompt p4: its process died" in die
     assert "verifiers:words on prompt p5: ValueError" in words
-    assert rewards.failed_fraction == pytest.approx(4 / 7)
+    assert "verifiers:nan on prompt p6: ValueError: returned the score nan" in nan
+    assert "verifiers:swell on prompt p7: it needs more than rewards.memory_gb = 0.5" in swell
+    assert rewards.failed_fraction == pytest.approx(6 / 10)
+    assert rewards.outcomes[-1] == Verdict(0.5, "half of q", "yes")
     assert again.scores == [1.0, 0.0]
     assert (again.failures, again.failed_fraction) == ([], 0.0)
-    assert took_s < 120, "a check that hangs is killed at its deadline"
+    assert took_s < 60, "a check that hangs is killed at its deadline"
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_failed_checks_score_as_the_rule_says() -> None:
+    with make_pool(failed_score=-0.5) as pool:
+        rewards = score(pool, [rollout("crash", 0), rollout("fine", 1)])
+    assert rewards.scores == [-0.5, 1.0]
+    assert isinstance(rewards.outcomes[0], Failed)
 
 
 @pytest.mark.usefixtures("no_process_left")
 def test_too_many_failures_stop_the_run() -> None:
-    with RewardPool(config(max_failed_fraction=0.25)) as pool:
+    with make_pool(max_failed_fraction=0.25) as pool:
         assert score(pool, [rollout("crash", 0), *(rollout("fine", i) for i in range(1, 4))]).scores == [0, 1, 1, 1]
         with pytest.raises(RuntimeError) as error:
             score(pool, [rollout("fine", 0), rollout("crash", 1)])
@@ -91,6 +112,6 @@ def test_too_many_failures_stop_the_run() -> None:
 
 @pytest.mark.usefixtures("no_process_left")
 def test_an_error_of_ours_leaves_no_process_either() -> None:
-    with pytest.raises(ZeroDivisionError), RewardPool(config(num_processes=2)) as pool:
+    with pytest.raises(ZeroDivisionError), make_pool(num_processes=2) as pool:
         score(pool, [rollout("fine", 0)])
         raise ZeroDivisionError

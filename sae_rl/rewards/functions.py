@@ -1,0 +1,46 @@
+"""Verifiers that are plain functions, named by their import path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from sae_rl.rewards.verdict import Sample, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """``function(prompt, response, answer)``, which returns a number or a `Verdict`."""
+
+    path: str  # package.module:function
+
+    def __call__(self, sample: Sample) -> Verdict:
+        returned = imported(self.path)(sample.prompt, sample.response, sample.answer)
+        if isinstance(returned, Verdict):
+            return returned
+        return Verdict(float(returned), f"{self.path} says {float(returned):g}")
+
+
+def imported(path: str) -> Callable[..., Any]:
+    """The function at an import path.
+
+    Raises:
+        ValueError: there is none, with the nearest name there is.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"reward: cannot import {module_name!r} of {path!r}: {error}") from error
+    found = vars(module)
+    if name not in found:
+        match = get_close_matches(name, found, n=1, cutoff=0.5)
+        hint = f"; did you mean {match[0]!r}?" if match else ""
+        raise ValueError(f"reward: module {module_name!r} has no {name!r}{hint}")
+    if not callable(found[name]):
+        raise ValueError(f"reward: {path!r} is {type(found[name]).__name__}, not a function (prompt, response, answer)")
+    function: Callable[..., Any] = found[name]
+    return function

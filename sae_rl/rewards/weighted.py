@@ -1,0 +1,39 @@
+"""A verifier made of verifiers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sae_rl.rewards.verdict import Sample, Verdict, Verifier
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """A weighted sum of several verifiers' scores; the answer is the first's that finds one."""
+
+    parts: tuple[Verifier, ...]  # at least one
+    weights: tuple[float, ...]  # one for each
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
+
+    def __post_init__(self) -> None:
+        if not self.parts or len(self.parts) != len(self.weights):
+            raise ValueError(
+                f"Weighted has {len(self.parts)} parts and {len(self.weights)} weights, but it needs at least one part and "
+                "a weight for each"
+            )
+        if not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"Weighted.weights = {self.weights}: all must be finite")
+
+    def __call__(self, sample: Sample) -> Verdict:
+        verdicts = [part(sample) for part in self.parts]
+        return Verdict(
+            sum(weight * verdict.score for weight, verdict in zip(self.weights, verdicts, strict=True)),
+            "; ".join(
+                f"{weight:g} x {verdict.score:g} ({verdict.why})"
+                for weight, verdict in zip(self.weights, verdicts, strict=True)
+            ),
+            next((verdict.answer for verdict in verdicts if verdict.answer is not None), None),
+        )
