@@ -7,7 +7,7 @@ import dataclasses
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,8 @@ from sae_rl.overlapped import train_overlapped
 from sae_rl.plugins import nearest
 from sae_rl.records import Records
 from sae_rl.replay import recorded_files, train_replay
-from sae_rl.rewards import resolve
+from sae_rl.rewards import check_deadline, resolve, warnings_of
 from sae_rl.rewards.pool import RewardPool
-from sae_rl.rewards.verdict import Verifier
 from sae_rl.types import Prompt
 from sae_rl.workers.placement import Role, pretraining_roles, roles_of
 from sae_rl.workers.session import ray_session, start_rollout, start_workers
@@ -105,8 +104,8 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
     """Everything that a run works with, its workers started; taken apart at the end."""
     tokenizer = load_tokenizer(config.model.path)
     resolved = with_delimiters(config, tokenizer)
-    prompts = load_source(config.task.train, config.task, tokenizer, config.rewards.verifiers, "task.train")
-    heldout = load_source(config.task.evaluation, config.task, tokenizer, config.rewards.verifiers, "task.evaluation")
+    prompts = load_source(config.task.train, config.task, tokenizer, config.rewards, "task.train")
+    heldout = load_source(config.task.evaluation, config.task, tokenizer, config.rewards, "task.evaluation")
     check_prompts(config, prompts)
     clock = Clock()
     with contextlib.ExitStack() as stack:
@@ -114,6 +113,8 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
         records = stack.enter_context(Records(config, config.output_dir, first_step, resumed=resume_from is not None))
         write_config(config, records)
         records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
+        for text in verifier_warnings(config, [*prompts, *heldout]):
+            records.note(text)
         stack.enter_context(ray_session(config))
         workers = stack.enter_context(start_workers(config, prompts[:NUM_PROBE_PROMPTS], clock, roles, records.note))
         rewards = stack.enter_context(reward_pool(config.rewards))
@@ -132,7 +133,7 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
 def run_evaluation(config: Config) -> Evaluation:
     """avg@k of ``model.path`` on ``task.evaluation``."""
     tokenizer = load_tokenizer(config.model.path)
-    prompts = load_source(config.task.evaluation, config.task, tokenizer, config.rewards.verifiers, "task.evaluation")
+    prompts = load_source(config.task.evaluation, config.task, tokenizer, config.rewards, "task.evaluation")
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_session(config))
         clock = Clock()
@@ -150,6 +151,15 @@ def reward_pool(config: RewardsConfig) -> RewardPool:
         max_failed_fraction=config.max_failed_fraction,
         verifiers=config.verifiers,
     )
+
+
+def verifier_warnings(config: Config, prompts: list[Prompt]) -> list[str]:
+    """What the verifiers of these prompts cannot prevent here. Raises ConfigError if one cannot work at all."""
+    names = sorted({prompt.reward for prompt in prompts})
+    try:
+        return warnings_of(resolve(name, config.rewards.verifiers) for name in names)
+    except OSError as error:
+        raise ConfigError([f"rewards.verifiers: {error}"]) from error
 
 
 def find_checkpoint(config: Config) -> Path | None:
@@ -248,7 +258,7 @@ def load_source(
     source: SourceConfig,
     task: TaskConfig,
     tokenizer: PreTrainedTokenizerBase,
-    verifiers: Mapping[str, Verifier],
+    rewards: RewardsConfig,
     key: str,
 ) -> list[Prompt]:
     """The prompts of ``task.train`` or ``task.evaluation``; ``key`` is what messages call it."""
@@ -257,7 +267,7 @@ def load_source(
         if source.name != "file" and source.reward is not None:
             prompts = [dataclasses.replace(prompt, reward=source.reward) for prompt in prompts]
         for reward in {prompt.reward for prompt in prompts}:
-            resolve(reward, verifiers)
+            check_deadline(reward, resolve(reward, rewards.verifiers), rewards.deadline_s)
     except ValueError as error:
         raise ConfigError([f"{key}: {line}" for line in str(error).splitlines()]) from error
     return prompts[: source.num_prompts] if source.num_prompts else prompts

@@ -6,10 +6,11 @@ name it by its import path, ``package.module:function``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from sae_rl.rewards.code import Code
 from sae_rl.rewards.functions import Function, imported
 from sae_rl.rewards.mathematics import Math
 from sae_rl.rewards.text import Exact
@@ -19,6 +20,7 @@ from sae_rl.rewards.weighted import Weighted
 VERIFIERS: dict[str, type[Any]] = {
     "math": Math,
     "exact": Exact,
+    "code": Code,
     "function": Function,
     "weighted": Weighted,
 }
@@ -26,6 +28,7 @@ VERIFIERS: dict[str, type[Any]] = {
 READY: dict[str, Verifier] = {
     "math": Math(),
     "exact": Exact(),
+    "code": Code(),
     "level": Function("sae_rl.data.level:level"),
     "countdown": Function("sae_rl.data.countdown:countdown"),
 }
@@ -50,3 +53,34 @@ def resolve(name: str, configured: Mapping[str, Verifier]) -> Verifier:
     if name in VERIFIERS:
         hint = f"; {name!r} needs knobs: give it a name in rewards.verifiers"
     raise ValueError(f"reward: found {name!r}, allowed: {', '.join(names)}, or package.module:function{hint}")
+
+
+ENDING_S = 2.0  # for a program in the sandbox to be gone
+
+
+def parts_of(verifier: Verifier) -> Iterator[Verifier]:
+    """What a verifier is made of, itself included."""
+    yield verifier
+    if isinstance(verifier, Weighted):
+        for part in verifier.parts:
+            yield from parts_of(part)
+
+
+def check_deadline(name: str, verifier: Verifier, deadline_s: float) -> None:
+    """Raises ValueError if programs may run so long that the check would fail instead of saying that they are too slow."""
+    longest_s = sum(part.total_s + ENDING_S for part in parts_of(verifier) if isinstance(part, Code))
+    if longest_s > deadline_s:
+        raise ValueError(
+            f"reward {name!r} runs programs for up to {longest_s:g} s (total_s, and {ENDING_S:g} s to end them), but "
+            f"rewards.deadline_s = {deadline_s:g}: raise it, or lower total_s in rewards.verifiers"
+        )
+
+
+def warnings_of(verifiers: Iterable[Verifier]) -> list[str]:
+    """What they cannot prevent on this machine, each once.
+
+    Raises:
+        OSError: one of them cannot work here.
+    """
+    parts = [part for verifier in verifiers for part in parts_of(verifier)]
+    return list(dict.fromkeys(text for part in parts if isinstance(part, Code) for text in part.warnings()))

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 import resource
+import tempfile
 
 from sae_rl.rewards.verdict import Sample, Verdict, Verifier
+from sae_rl.sandbox.processes import adopt_orphans
 
 
-def limit_memory(num_bytes: int) -> None:
-    """What this process may allocate from here on; beyond it, Python raises MemoryError."""
+def start(folder: str, num_bytes: int) -> None:
+    """Prepares a process that checks.
+
+    Args:
+        folder: for its temporary files; whoever started the process removes it.
+        num_bytes: it may allocate; beyond that, Python raises MemoryError.
+    """
+    tempfile.tempdir = folder
+    adopt_orphans()
     # Not RLIMIT_AS: libraries reserve address space that they never use.
     resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as CheckTimeout
@@ -76,6 +78,8 @@ class RewardPool:
         self._deadline_s, self._memory_gb = deadline_s, memory_gb
         self._failed_score, self._max_failed_fraction = failed_score, max_failed_fraction
         self._configured, self._resolved = verifiers, dict[str, Verifier]()
+        self._folder = tempfile.TemporaryDirectory(prefix="sae_rl_rewards_", ignore_cleanup_errors=True)
+        os.chmod(self._folder.name, 0o711)  # programs in the sandbox are run by others
         # Not forked from here: the driver has threads of Ray and torch, whose locks a fork would copy as they stand. The
         # server that forks has imported what checks need, so that a killed process is replaced in milliseconds.
         context = multiprocessing.get_context("forkserver")
@@ -83,8 +87,8 @@ class RewardPool:
         self._pool = ProcessPool(
             max_workers=num_processes,
             context=context,
-            initializer=in_process.limit_memory,
-            initargs=(int(memory_gb * GB),),
+            initializer=in_process.start,
+            initargs=(self._folder.name, int(memory_gb * GB)),
         )
 
     def __enter__(self) -> RewardPool:
@@ -95,6 +99,7 @@ class RewardPool:
     ) -> None:
         self._pool.stop()
         self._pool.join()
+        self._folder.cleanup()
 
     def submit(self, rollouts: Sequence[Rollout]) -> list[Check]:
         """Starts r(x, y) of every rollout, as soon as a process is free."""

@@ -19,10 +19,10 @@ DEADLINE_S = 1.0
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
-def rollout(verifier: str, index: int, response: str = "yes") -> Rollout:
-    name = verifier if verifier == "exact" else f"{__package__}.verifiers:{verifier}"
+def rollout(verifier: str, index: int | str, response: str = "yes", answer: str = "yes") -> Rollout:
+    name = verifier if verifier in ("exact", "code") else f"{__package__}.verifiers:{verifier}"
     return Rollout(
-        prompt=Prompt(id=f"p{index}", text="q", token_ids=(1,), answer="yes", task="t", reward=name),
+        prompt=Prompt(id=f"p{index}", text="q", token_ids=(1,), answer=answer, task="t", reward=name),
         sample=0,
         token_ids=torch.tensor([1]),
         rollout_logprobs=torch.zeros(1),

@@ -38,6 +38,4 @@ def nan(prompt: str, response: str, answer: str) -> float:
 
 
 def swell(prompt: str, response: str, answer: str) -> float:
-    held = []
-    while True:
-        held.append(bytearray(10**8))
+    return float(len(bytearray(4 * 10**9)))

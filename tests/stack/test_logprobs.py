@@ -30,7 +30,9 @@ def test_tied_weights_arrive_under_zero_3_and_what_is_missing_is_noticed(
 ) -> None:
     """Untied ones, to two engines, are compared in test_lost_engines.py."""
     config = configure("learner.policy.zero_stage=3", model=tied_model)
-    prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")[:4]
+    prompts = load_source(
+        config.task.train, config.task, load_tokenizer(config.model.path), config.rewards, "task.train"
+    )[:4]
     with ray_session(config), start_workers(config, prompts[:2], Clock()) as crew:
         crew.sync_weights(0)
         before = {}

@@ -76,7 +76,9 @@ def interrupted(crew: Crew, prompts: list[Prompt], pid: int, number: int) -> dic
 
 def test_what_a_lost_engine_had_not_answered_goes_to_others_until_too_many_are_lost(configure: Configure) -> None:
     config = configure(*TWO_ENGINES)
-    prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")
+    prompts = load_source(
+        config.task.train, config.task, load_tokenizer(config.model.path), config.rewards, "task.train"
+    )
     notes: list[str] = []
     with ray_session(config), start_workers(config, prompts[:2], Clock(), note=notes.append) as crew:
         crew.sync_weights(0)

@@ -24,7 +24,9 @@ STEPS = 4
 def test_responses_under_way_go_on_with_new_weights(configure: Configure, tmp_path: Path) -> None:
     """To 1e-4, also behind the change: keys and values are those of the new weights."""
     config = configure("algorithm=grpo", "rollout.max_response_tokens=256", "learner.policy.micro_batch_tokens=2048")
-    prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")
+    prompts = load_source(
+        config.task.train, config.task, load_tokenizer(config.model.path), config.rewards, "task.train"
+    )
     with ray_session(config), start_workers(config, prompts[:2], Clock()) as crew:
         crew.sync_weights(0)
         first = Batch.of(rollouts := sampled(crew, prompts, group_size=4, max_tokens=64), [0.0] * len(rollouts))

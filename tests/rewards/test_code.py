@@ -1,0 +1,169 @@
+"""Honest programs: what counts as right, and what is said about those that are not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sae_rl.rewards import check_deadline, warnings_of
+from sae_rl.rewards.code import Code, different, program_of, read_tests, same_value
+from sae_rl.rewards.verdict import Sample, Verdict
+from sae_rl.rewards.weighted import Weighted
+from sae_rl.sandbox.isolation import Isolation
+
+ADD = {"inputs": ["1 2\n", "3 4\n", "5 6\n"], "outputs": ["3\n", "7\n", "11\n"]}
+FIRST = {"fn_name": "first", "inputs": [[[3, 1]], [[5]], [[]]], "outputs": [3, 5, None]}
+
+
+def check(program: str, tests: dict[str, Any], **knobs: Any) -> Verdict:
+    response = f"Thinking.\n```python\n{program}\n```\nDone."
+    return Code(**knobs)(Sample(prompt="", response=response, answer=json.dumps(tests)))
+
+
+def test_scripts() -> None:
+    assert check("print(sum(map(int, input().split())))", ADD) == Verdict(1.0, "all 3 tests pass")
+    verdict = check("a, b = map(int, input().split())\nprint(a + b if a < 3 else 0)", ADD)
+    assert verdict == Verdict(0.0, "1 of 3 tests pass; test 2: line 1: expected '7', found '0'")
+    assert check("a, b = map(int, input().split())\nprint(a + b if a < 4 else 0)", ADD, partial=True).score == 2 / 3
+
+
+def test_functions() -> None:
+    assert check("def first(x): return x[0] if x else None", FIRST).score == 1.0
+    assert check("class Solution:\n    def first(self, x): return x[0] if x else None", FIRST).score == 1.0
+    assert check("print('noise')\ndef first(x):\n    print(x)\n    return x[0] if x else None", FIRST).score == 1.0
+    verdict = check("def first(x): return x[0]", FIRST, partial=True)
+    assert verdict == Verdict(2 / 3, "2 of 3 tests pass; test 3: it raised 'IndexError: list index out of range'")
+    assert "defines no function 'first'" in check("def last(x): return x[-1]", FIRST).why
+    usual = "import math, collections, re\nfrom typing import *\n"
+    assert check(f"{usual}def first(x: List[int]): return x[0] if x else None", FIRST).score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("print(", "SyntaxError"),
+        ("raise KeyError('x')", "exit code 1: \"KeyError: 'x'\""),
+        ("while True: pass", "it ran longer than its time"),
+        ("print(3)\nraise SystemExit(3)", "exit code 3: nothing on stderr"),
+        ("print('1' * 5000)", "line 1: expected '3', found '1111"),
+        ("print(3)\nprint(4)", "expected 1 lines, found 2"),
+        ("", "expected 1 lines, found 0"),
+        ("x = bytearray(1 << 32)", "MemoryError"),
+        ("while True: print('1' * 1000)", "it wrote more than 1024 KB"),
+        ("import numpy", "ModuleNotFoundError"),
+    ],
+)
+def test_why_a_program_is_wrong(program: str, why: str) -> None:
+    verdict = check(program, ADD, time_s=1.0)
+    assert verdict.score == 0.0
+    assert verdict.why.startswith("0 of 3 tests pass; test 1: ") and why in verdict.why
+
+
+def test_all_tests_share_a_time_limit() -> None:
+    slow = "import time\ntime.sleep(0.4)\nprint(sum(map(int, input().split())))"
+    tests = {"inputs": ["1 2\n"] * 9, "outputs": ["3\n"] * 9}
+    verdict = check(slow, tests, time_s=1.0, total_s=1.0, partial=True)
+    assert 0 < verdict.score < 0.5
+    slow = "def f(x):\n    import time\n    time.sleep(0.4)\n    return x"
+    tests = {"fn_name": "f", "inputs": [[1]] * 9, "outputs": [1] * 9}
+    assert check(slow, tests, time_s=1.0, total_s=1.0).score == 0.0
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "same"),
+    [
+        ("1 2\n3 \n\n", "1 2\n3", True),
+        ("1  2", "1 2", True),
+        ("1 2", "12", False),
+        ("0.3000000001", "0.3", True),
+        ("0.31", "0.3", False),
+        ("3.0", "3", False),  # a whole number is expected
+        ("x 1e0", "x 1.0", True),
+        ("nan", "1.0", False),
+        ("inf", "1.0", False),
+        ("yes", "YES", False),
+        ("", "", True),
+        ("a\n\nb", "a\nb", False),
+    ],
+)
+def test_outputs_are_compared(found: str, expected: str, same: bool) -> None:
+    assert (different(found, expected, 1e-6) is None) == same
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "same"),
+    [
+        (1, 1, True),
+        (1, 1.0, True),
+        (1.0000001, 1, True),
+        (1.1, 1, False),
+        (True, 1, False),
+        (1, True, False),
+        (None, False, False),
+        ("1", 1, False),
+        ([1, [2.0]], [1, [2]], True),
+        ([1, 2], [2, 1], False),
+        ([1], [1, 1], False),
+        ({"a": 1}, {"a": 1}, True),
+        ({"a": 1, "b": 1}, {"a": 1}, False),
+        (float("nan"), 1.0, False),
+        (10**400, 1.5, False),
+        (10**400, 10**400, True),
+        ([], {}, False),
+    ],
+)
+def test_values_are_compared(found: Any, expected: Any, same: bool) -> None:
+    assert same_value(found, expected, 1e-6) is same
+
+
+def test_which_program_counts() -> None:
+    assert program_of("```python\na\n```\n```py\nb\n```\n```bash\nc\n```") == "b\n"
+    assert program_of("```\na\n```") == "a\n"
+    assert program_of("```cpp\na\n```") is None
+    assert program_of("```python\nnever closed") is None
+    assert program_of("print(1)") == "print(1)"
+    assert program_of("  ") is None
+    assert Code()(Sample(prompt="", response="", answer=json.dumps(ADD))) == Verdict(0.0, "no Python code block")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"inputs": [], "outputs": []}',
+        '{"inputs": ["1"], "outputs": []}',
+        '{"inputs": [1], "outputs": ["1"]}',
+        '{"inputs": ["1"], "outputs": [1]}',
+        '{"inputs": ["1"], "outputs": [1], "fn_name": "f"}',
+        '{"inputs": ["1"], "outputs": ["1"], "asserts": []}',
+    ],
+)
+def test_answers_that_hold_no_tests(answer: str) -> None:
+    with pytest.raises(ValueError, match="code: "):
+        read_tests(answer)
+
+
+def test_knobs() -> None:
+    for knobs in ({"time_s": 0}, {"memory_mb": -1}, {"time_s": 9.0, "total_s": 1.0}, {"tolerance": -1.0}):
+        with pytest.raises(ValueError, match=r"allowed|must be"):
+            Code(**knobs)
+
+
+def test_the_deadline_leaves_time_to_say_that_a_program_is_slow() -> None:
+    check_deadline("mine", Code(total_s=8.0), 10.0)
+    both = Weighted((Code(), Code()), (1.0, 1.0))
+    with pytest.raises(ValueError, match=r"'both' runs programs for up to 20 s .* rewards.deadline_s = 10"):
+        check_deadline("both", both, 10.0)
+
+
+def test_what_is_not_isolated_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    weak = Isolation("limits", as_root=False, why_not_more="bubblewrap: bwrap is not installed")
+    assert Isolation("unshare", as_root=True).warnings() == []
+    assert warnings_of([Weighted((Code(isolation="limits"),), (1.0,)), Code(isolation="limits")]) != []
+    (said,) = weak.warnings()
+    for part in ("no namespaces", "limits alone", "bwrap is not installed"):
+        assert part in said

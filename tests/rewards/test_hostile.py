@@ -1,0 +1,234 @@
+"""Model-written programs against the sandbox, in each way in which this machine can isolate them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sae_rl.rewards.code import Code
+from sae_rl.rewards.verdict import Failed, Sample, Verdict
+from sae_rl.sandbox.isolation import FIRST_USER, NUM_USERS, How, candidates, chosen
+from sae_rl.sandbox.processes import adopt_orphans
+
+from .hostile import FUNCTIONS, HOSTILE
+from .test_pool import make_pool, rollout, score
+
+TIME_S = 1.5
+ENDS_S = 5.0  # what starting and ending a sandbox may take beyond that, several at a time on a busy machine
+NUM_PROCESSES = 4
+LEFT_BEHIND = (Path("/tmp/sae_rl_hostile"), Path("/dev/shm/sae_rl_hostile"))
+WAYS = [way.how for way in candidates(os.geteuid() == 0)]
+
+
+@dataclass
+class Surroundings:
+    """What hostile programs look for, and what must not change."""
+
+    secret: str
+    outside: Path
+    answers: Path
+    port: int
+    asked: list[object]  # by connections to the server
+
+    def fill(self, source: str, pid: str = str(os.getpid())) -> str:
+        for name, value in {
+            "@OUTSIDE@": self.outside,
+            "@ANSWERS@": self.answers,
+            "@PORT@": self.port,
+            "@PID@": pid,
+        }.items():
+            source = source.replace(name, str(value))
+        return source
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> How:
+    """Each that works here."""
+    how: How = request.param
+    try:
+        chosen(how)
+    except OSError as error:
+        assert how != "limits", error
+        pytest.skip(str(error))
+    return how
+
+
+@pytest.fixture
+def around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Surroundings]:
+    secret = f"secret-{secrets.token_hex(8)}"
+    monkeypatch.setenv("SAE_RL_SECRET", secret)
+    outside, answers = tmp_path / "outside", tmp_path / "answers.txt"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    answers.write_text(secret)
+    for path in (*(p for p in tmp_path.parents if p.stat().st_uid == os.geteuid()), tmp_path, outside):
+        path.chmod(path.stat().st_mode | (0o777 if path == outside else 0o055))
+    asked: list[object] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, address = server.accept()
+                    asked.append(address)
+                    with connection:
+                        connection.sendall(secret.encode())
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield Surroundings(secret, outside, answers, server.getsockname()[1], asked)
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(around: Surroundings) -> Iterator[None]:
+    """No process, no file, no connection, and what others had is as it was."""
+    before = started_by_sandboxes(), sorted(os.listdir(around.outside.parent))
+    yield
+    assert started_by_sandboxes() - before[0] == set()
+    assert sorted(os.listdir(around.outside.parent)) == before[1]
+    assert os.listdir(around.outside) == ["kept"] and (around.outside / "kept").read_text() == "kept"
+    assert not any(path.exists() for path in LEFT_BEHIND)
+    assert around.asked == [], "a program reached a server"
+
+
+def started_by_sandboxes() -> set[str]:
+    """Processes that are still there, zombies included."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            is_sandboxed = FIRST_USER <= process.uids().real < FIRST_USER + NUM_USERS
+            if is_sandboxed or "inside.py" in " ".join(process.cmdline()):
+                found.add(f"{process.pid} {process.status()} {' '.join(process.cmdline())[:80]}")
+    return found
+
+
+def unit_tests(function: bool, secret: str) -> str:
+    if function:
+        return json.dumps({"fn_name": "f", "inputs": [[1]], "outputs": [secret]})
+    return json.dumps({"inputs": ["1\n"], "outputs": [secret]})
+
+
+def strict(way: How) -> Code:
+    return Code(time_s=TIME_S, total_s=TIME_S, memory_mb=256, isolation=way)
+
+
+def check_here(source: str, way: How, around: Surroundings, function: bool = False) -> Verdict:
+    return strict(way)(
+        Sample(prompt="", response=f"```python\n{around.fill(source)}\n```", answer=unit_tests(function, around.secret))
+    )
+
+
+def test_hostile_programs_get_nothing_and_delay_nobody(way: How, around: Surroundings, tmp_path: Path) -> None:
+    """All at once, as a batch of a run, with honest ones among them."""
+    honest = {f"honest {i}": f"print({around.secret!r})" for i in range(4)}
+    programs = [(name, source, False) for name, source in (HOSTILE | honest).items()]
+    programs += [(name, source, True) for name, source in FUNCTIONS.items()]
+    rollouts = [
+        rollout(
+            "code", name, response=f"```python\n{around.fill(source)}\n```", answer=unit_tests(function, around.secret)
+        )
+        for name, source, function in programs
+    ]
+    started = time.monotonic()
+    with make_pool(
+        num_processes=NUM_PROCESSES, deadline_s=TIME_S + ENDS_S, memory_gb=2.0, verifiers={"code": strict(way)}
+    ) as pool:
+        outcomes = score(pool, rollouts).outcomes
+    took_s = time.monotonic() - started
+    told = {name: outcome for (name, *_), outcome in zip(programs, outcomes, strict=True)}
+    assert {name: each for name, each in told.items() if isinstance(each, Failed)} == {}
+    scored = {name for name, each in told.items() if isinstance(each, Verdict) and each.score != 0.0}
+    assert scored == honest.keys()
+    found = {name: re.sub("expected .*?, found", "", each.why) for name, each in told.items()}
+    assert {name for name, text in found.items() if around.secret in text} == set()
+    assert took_s < len(programs) / NUM_PROCESSES * (TIME_S + 1.0) + 10, "nobody waits longer than for the time limits"
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if "environment" in name or "checker" in name])
+def test_the_process_that_checks_gives_nothing_away(name: str, way: How, around: Surroundings) -> None:
+    """Here that is this process, which knows the secret and has it in its environment."""
+    adopt_orphans()
+    assert check_here(HOSTILE[name], way, around).score == 0.0
+
+
+def test_there_are_enough_of_them() -> None:
+    assert len(HOSTILE) + len(FUNCTIONS) >= 40
+
+
+def test_an_honest_program_scores_in_every_way(way: How, around: Surroundings) -> None:
+    """What the tests above refuse is not refused for another reason."""
+    assert check_here(f"print({around.secret!r})", way, around).score == 1.0
+    assert check_here(f"def f(x): return {around.secret!r}", way, around, function=True).score == 1.0
+
+
+AS_NOBODY = """
+import json, sys
+from pathlib import Path
+from sae_rl.sandbox.isolation import candidates, probe
+from sae_rl.sandbox.limits import Limits
+from sae_rl.sandbox.processes import adopt_orphans
+from sae_rl.sandbox.programs import Sandbox
+
+programs, told = json.loads(sys.stdin.read()), {}
+adopt_orphans()
+for way in candidates(as_root=False):
+    told[way.how] = {"": probe(way) or ""}
+    for name, source in programs.items() if not told[way.how][""] else ():
+        import os
+        with Sandbox(source.replace("@PID@", str(os.getpid())), Limits(time_s=1.5, memory_mb=256), way) as sandbox:
+            told[way.how][name] = sandbox.run("").stdout
+print(json.dumps(told))
+"""
+# What a user's own processes and files have to fear, beside what is tested above.
+WITHOUT_RIGHTS = [
+    *("writes outside", "deletes outside", "moves a file of others", "reads the answers", "searches the disk"),
+    *("reads its parent's environment", "reads the checker's environment", "reads the checker's memory"),
+    *("asks a server", "kills whoever checks", "stops whoever checks", "lowers the checker's limits", "daemon"),
+    *("fork bomb", "makes namespaces", "debugs the checker", "changes its own checker"),
+]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_started_by_a_user_without_rights(around: Surroundings) -> None:
+    """As on a cluster where nobody is root; with a Python that this user may run."""
+    python = next((p for p in ("/usr/bin/python3.12", "/usr/bin/python3.11") if os.path.exists(p)), None)
+    if python is None:
+        pytest.skip("no Python of the system")
+    os.chown(around.outside, 65534, 65534)
+    programs = {name: around.fill(HOSTILE[name], pid="@PID@") for name in WITHOUT_RIGHTS}
+    environment = {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "SAE_RL_SECRET": around.secret,
+        "PATH": os.environ["PATH"],
+    }
+    done = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-B", "-c", AS_NOBODY],
+        input=json.dumps(programs | {"honest": f"print({around.secret!r})"}),
+        env=environment,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["limits"][""] == ""
+    for how, outputs in told.items():
+        if not outputs[""]:
+            assert {name for name, text in outputs.items() if around.secret in text} == {"honest"}, how
+            assert len(outputs) == len(programs) + 2
