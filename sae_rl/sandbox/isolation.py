@@ -79,7 +79,8 @@ class Isolation:
         if self.how != "limits" or not self.as_root:
             return here
         for python in (here, *map(os.path.realpath, PYTHONS)):
-            if os.path.exists(python) and all(os.stat(path).st_mode & 1 for path in (python, *Path(python).parents)):
+            path = Path(python)
+            if path.exists() and all(each.stat().st_mode & 1 for each in (path, *path.parents)):  # x, for others
                 return python
         raise OSError(f"no Python that other users may run: {here} is in a folder that is closed to them")
 
@@ -173,7 +174,7 @@ def chosen(how: How | Literal["auto"]) -> Isolation:
     Raises:
         OSError: it does not work, or none does.
     """
-    refused = []
+    refused: list[str] = []
     for isolation in candidates(os.geteuid() == 0):
         if how in ("auto", isolation.how):
             if (problem := probe(isolation)) is None:

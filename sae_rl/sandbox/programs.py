@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
@@ -117,7 +117,11 @@ class Sandbox:
             readable=isolation.readable(self._folder),
             writable=isolation.writable(scratch),
             system_calls=None if code is None else code.hex(),
-            **asdict(self._limits),
+            time_s=self._limits.time_s,
+            memory_mb=self._limits.memory_mb,
+            num_processes=self._limits.num_processes,
+            files_mb=self._limits.files_mb,
+            output_kb=self._limits.output_kb,
         )
         return isolation.command(self._folder, [json.dumps(options)], self._limits)
 

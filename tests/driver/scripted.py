@@ -49,9 +49,9 @@ def make_config(folder: Path, *overrides: str) -> Config:
     )
 
 
-def make_prompts(count: int = NUM_PROMPTS) -> list[Prompt]:
+def make_prompts(count: int = NUM_PROMPTS, verifier: str = "exact") -> list[Prompt]:
     return [
-        Prompt(id=f"p{i}", text=f"question {i}", token_ids=(1000 + i, 7), answer="a", task="t", reward="exact")
+        Prompt(id=f"p{i}", text=f"question {i}", token_ids=(1000 + i, 7), answer="a", task="t", reward=verifier)
         for i in range(count)
     ]
 
@@ -77,9 +77,11 @@ def reward_of(rollout: Rollout) -> float:
 
 
 def outcome_of(rollout: Rollout) -> Verdict | Failed:
-    """Verifier "moody" fails on every third response by the sum of its tokens."""
-    if rollout.prompt.reward == "moody" and int(rollout.token_ids.sum()) % 3 == 0:
-        return Failed("moody")
+    """Verifier "moody" fails on every third response, by the sum of its tokens; "broken" on all."""
+    if rollout.prompt.reward == "broken" or (
+        rollout.prompt.reward == "moody" and int(rollout.token_ids.sum()) % 3 == 0
+    ):
+        return Failed(rollout.prompt.reward)
     return Verdict(reward_of(rollout), f"sum {int(rollout.token_ids.sum())}")
 
 
@@ -255,11 +257,15 @@ class ScriptedRecords:
 
 
 def make_run(
-    config: Config, workers: ScriptedWorkers, resume_from: Path | None = None, heldout: list[Prompt] | None = None
+    config: Config,
+    workers: ScriptedWorkers,
+    resume_from: Path | None = None,
+    heldout: list[Prompt] | None = None,
+    verifier: str = "exact",
 ) -> Run:
     return Run(
         config=config,
-        sampler=Sampler(make_prompts(), config.seed),
+        sampler=Sampler(make_prompts(verifier=verifier), config.seed),
         heldout=heldout or [],
         workers=workers,
         rewards=cast(RewardPool, ScriptedRewards(workers.log)),
