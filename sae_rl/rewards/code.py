@@ -8,9 +8,10 @@ import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from sae_rl.rewards.verdict import Sample, Verdict
+from sae_rl.sandbox.inside import Answer
 from sae_rl.sandbox.isolation import chosen
 from sae_rl.sandbox.limits import Limits
 from sae_rl.sandbox.programs import Ended, Sandbox
@@ -43,7 +44,7 @@ class Code:
     JSON, with the same tolerance for numbers that are not whole.
     """
 
-    time_s: float = 4.0  # of one test; a function's tests run one after the other in this time for each
+    time_s: float = 4.0  # of one test of a script
     total_s: float = 8.0  # of all tests of a response; beyond it the rest has failed. Keep rewards.deadline_s above it
     memory_mb: int = 512
     num_processes: int = 16
@@ -53,16 +54,16 @@ class Code:
     isolation: Literal["auto", "bubblewrap", "unshare", "limits"] = "auto"  # auto: the strongest that works here
 
     def __post_init__(self) -> None:
-        self._limits(self.time_s)
+        self._limits()
         if self.total_s < self.time_s or self.tolerance < 0:
             raise ValueError(
                 f"code: total_s = {self.total_s:g} must be at least time_s = {self.time_s:g}, and tolerance = "
                 f"{self.tolerance:g} at least 0"
             )
 
-    def _limits(self, time_s: float) -> Limits:
+    def _limits(self) -> Limits:
         return Limits(
-            time_s=time_s, memory_mb=self.memory_mb, num_processes=self.num_processes, output_kb=self.output_kb
+            time_s=self.time_s, memory_mb=self.memory_mb, num_processes=self.num_processes, output_kb=self.output_kb
         )
 
     def warnings(self) -> list[str]:
@@ -79,7 +80,7 @@ class Code:
         program = program_of(sample.response)
         if program is None:
             return Verdict(0.0, "no Python code block")
-        problems = self._run(program, tests) if tests.function is None else self._call(program, tests)
+        problems = self._problems(program, tests)
         num_tests, num_passed = len(tests.inputs), problems.count(None)
         if num_passed == num_tests:
             return Verdict(1.0, f"all {num_tests} tests pass")
@@ -87,37 +88,50 @@ class Code:
         why = f"{num_passed} of {num_tests} tests pass; test {first + 1}: {problems[first]}"
         return Verdict(num_passed / num_tests if self.partial else 0.0, why)
 
-    def _run(self, program: str, tests: Tests) -> list[str | None]:
-        """What is wrong with each test, None if it passes; without ``partial`` only as far as the first that fails."""
+    def _problems(self, program: str, tests: Tests) -> list[str | None]:
+        """What is wrong with each test, None if it passes; without ``partial`` as far as the first that fails."""
         problems: list[str | None] = []
-        end = time.monotonic() + self.total_s
-        limits = self._limits(self.time_s)
-        with Sandbox(program, limits, chosen(self.isolation)) as sandbox:
-            for given, expected in zip(tests.inputs, tests.outputs, strict=True):
-                left_s = end - time.monotonic()
-                if left_s <= 0:
-                    problems.append(f"not run: the tests before it took total_s = {self.total_s:g} s")
-                else:
-                    ended = sandbox.run(given, min(self.time_s, left_s))
-                    problems.append(
-                        stopped(ended, limits) or died(ended) or different(ended.stdout, expected, self.tolerance)
-                    )
-                if problems[-1] is not None and not self.partial:
-                    break
+        deadline = time.monotonic() + self.total_s
+        with Sandbox(program, self._limits(), chosen(self.isolation), tests.function) as sandbox:
+            while len(problems) < len(tests.inputs):
+                first = len(problems)
+                # Most programs that are wrong fail the first test, and a sandbox is not made for each.
+                last = first + 1 if first == 0 and not self.partial and tests.function is None else len(tests.inputs)
+                ended = sandbox.run(tests.inputs[first:last], deadline - time.monotonic(), stop_early=not self.partial)
+                for i in range(first, last):
+                    problem = self._problem(ended, i - first, tests.outputs[i], is_script=tests.function is None)
+                    problems.append(problem)
+                    if problem is not None and not self.partial:
+                        return problems
         return problems
 
-    def _call(self, program: str, tests: Tests) -> list[str | None]:
-        limits = self._limits(min(self.total_s, self.time_s * len(tests.inputs)))
-        with Sandbox(program, limits, chosen(self.isolation), tests.function) as sandbox:
-            ended = sandbox.run("".join(json.dumps(arguments) + "\n" for arguments in tests.inputs))
-        answers = ended.stdout.splitlines()
-        problems: list[str | None] = []
-        for i, expected in enumerate(tests.outputs):
-            if i >= len(answers):
-                problems.append(stopped(ended, limits) or died(ended) or "it returned nothing")
-            else:
-                problems.append(wrong_value(answers[i], expected, self.tolerance))
-        return problems
+    def _problem(self, ended: Ended, i: int, expected: Any, is_script: bool) -> str | None:
+        """What is wrong with answer ``i``."""
+        if i >= len(ended.answers):
+            return {
+                "time": f"all tests together took more than {self.total_s:g} s",
+                "memory": f"it took more than {self.memory_mb} MB",
+                "exit": f"exit code {ended.code}: {last_line(ended.stderr)}",
+            }[ended.ending]
+        answer = ended.answers[i]
+        if not isinstance(answer, dict) or (is_script and answer.keys() != Answer.__annotations__.keys()):
+            return "what it answered cannot be read"
+        if is_script:
+            return self._wrong_output(cast(Answer, answer), expected)
+        if "returned" not in answer:
+            return f"it raised {shown(str(answer.get('raised')))}"
+        if same_value(answer["returned"], expected, self.tolerance):
+            return None
+        return f"expected {shown(json.dumps(expected))}, found {shown(str(answer['returned']))}"
+
+    def _wrong_output(self, answer: Answer, expected: str) -> str | None:
+        if answer["ending"] == "time":
+            return f"it ran longer than {self.time_s:g} s"
+        if answer["ending"] == "output":
+            return f"it wrote more than {self.output_kb} KB"
+        if answer["code"] != 0:
+            return f"exit code {answer['code']}: {last_line(answer['stderr'])}"
+        return different(answer["stdout"], expected, self.tolerance)
 
 
 @lru_cache(maxsize=CACHED_TESTS)  # responses to one prompt are checked one after the other
@@ -149,20 +163,9 @@ def program_of(response: str) -> str | None:
     return blocks[-1] if blocks else None
 
 
-def stopped(ended: Ended, limits: Limits) -> str | None:
-    """The limit that ended a program."""
-    return {
-        "exit": None,
-        "time": "it ran longer than its time",
-        "memory": f"it took more than {limits.memory_mb} MB",
-        "output": f"it wrote more than {limits.output_kb} KB",
-    }[ended.ending]
-
-
-def died(ended: Ended) -> str | None:
-    """The last line of what it said, if it says that it failed."""
-    said = ended.stderr.strip().splitlines()
-    return None if ended.code == 0 else f"exit code {ended.code}: {shown(said[-1]) if said else 'nothing on stderr'}"
+def last_line(stderr: str) -> str:
+    lines = stderr.strip().splitlines()
+    return shown(lines[-1]) if lines else "nothing on stderr"
 
 
 def different(found: str, expected: str, tolerance: float) -> str | None:
@@ -192,21 +195,6 @@ def _is_near(word: str, want: str, tolerance: float) -> bool:
 
 def near(found: float, expected: float, tolerance: float) -> bool:
     return math.isfinite(found) and math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
-
-
-def wrong_value(line: str, expected: Any, tolerance: float) -> str | None:
-    """What a line of `inside.run_function` says, if that is not what was expected."""
-    try:
-        answer = json.loads(line)
-    except (ValueError, RecursionError):
-        return f"it returned what cannot be read: {shown(line)}"
-    if not isinstance(answer, dict) or answer.keys() - {"returned", "raised"}:
-        return f"it returned what cannot be read: {shown(line)}"
-    if "returned" not in answer:
-        return f"it raised {shown(str(answer['raised']) if answer else '')}"
-    if same_value(answer["returned"], expected, tolerance):
-        return None
-    return f"expected {shown(json.dumps(expected))}, found {shown(line)}"
 
 
 def same_value(found: Any, expected: Any, tolerance: float) -> bool:

@@ -196,9 +196,9 @@ def probe(isolation: Isolation) -> str | None:
         return f"{tool} is not installed"
     try:
         with Sandbox("print(6 * 7)", Limits(time_s=PROBE_S), isolation) as sandbox:
-            ended = sandbox.run("")
+            ended = sandbox.run([""], PROBE_S)
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
-    if ended.stdout.strip() == "42":
+    if [answer["stdout"] for answer in ended.answers] == ["42\n"]:
         return None
     return (ended.stderr.strip().splitlines() or [ended.ending])[-1]

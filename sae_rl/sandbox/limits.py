@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Of all processes of one run together, unless it says otherwise."""
+    """Of all processes of a program together, unless it says otherwise."""
 
-    time_s: float = 5.0  # from its start, on the clock
+    time_s: float = 5.0  # for one input, on the clock
     memory_mb: int = 512  # resident; a page that processes share counts for each
     num_processes: int = 16  # and threads
     files_mb: int = 16  # in its temporary folder
-    output_kb: int = 1024  # on stdout
+    output_kb: int = 1024  # on stdout, for one input
 
     def __post_init__(self) -> None:
         for field in fields(self):

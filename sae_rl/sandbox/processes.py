@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-Ending = Literal["exit", "time", "memory", "output"]  # by itself, or by the limit that it met
+Ending = Literal["exit", "time", "memory"]  # by itself, or by the limit that it met
 PR_SET_CHILD_SUBREAPER = 36
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SLOW_S = 0.25  # a run that takes longer is looked at
@@ -54,7 +54,7 @@ def within_limits(process: subprocess.Popen[bytes], deadline: float, memory_byte
             return "exit"
         except subprocess.TimeoutExpired:
             pause_s = POLL_S
-        if sum(map(resident_bytes, descendants(process.pid))) > memory_bytes:
+        if sum(map(resident_bytes, (process.pid, *descendants(process.pid)))) > memory_bytes:
             return "memory"
     return "time"
 

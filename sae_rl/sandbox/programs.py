@@ -6,15 +6,14 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from sae_rl.sandbox.inside import Options
 from sae_rl.sandbox.isolation import INSIDE, PROGRAM, Isolation, user_id
@@ -24,6 +23,7 @@ from sae_rl.sandbox.system_calls import filter_here
 
 SHOWN_BYTES = 2000  # of stderr
 KB, MB = 1024, 2**20
+ESCAPED = 6  # bytes that JSON may need for one
 # Not in the sandbox: the settings of whoever started the run.
 ENVIRONMENT = {
     **{"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
@@ -33,24 +33,25 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a run ended, and what it wrote."""
+    """How a program ended, and what it answered."""
 
-    ending: Ending  # exit: by itself; otherwise the limit that it met
-    code: int  # 0: it says that all went well; negative: the signal that ended it
-    stdout: str  # cut at the limit
+    ending: Ending  # exit: by itself; otherwise the limit that all inputs together met
+    code: int  # 0: all went well; negative: the signal that ended it
+    answers: list[Any]  # JSON, one for each input that it came to; whatever the program made of them
     stderr: str  # its end
-    took_s: float
 
 
 class Sandbox:
     """A folder with the program, for the time of a ``with``.
 
+    With limits alone, processes that a program leaves behind are found if `adopt_orphans` was called in this process.
+
     Args:
         source: Python.
-        limits: of each run.
+        limits: of each input; memory, processes and files of all together.
         isolation: one that works here, see `isolation.chosen`.
-        function: name of one of its functions, to call with each line of stdin, a JSON list of arguments; see
-            `inside.run_function`. None: it is run as a script.
+        function: name of one of its functions, to call with each input, a list of arguments. None: it is run as a script,
+            a process for each input, which is its stdin.
     """
 
     def __init__(self, source: str, limits: Limits, isolation: Isolation, function: str | None = None) -> None:
@@ -71,18 +72,25 @@ class Sandbox:
     ) -> None:
         self._held.cleanup()
 
-    def run(self, stdin: str, time_s: float | None = None) -> Ended:
-        """Runs the program to its end, or to a limit; ``time_s`` is one of this run alone."""
-        time_s = self._limits.time_s if time_s is None else time_s
+    def run(self, inputs: Sequence[Any], total_s: float, stop_early: bool = False) -> Ended:
+        """Runs the program with all inputs, to its end or to a limit.
+
+        A script's answers have the form of `inside.Answer`, a function's are ``{"returned": ...}`` or ``{"raised": ...}``;
+        but a program may write what it likes.
+
+        Args:
+            total_s: for all inputs together.
+            stop_early: at the first input where a script fails.
+        """
         with contextlib.ExitStack() as stack:
             given, written, said = (stack.enter_context(tempfile.TemporaryFile(dir=self._folder)) for _ in range(3))
-            given.write(stdin.encode("utf-8", errors="replace"))
+            given.write("".join(json.dumps(each) + "\n" for each in inputs).encode())
             given.seek(0)
             scratch = stack.enter_context(self._scratch())
             others = set(descendants(os.getpid())) if self._isolation.how == "limits" else None
-            started = time.monotonic()
+            deadline = time.monotonic() + total_s
             process = subprocess.Popen(
-                self._command(scratch),
+                self._command(scratch, total_s, stop_early),
                 stdin=given,
                 stdout=written,
                 stderr=said,
@@ -91,33 +99,29 @@ class Sandbox:
                 start_new_session=True,
             )
             try:
-                ending = within_limits(process, started + time_s, self._limits.memory_mb * MB)
+                ending = within_limits(process, deadline, self._limits.memory_mb * MB)
             finally:
                 end(process, others)
-            most = self._limits.output_kb * KB
-            if os.fstat(written.fileno()).st_size > most or process.returncode in (
-                -signal.SIGXFSZ,
-                128 + signal.SIGXFSZ,
-            ):
-                ending = "output"
+            most = len(inputs) * (self._limits.output_kb * KB * ESCAPED + SHOWN_BYTES * ESCAPED + KB)
+            stderr_size = os.fstat(said.fileno()).st_size
             return Ended(
                 ending,
                 process.returncode,
-                read_from(written, 0, most),
-                read_from(said, max(0, os.fstat(said.fileno()).st_size - SHOWN_BYTES), SHOWN_BYTES),
-                time.monotonic() - started,
+                read_answers(read_from(written, 0, most)),
+                read_from(said, max(0, stderr_size - SHOWN_BYTES), SHOWN_BYTES),
             )
 
-    def _command(self, scratch: str) -> list[str]:
+    def _command(self, scratch: str, total_s: float, stop_early: bool) -> list[str]:
         isolation, code = self._isolation, filter_here()
         options = Options(
             program=isolation.path(self._folder, PROGRAM),
             function=self._function,
+            stop_early=stop_early,
             scratch=scratch,
             readable=isolation.readable(self._folder),
             writable=isolation.writable(scratch),
             system_calls=None if code is None else code.hex(),
-            time_s=self._limits.time_s,
+            time_s=self._limits.time_s if self._function is None else total_s,
             memory_mb=self._limits.memory_mb,
             num_processes=self._limits.num_processes,
             files_mb=self._limits.files_mb,
@@ -140,3 +144,14 @@ class Sandbox:
 def read_from(file: IO[bytes], start: int, most: int) -> str:
     file.seek(start)
     return file.read(most).decode("utf-8", errors="replace")
+
+
+def read_answers(text: str) -> list[Any]:
+    """As far as they can be read."""
+    answers = []
+    for line in text.splitlines():
+        try:
+            answers.append(json.loads(line))
+        except (ValueError, RecursionError):  # cut off, too deep, or a number of more digits than Python reads
+            answers.append(None)
+    return answers

@@ -191,7 +191,7 @@ for way in candidates(as_root=False):
     for name, source in programs.items() if not told[way.how][""] else ():
         import os
         with Sandbox(source.replace("@PID@", str(os.getpid())), Limits(time_s=1.5, memory_mb=256), way) as sandbox:
-            told[way.how][name] = sandbox.run("").stdout
+            told[way.how][name] = str(sandbox.run([""], 2.0).answers)
 print(json.dumps(told))
 """
 # What a user's own processes and files have to fear, beside what is tested above.
