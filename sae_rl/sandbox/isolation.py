@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
@@ -13,7 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from sae_rl.sandbox.inside import LANDLOCK_CREATE_RULESET, LANDLOCK_VERSION
 from sae_rl.sandbox.limits import Limits
+from sae_rl.sandbox.system_calls import filter_here
 
 How = Literal["bubblewrap", "unshare", "limits"]
 INSIDE = Path(__file__).with_name("inside.py")
@@ -35,15 +38,21 @@ class Isolation:
     why_not_more: str = ""  # what stronger ones said
 
     def warnings(self) -> list[str]:
-        """What the program could still do."""
+        """What is not cut off."""
         if self.how != "limits":
             return []
-        others = "" if self.as_root else ", and read the memory of other processes of this user"
+        open_ways = []
+        if not has_landlock():
+            open_ways += ["read every file that is readable for all, data sets with answers among them"]
+            open_ways += ["write wherever everybody may write"]
+        if filter_here() is None:
+            open_ways += ["use the network", "signal and read other processes of their user"]
+        held = "limits" + (" and Landlock" if has_landlock() else "") + (" and seccomp" if filter_here() else "")
+        can = f" They can {', '.join(open_ways)}." if open_ways else ""
+        why = self.why_not_more or "others were not asked for"
         return [
-            "code sandbox: no namespaces can be made here, so model-written programs run under limits alone. They cannot "
-            "use the network nor outlive their check, but they can read every file that is readable for all, data sets "
-            f"with answers among them, and write where everybody may write{others}. Install bubblewrap, or allow user "
-            f"namespaces ({self.why_not_more or 'they were not asked for'})"
+            f"code sandbox: model-written programs have no namespaces of their own here, only {held} hold them.{can} "
+            f"Install bubblewrap, or allow user namespaces ({why})"
         ]
 
     def command(self, folder: Path, arguments: Sequence[str], limits: Limits) -> list[str]:
@@ -97,6 +106,11 @@ class Isolation:
     def path(self, folder: Path, name: str) -> str:
         """Where the program finds a file of the folder."""
         return str(folder / name) if self.how == "limits" else f"/{name}"
+
+
+def has_landlock() -> bool:
+    """Whether the kernel can restrict which files a program sees."""
+    return bool(ctypes.CDLL(None).syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_VERSION) >= 1)
 
 
 def user_id() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from sae_rl.rewards.code import Code, different, program_of, read_tests, same_va
 from sae_rl.rewards.verdict import Sample, Verdict
 from sae_rl.rewards.weighted import Weighted
 from sae_rl.sandbox.isolation import Isolation
+from sae_rl.sandbox.system_calls import CLONE, CLONE3, PRLIMIT, REFUSED, SOCKETPAIR
 
 ADD = {"inputs": ["1 2\n", "3 4\n", "5 6\n"], "outputs": ["3\n", "7\n", "11\n"]}
 FIRST = {"fn_name": "first", "inputs": [[[3, 1]], [[5]], [[]]], "outputs": [3, 5, None]}
@@ -161,9 +164,30 @@ def test_the_deadline_leaves_time_to_say_that_a_program_is_slow() -> None:
 
 
 def test_what_is_not_isolated_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    weak = Isolation("limits", as_root=False, why_not_more="bubblewrap: bwrap is not installed")
     assert Isolation("unshare", as_root=True).warnings() == []
     assert warnings_of([Weighted((Code(isolation="limits"),), (1.0,)), Code(isolation="limits")]) != []
+    weak = Isolation("limits", as_root=False, why_not_more="bubblewrap: bwrap is not installed")
+    monkeypatch.setattr("sae_rl.sandbox.isolation.has_landlock", lambda: True)
     (said,) = weak.warnings()
-    for part in ("no namespaces", "limits alone", "bwrap is not installed"):
-        assert part in said
+    assert "only limits and Landlock and seccomp hold them. Install" in said and "bwrap is not installed" in said
+    monkeypatch.setattr("sae_rl.sandbox.isolation.has_landlock", lambda: False)
+    monkeypatch.setattr("sae_rl.sandbox.isolation.filter_here", lambda: None)
+    (said,) = weak.warnings()
+    assert "only limits hold them. They can read every file" in said and "use the network" in said
+
+
+def test_the_numbers_of_system_calls_are_those_of_the_kernel() -> None:
+    headers = {
+        0: ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm/unistd_64.h"),
+        1: ("/usr/include/asm-generic/unistd.h",),
+    }
+    others = {"clone": CLONE, "clone3": CLONE3, "socketpair": SOCKETPAIR, "prlimit64": PRLIMIT}
+    for column, paths in headers.items():
+        text = next((Path(path).read_text() for path in paths if Path(path).exists()), None)
+        if text is None:
+            pytest.skip("the kernel's headers are not installed")
+        numbers = {name: int(n) for name, n in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)}
+        for name, call in (REFUSED | others).items():
+            if name in numbers:  # older headers lack the newest calls
+                assert numbers[name] == call[column], name
+        assert len(REFUSED.keys() & numbers.keys()) > 40
