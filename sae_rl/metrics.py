@@ -35,7 +35,9 @@ METRICS: dict[str, Metric] = {
     "rollout/staleness_max": Metric("steps", "the same of the oldest token"),
     "rollout/mixed_versions_fraction": Metric("fraction", "responses sampled by more than one version of the policy"),
     "rollout/num_lost_engines": Metric("", "rollout engines that were lost and replaced since the run began"),
-    "reward/failed_fraction": Metric("fraction", "checks that crashed or overran their deadline, and scored 0"),
+    "reward/failed_fraction": Metric(
+        "fraction", "checks without a verdict: they crashed, or overran their deadline or memory"
+    ),
     "sampling/reward_mean": Metric("", "dynamic sampling: mean reward of all responses, also of groups left out"),
     "sampling/kept_fraction": Metric("fraction", "dynamic sampling: responses that the step trains on, of all sampled"),
     "sampling/num_rounds": Metric("", "dynamic sampling: rounds that the step took"),
