@@ -100,6 +100,7 @@ def test_data_and_rewards_need_no_heavy_library() -> None:
 
 def test_a_process_that_checks_starts_without_torch() -> None:
     """It may be started in the middle of a step; sae_rl.cli is what multiprocessing imports into it as the main module."""
-    code = "import sys, sae_rl.cli, sae_rl.rewards.check\nprint(sorted({'torch', 'pydantic', 'sympy', 'numba'} & set(sys.modules)))"
+    heavy = {"torch", "pydantic", "sympy", "numba"}
+    code = f"import sys, sae_rl.cli, sae_rl.rewards.check\nprint(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"

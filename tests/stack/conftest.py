@@ -18,6 +18,7 @@ from sae_rl.records import read_jsonl
 from sae_rl.types import Prompt, Rollout, Sampling
 from sae_rl.warm_start import ModelShape, build_model, save
 from sae_rl.workers.crew import Crew
+from sae_rl.workers.session import ray_session
 
 Configure = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
@@ -112,6 +113,13 @@ def sampled(
     return [rollout for prompt in prompts for rollout in groups[prompt.id]]
 
 
+@pytest.fixture(scope="module")
+def shared_ray(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One Ray for the tests of a module that start their own workers."""
+    with ray_session(load_config(overrides(tiny_model, tmp_path_factory.mktemp("ray")))):
+        yield
+
+
 @pytest.fixture
 def configure(tiny_model: Path, tmp_path: Path) -> Configure:
     def configured(*more: str, model: Path = tiny_model, output: Path = tmp_path / "run") -> Config:
@@ -124,6 +132,10 @@ def configure(tiny_model: Path, tmp_path: Path) -> Configure:
 def leaves_no_process() -> Iterator[None]:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     yield
-    children = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    children = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.pid not in before and child.name() != "ray::IDLE"  # of a Ray that goes on
+    ]
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive, f"still running: {[process.cmdline()[:3] for process in alive]}"

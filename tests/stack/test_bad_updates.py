@@ -11,18 +11,19 @@ import torch
 from sae_rl.clock import Clock
 from sae_rl.types import Targets
 from sae_rl.workers.group import WorkerError
-from sae_rl.workers.session import ray_session, start_learners
+from sae_rl.workers.session import start_learners
 from tests.stack.conftest import Configure, for_learners
 from tests.stack.test_layouts import learners_weights, rollouts_of_many_lengths
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
 def test_updates_that_are_not_numbers_are_skipped_and_counted(configure: Configure, ranks: int, stage: int) -> None:
     layout = for_learners(num_workers=ranks, zero_stage=stage, optimizer__max_skipped_updates=3)
     config, batch = configure(*layout), rollouts_of_many_lengths()
-    with ray_session(config), start_learners(config, Clock()) as crew:
+    with start_learners(config, Clock()) as crew:
         scores = crew.score(batch)
         draw = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(0))
         good = Targets(advantages=draw, returns=draw.abs())

@@ -14,7 +14,7 @@ from transformers import AutoModelForTokenClassification
 from sae_rl.clock import Clock
 from sae_rl.types import Batch, Prompt, Rollout
 from sae_rl.workers.crew import Crew
-from sae_rl.workers.session import ray_session, start_learners
+from sae_rl.workers.session import start_learners
 from tests.exactness import Exactness, largest_difference
 from tests.stack.conftest import Configure, for_learners
 from tests.stack.padded import ENTROPY_COEF, VALUE_CLIP, Expected, expected_of
@@ -159,6 +159,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_is_the_padded_update(
     configure: Configure, expected: Expected, critic_folder: Path, exactness: Exactness, layout: Layout
@@ -166,7 +167,7 @@ def test_every_layout_is_the_padded_update(
     config = configure(*layout.overrides(critic_folder))
     batch, table = rollouts_of_many_lengths(), "Ranks, ZeRO stages and budgets"
     exactness.record(table, "(the largest number itself)", sizes(expected))
-    with ray_session(config), start_learners(config, Clock()) as crew:
+    with start_learners(config, Clock()) as crew:
         crew.save(config.output_dir)
         for budget in (64, 4096):
             for role in ("policy", "critic"):
@@ -177,11 +178,12 @@ def test_every_layout_is_the_padded_update(
             assert all(gap < 1e-5 for gap in found.values()), found
 
 
+@pytest.mark.usefixtures("shared_ray")
 def test_in_bfloat16_it_is_nearly_that(configure: Configure, expected: Expected, critic_folder: Path) -> None:
     """As the recipes for GPUs train; bfloat16 has eight bits, and the gradient is a sum over 200 tokens."""
     config = configure(*Layout(2, 3, recomputed=True).overrides(critic_folder), "model.precision=bfloat16")
     batch = rollouts_of_many_lengths()
-    with ray_session(config), start_learners(config, Clock()) as crew:
+    with start_learners(config, Clock()) as crew:
         scores = crew.score(batch)
         torch.testing.assert_close(scores.old_logprobs, expected.logprobs, atol=0.3, rtol=0.05)
         metrics = crew.update(batch, expected.given, expected.targets, seed=0)

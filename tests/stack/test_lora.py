@@ -14,7 +14,7 @@ from sae_rl.records import read_jsonl
 from sae_rl.rollout_table import read_rollouts, rollout_files
 from sae_rl.types import Batch, Targets
 from sae_rl.workers.crew import Crew
-from sae_rl.workers.session import ray_session, start_learners
+from sae_rl.workers.session import start_learners
 from tests.stack.conftest import Configure, for_learners, overrides, run
 from tests.stack.test_layouts import learners_weights, rollouts_of_many_lengths
 
@@ -29,6 +29,7 @@ def update(crew: Crew, batch: Batch, seed: int) -> None:
     crew.update(batch, crew.score(batch), Targets(advantages=advantages, returns=returns), seed=seed)
 
 
+@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
 def test_the_reference_is_the_frozen_policy_and_adapters_are_saved(
     configure: Configure, ranks: int, stage: int
@@ -37,7 +38,7 @@ def test_the_reference_is_the_frozen_policy_and_adapters_are_saved(
         *LORA, *KL, *for_learners(num_workers=ranks, zero_stage=stage), "cluster.reference.num_workers=0"
     )
     batch = rollouts_of_many_lengths()
-    with ray_session(config), start_learners(config, Clock()) as crew:
+    with start_learners(config, Clock()) as crew:
         first = crew.score(batch)
         assert first.ref_logprobs is not None
         torch.testing.assert_close(first.ref_logprobs, first.old_logprobs)  # adapters begin by doing nothing
