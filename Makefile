@@ -7,7 +7,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := .venv/.installed
 # Strictly typed: everything but the bridges to libraries that have no types.
 TYPED := $(filter-out sae_rl/backends sae_rl/workers sae_rl/run.py sae_rl/demo.py sae_rl/warm_start.py sae_rl/base_model.py, \
-         $(wildcard sae_rl/*.py) sae_rl/algo sae_rl/analysis sae_rl/data sae_rl/rewards sae_rl/sandbox)
+         $(wildcard sae_rl/*.py) sae_rl/algo sae_rl/analysis sae_rl/data sae_rl/evaluation sae_rl/rewards sae_rl/sandbox)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast check format docs exactness setup bench-iteration bench-advantage bench-learner bench-rollout clean

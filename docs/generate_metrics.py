@@ -4,7 +4,12 @@ from pathlib import Path
 
 from sae_rl.metrics import markdown_table
 
-HEADER = "# Metrics\n\nWritten by `make docs`.\n\n"
+HEADER = """# Metrics
+
+Written by `make docs`. Where several data sets are evaluated, each `evaluation/...` is of all prompts together, and
+`evaluation/NAME/...` is the same of the data set of that name: [evaluation.md](evaluation.md).
+
+"""
 
 
 def page() -> str:

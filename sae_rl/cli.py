@@ -70,14 +70,10 @@ def evaluate(arguments: list[str]) -> None:
     from sae_rl.compose import load_config
 
     config = load_config(arguments)
+    from sae_rl.analysis.evaluation_table import print_evaluation
     from sae_rl.run import run_evaluation
 
-    result = run_evaluation(config)
-    print(
-        f"avg@{result.samples_per_prompt} {result.success_mean:.4f}, 95 % interval over {result.num_prompts} prompts "
-        f"[{result.success_low:.4f}, {result.success_high:.4f}]; {result.response_tokens_mean:.1f} tokens per response, "
-        f"{100 * result.truncated_fraction:.1f} % cut at the limit"
-    )
+    print_evaluation(run_evaluation(config), plain=config.logger.console != "rich")
 
 
 def pretrain_critic(arguments: list[str]) -> None:
@@ -113,7 +109,9 @@ def report(arguments: list[str]) -> None:
 
 COMMANDS = {
     "train": Command(train, "train as configured; -m sweeps, --print shows the configuration and stops"),
-    "evaluate": Command(evaluate, "avg@k of model.path, a folder or a checkpoint, on task.evaluation"),
+    "evaluate": Command(
+        evaluate, "avg@k, pass@k and maj@k of model.path, a folder or a checkpoint, on task.evaluation"
+    ),
     "pretrain-critic": Command(
         pretrain_critic, "a critic of model.path's returns, for any number of runs to start from"
     ),

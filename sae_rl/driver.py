@@ -29,7 +29,7 @@ from sae_rl.algo.stats import (
 from sae_rl.clock import Clock
 from sae_rl.config import AlgorithmConfig, Config
 from sae_rl.data.sampler import Sampler, SamplerState
-from sae_rl.evaluate import evaluate
+from sae_rl.evaluation.evaluate import evaluate
 from sae_rl.pretraining import pretrain_critic
 from sae_rl.protocols import Metrics, Recorder, Workers
 from sae_rl.rewards.pool import RewardPool, Rewards
@@ -256,7 +256,9 @@ def evaluate_policy(run: Run, step: int) -> None:
             run.clock,
             run.config.evaluation,
             run.config.rollout.max_response_tokens,
+            run.config.algorithm.segmenter,
         )
+    run.records.samples(step, result.rollouts, result.rewards, result.opens)
     run.records.log(step, result.metrics(), phase="evaluation")
 
 

@@ -104,14 +104,32 @@ METRICS: dict[str, Metric] = {
     "pretraining/loss": Metric("", "what the critic minimised, per token of the epoch"),
     "pretraining/explained_variance": Metric("", "1 - Var(G - V) / Var(G) over tokens of held-out prompts"),
     "pretraining/train_explained_variance": Metric("", "the same over the tokens it trains on"),
-    # held-out prompts
-    "evaluation/success_mean": Metric("", "avg@k: mean over prompts and k samples of the reward", "held-out success"),
+    # held-out prompts, of all data sets; of several also each, see `metric_of`
+    "evaluation/success_mean": Metric("", "avg@n: mean over prompts and n samples of the score", "held-out success"),
     "evaluation/success_low": Metric("", "lower end of its 95 % bootstrap interval over prompts"),
     "evaluation/success_high": Metric("", "upper end of its 95 % bootstrap interval over prompts"),
+    "evaluation/pass_at_n_mean": Metric("", "pass@n: prompts with at least one sample that passes", "held-out pass@n"),
+    "evaluation/pass_at_n_low": Metric("", "lower end of its 95 % bootstrap interval over prompts"),
+    "evaluation/pass_at_n_high": Metric("", "upper end of its 95 % bootstrap interval over prompts"),
+    "evaluation/maj_at_n_mean": Metric("", "maj@n: score of a prompt's most frequent answer", "held-out maj@n"),
+    "evaluation/maj_at_n_low": Metric("", "lower end of its 95 % bootstrap interval over prompts"),
+    "evaluation/maj_at_n_high": Metric("", "upper end of its 95 % bootstrap interval over prompts"),
     "evaluation/response_tokens_mean": Metric("tokens", "mean length of a response"),
+    "evaluation/response_tokens_p50": Metric("tokens", "median length of a response"),
+    "evaluation/response_tokens_p95": Metric("tokens", "length that 95 % of the responses do not exceed"),
+    "evaluation/response_tokens_max": Metric("tokens", "longest response"),
+    "evaluation/right_tokens_mean": Metric("tokens", "mean length of a response that passes"),
+    "evaluation/wrong_tokens_mean": Metric("tokens", "mean length of one that does not"),
     "evaluation/truncated_fraction": Metric("fraction", "responses cut at the length limit"),
+    "evaluation/failed_fraction": Metric("fraction", "checks that failed, and scored rewards.failed_score"),
+    "evaluation/answered_fraction": Metric("fraction", "responses in which the verifier found an answer"),
+    "evaluation/segments_per_response_mean": Metric("", "segments / responses, by the run's segmenter"),
+    "evaluation/segment_tokens_mean": Metric("tokens", "response tokens / segments"),
+    "evaluation/opens_fraction": Metric(
+        "fraction", "tokens that open a segment, of those that are not the first of a response"
+    ),
     "evaluation/num_prompts": Metric("", "held-out prompts"),
-    "evaluation/samples_per_prompt": Metric("", "k of avg@k"),
+    "evaluation/samples_per_prompt": Metric("", "n of avg@n"),
     # wall time on the driver
     "time/generate_s": Metric("s", "sampling responses", "generate"),
     "time/reward_s": Metric("s", "checking responses", "reward"),
@@ -162,9 +180,30 @@ METRICS: dict[str, Metric] = {
 PHASES = tuple(n for n, m in METRICS.items() if n.startswith("time/") and m.title and n != "time/step_s")
 
 
+EVALUATION = "evaluation/"
+
+
+def metric_of(name: str) -> Metric | None:
+    """The line of the table; None: it has none. ``evaluation/DATA SET/what`` means ``evaluation/what`` of one data set.
+
+    The name of a data set may contain slashes, as those of hubs do.
+    """
+    if name not in METRICS and name.startswith(EVALUATION):
+        data_set, _, what = name.removeprefix(EVALUATION).rpartition("/")
+        name = EVALUATION + what if data_set else name
+    return METRICS.get(name)
+
+
+def data_set_of(name: str) -> str | None:
+    """Of ``evaluation/DATA SET/what`` the data set; None: it is another metric, or of all data sets together."""
+    if name in METRICS or not name.startswith(EVALUATION):
+        return None
+    return name.removeprefix(EVALUATION).rpartition("/")[0] or None
+
+
 def check_names(names: Iterable[str]) -> None:
     """A name that the table lacks is a mistake of ours, so it asserts."""
-    unknown = sorted(set(names) - METRICS.keys())
+    unknown = sorted(name for name in set(names) if metric_of(name) is None)
     assert not unknown, f"metrics without a line in sae_rl.metrics.METRICS: {', '.join(unknown)}"
 
 

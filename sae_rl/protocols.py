@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from sae_rl.rewards.pool import Rewards
 from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
 
 Metrics = dict[str, float]
@@ -127,4 +128,8 @@ class Recorder(Protocol):
         targets: Targets,
     ) -> None:
         """One step's responses, with what was computed of them."""
+        ...
+
+    def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards, opens: Sequence[Tensor] | None) -> None:
+        """What an evaluation after ``step`` steps sampled; ``opens`` (T,) of each response, or None: not known."""
         ...

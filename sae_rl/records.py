@@ -22,7 +22,9 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from sae_rl.config import Config, as_tree
+from sae_rl.evaluation.samples import samples_file, step_samples, write_samples
 from sae_rl.metrics import Phase, check_names
+from sae_rl.rewards.pool import Rewards
 from sae_rl.rollout_table import rollout_files, write_rollouts
 from sae_rl.terminal import Terminal
 from sae_rl.types import Rollout, Scores, Targets
@@ -63,6 +65,9 @@ class Records:
         run_dir.mkdir(parents=True, exist_ok=True)
         for step, file in rollout_files(run_dir):
             if step >= first_step:
+                file.unlink()
+        for step, file in step_samples(run_dir):
+            if step >= starts["evaluation"]:
                 file.unlink()
         with ExitStack() as stack:
             self._terminal = Terminal(config, first_step)
@@ -114,6 +119,11 @@ class Records:
         every = self._config.logger.rollouts_every_steps
         if every and (step % every == 0 or step == self._config.steps - 1):
             write_rollouts(self._run_dir, step, rollouts, rewards, whys, opens, scores, targets)
+
+    def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards, opens: Sequence[Tensor] | None) -> None:
+        """One parquet file with a row per response of an evaluation, if ``evaluation.record_samples``."""
+        if self._config.evaluation.record_samples:
+            write_samples(samples_file(self._run_dir, step), rollouts, rewards, opens)
 
 
 class Jsonl:

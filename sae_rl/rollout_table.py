@@ -6,7 +6,7 @@ They hold everything that a step learns from, so that `read_step` gives it back.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,12 @@ FOLDER = "rollouts"
 
 def rollout_files(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, file) of every recorded step, in order."""
-    found = [(re.fullmatch(r"step_(\d+)\.parquet", file.name), file) for file in (run_dir / FOLDER).glob("*.parquet")]
+    return step_files(run_dir / FOLDER)
+
+
+def step_files(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of every ``step_000012.parquet`` in a folder, in order."""
+    found = [(re.fullmatch(r"step_(\d+)\.parquet", file.name), file) for file in folder.glob("*.parquet")]
     return sorted((int(match[1]), file) for match, file in found if match)
 
 
@@ -37,7 +42,7 @@ def write_rollouts(
     scores: Scores,
     targets: Targets,
 ) -> Path:
-    """Writes one step; a kill leaves no half file. All tensors are (N,), in the order of ``rollouts``."""
+    """Writes one step. All tensors are (N,), in the order of ``rollouts``."""
     offsets = offsets_of([r.token_ids.numel() for r in rollouts])
     flat = {
         "token_ids": torch.cat([r.token_ids for r in rollouts]).int(),
@@ -63,13 +68,17 @@ def write_rollouts(
         "why": pa.array(whys, pa.string()),
         "finish_reason": pa.array([r.finish_reason for r in rollouts]),
         "temperature": pa.array([r.temperature for r in rollouts], pa.float32()),
-    } | {name: _ragged(values, offsets) for name, values in flat.items()}
-    folder = run_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    target, temporary = folder / f"step_{step:06d}.parquet", folder / f".step_{step:06d}.tmp"
-    pq.write_table(pa.table(columns), temporary, compression="zstd")
-    temporary.replace(target)
-    return target
+    } | {name: ragged(values, offsets) for name, values in flat.items()}
+    return write_table(run_dir / FOLDER / f"step_{step:06d}.parquet", columns)
+
+
+def write_table(file: Path, columns: Mapping[str, pa.Array]) -> Path:
+    """Writes a parquet file, and its folder; a kill leaves no half file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}.tmp")
+    pq.write_table(pa.table(dict(columns)), temporary, compression="zstd")
+    temporary.replace(file)
+    return file
 
 
 def read_rollouts(file: Path) -> pa.Table:
@@ -117,7 +126,7 @@ def flat_column(rows: pa.Table, name: str) -> np.ndarray:
     return np.asarray(rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False))
 
 
-def _ragged(values: Tensor | None, offsets: Tensor) -> pa.Array:
+def ragged(values: Tensor | None, offsets: Tensor) -> pa.Array:
     """Flat (N,) and offsets (B+1,) -> B lists, without a copy per response; 64-bit, since N may pass 2^31 bytes."""
     num_rows = offsets.numel() - 1
     if values is None:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_rl import checkpoint, critic_files
 from sae_rl.algo import with_vocabulary
+from sae_rl.analysis.samples_page import write_samples_page
 from sae_rl.clock import Clock
 from sae_rl.config import Config, RewardsConfig, SourceConfig, TaskConfig, as_tree
 from sae_rl.data.files import ColumnMap
@@ -23,7 +24,8 @@ from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
 from sae_rl.data.sampler import Sampler
 from sae_rl.driver import Run, prepare_critic, train
 from sae_rl.errors import ConfigError
-from sae_rl.evaluate import Evaluation, evaluate
+from sae_rl.evaluation.evaluate import evaluate
+from sae_rl.evaluation.files import publish, unpublished, write_evaluation
 from sae_rl.overlapped import train_overlapped
 from sae_rl.plugins import nearest
 from sae_rl.records import Records
@@ -130,16 +132,31 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
         )
 
 
-def run_evaluation(config: Config) -> Evaluation:
-    """avg@k of ``model.path`` on ``task.evaluation``."""
+def run_evaluation(config: Config) -> Path:
+    """Samples ``model.path`` on ``task.evaluation``, and says how good it is.
+
+    Returns:
+        A new folder in ``output_dir/evaluation`` with the numbers and every sample.
+
+    Raises:
+        ConfigError: as in `run_training`.
+        WorkerError, RuntimeError: it failed; nothing was written.
+    """
+    prepare_output(config)
     tokenizer = load_tokenizer(config.model.path)
+    segmenter = with_delimiters(config, tokenizer).algorithm.segmenter
     prompts = load_source(config.task.evaluation, config.task, tokenizer, config.rewards, "task.evaluation")
+    clock, max_tokens = Clock(), config.rollout.max_response_tokens
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_session(config))
-        clock = Clock()
         rollout = stack.enter_context(start_rollout(config, clock))
         rewards = stack.enter_context(reward_pool(config.rewards))
-        return evaluate(prompts, rollout, rewards, clock, config.evaluation, config.rollout.max_response_tokens)
+        with clock.phase("evaluate"):
+            result = evaluate(prompts, rollout, rewards, clock, config.evaluation, max_tokens, segmenter)
+    with unpublished(config.output_dir) as folder:
+        write_evaluation(folder, config, result, clock.so_far()["time/evaluate_s"])
+        write_samples_page(folder, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))
+        return publish(folder, config.model.path)
 
 
 def reward_pool(config: RewardsConfig) -> RewardPool:

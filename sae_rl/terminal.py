@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from sae_rl.config import Config
-from sae_rl.metrics import METRICS, PHASES, Phase, show
+from sae_rl.metrics import METRICS, PHASES, Phase, data_set_of, show
 
 # label: (metric, width)
 COLUMNS = {
@@ -87,7 +87,8 @@ def lines_of(metrics: Mapping[str, float], phase: Phase) -> list[str]:
     if phase == "train":
         return [summary(metrics), *filter(None, [timing(metrics)])]
     if phase == "evaluation":
-        return [evaluation(metrics)]
+        data_sets = dict.fromkeys(filter(None, map(data_set_of, metrics)))
+        return [evaluation(metrics), *(f"{name} {success(metrics, f'{name}/')}" for name in data_sets)]
     return [pretraining(metrics)]
 
 
@@ -113,13 +114,22 @@ def timing(metrics: Mapping[str, float]) -> str:
 
 
 def evaluation(metrics: Mapping[str, float]) -> str:
-    mean, low, high = (metrics.get(f"evaluation/success_{end}", math.nan) for end in ("mean", "low", "high"))
-    text = f"held-out success {show(mean)} [{show(low)}, {show(high)}]"
+    text = f"held-out success {success(metrics)}"
+    if metrics.get("evaluation/samples_per_prompt", 1) > 1:
+        n = f"{metrics['evaluation/samples_per_prompt']:g}"
+        found = {f"{what}@{n}": f"evaluation/{what}_at_n_mean" for what in ("pass", "maj")}
+        text += "".join(f"  {label} {show(metrics[name])}" for label, name in found.items() if name in metrics)
     if "evaluation/response_tokens_mean" in metrics:
         text += f"  tokens {show(metrics['evaluation/response_tokens_mean'])}"
     if "evaluation/truncated_fraction" in metrics:
         text += f"  truncated {show(metrics['evaluation/truncated_fraction'], 'fraction')}"
     return text
+
+
+def success(metrics: Mapping[str, float], data_set: str = "") -> str:
+    """avg@n and its interval; ``data_set`` is empty or ends with a slash."""
+    mean, low, high = (metrics.get(f"evaluation/{data_set}success_{end}", math.nan) for end in ("mean", "low", "high"))
+    return f"{show(mean)} [{show(low)}, {show(high)}]"
 
 
 def pretraining(metrics: Mapping[str, float]) -> str:

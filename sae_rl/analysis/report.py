@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import yaml  # type: ignore[import-untyped]
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from rich.table import Table
 
 from sae_rl.analysis.charts import Line, line_chart, outlines, smoothing_window, stacked_bars
+from sae_rl.analysis.pages import environment
 from sae_rl.analysis.responses import Decode, Response, pick_responses
 from sae_rl.analysis.run_files import RunFiles
-from sae_rl.metrics import METRICS, PHASES, show
+from sae_rl.metrics import METRICS, PHASES, Metric, metric_of, show
 from sae_rl.rollout_table import flat_column, read_rollouts
 
 LEARNING = (
@@ -63,30 +63,28 @@ def write_report(run_dir: Path, output: Path, title: str, decode: Decode) -> Non
     run = RunFiles(run_dir)
     if run.num_steps == 0:
         raise ValueError(f"{run_dir}/metrics.jsonl has no training step: there is nothing to report yet")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     steps, times = time_chart(run), phase_times(run)
-    page = environment.get_template("report.html.j2").render(
-        title=title,
-        run=run,
-        claim=claim(run),
-        changes=run.changes(),
-        heldout=curve(run, "evaluation/success_mean", size=(540, 330)),
-        learning=[chart for name in LEARNING if (chart := curve(run, name)) is not None],
-        segments=[chart for name in SEGMENTS if (chart := curve(run, name)) is not None],
-        smoothed=2 * smoothing_window(run.num_steps) + 1,
-        histogram=histogram(run),
-        responses=recorded_responses(run, decode),
-        time_chart=steps,
-        times=times,
-        step_seconds=run.seconds / run.num_steps,
-        duration=duration(run.seconds),
-        config=run.config_text,
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            run=run,
+            claim=claim(run),
+            changes=run.changes(),
+            heldout=heldout_curve(run, "success", size=(540, 330)),
+            heldout_parts=heldout_parts(run),
+            learning=[chart for name in LEARNING if (chart := curve(run, name)) is not None],
+            segments=[chart for name in SEGMENTS if (chart := curve(run, name)) is not None],
+            smoothed=2 * smoothing_window(run.num_steps) + 1,
+            histogram=histogram(run),
+            responses=recorded_responses(run, decode),
+            time_chart=steps,
+            times=times,
+            step_seconds=run.seconds / run.num_steps,
+            duration=duration(run.seconds),
+            config=run.config_text,
+        )
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page)
@@ -122,19 +120,37 @@ def claim(run: RunFiles) -> str:
 
 
 def curve(run: RunFiles, name: str, size: tuple[float, float] = (380, 210)) -> Chart | None:
-    """One metric over the steps; None where it was not recorded."""
+    """One metric of training over the steps; None where it was not recorded."""
     metric = METRICS[name]
-    lines = [Line(label=metric.title, points=run.series(name))]
-    if name == "evaluation/success_mean":
-        rows = run.evaluations
-        band = [(row.step, row.success_low, row.success_high) for row in rows]
-        points = [(row.step, row.success_mean) for row in rows]
-        lines = [Line(label=metric.title, points=points, colour="c2", band=band, dots=True)]
-    if not any(math.isfinite(value) for _, value in lines[0].points):
+    return _chart(metric, metric.title, Line(label=metric.title, points=run.series(name)), size)
+
+
+def heldout_curve(run: RunFiles, what: str, title: str = "", size: tuple[float, float] = (380, 210)) -> Chart | None:
+    """A result of evaluations with its interval; ``what`` is ``success``, or ``DATA SET/success``."""
+    metric = metric_of(f"evaluation/{what}_mean")
+    assert metric is not None, what
+    mean, low, high = (dict(run.series(f"evaluation/{what}_{end}", "evaluation")) for end in ("mean", "low", "high"))
+    band = [(step, low[step], high[step]) for step in sorted(mean)]
+    line = Line(label=title or metric.title, points=sorted(mean.items()), colour="c2", band=band, dots=True)
+    return _chart(metric, title or metric.title, line, size)
+
+
+def heldout_parts(run: RunFiles) -> list[Chart]:
+    """What lies behind held-out success: each of several data sets, and pass@n and maj@n of all."""
+    if len(run.evaluations) < 2:
+        return []
+    charts = [heldout_curve(run, f"{name}/success", name) for name in run.data_sets]
+    if run.evaluations[-1].samples_per_prompt > 1:
+        charts += [heldout_curve(run, what) for what in ("pass_at_n", "maj_at_n")]
+    return [chart for chart in charts if chart is not None]
+
+
+def _chart(metric: Metric, title: str, line: Line, size: tuple[float, float]) -> Chart | None:
+    if not any(math.isfinite(value) for _, value in line.points):
         return None
     svg = line_chart(
-        lines,
-        label=f"{metric.title} over the steps",
+        [line],
+        label=f"{title} over the steps",
         x_label="step",
         show=partial(show, unit=metric.unit),
         zero=True,
@@ -142,7 +158,10 @@ def curve(run: RunFiles, name: str, size: tuple[float, float] = (380, 210)) -> C
         percent=metric.unit == "fraction",
     )
     unit = f", {metric.unit}" if metric.unit not in ("", "fraction") else ""
-    return Chart(title=f"{metric.title[0].upper()}{metric.title[1:]}{unit}", caption=metric.meaning, svg=svg)
+    capital = (
+        title if title != metric.title else f"{title[0].upper()}{title[1:]}"
+    )  # the name of a data set stays as it is
+    return Chart(title=f"{capital}{unit}", caption=metric.meaning, svg=svg)
 
 
 def histogram(run: RunFiles) -> Chart | None:

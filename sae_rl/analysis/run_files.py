@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_rl.metrics import METRICS, Phase, show
+from sae_rl.metrics import METRICS, Phase, data_set_of, show
 from sae_rl.records import read_jsonl
 from sae_rl.rollout_table import rollout_files
 
@@ -83,6 +83,12 @@ class RunFiles:
             )
             for step, row in sorted(rows.items())
         ]
+
+    @cached_property
+    def data_sets(self) -> list[str]:
+        """That evaluations tell apart; empty where there is one."""
+        names = (data_set_of(name) for row in self.rows if row["phase"] == "evaluation" for name in row)
+        return list(dict.fromkeys(name for name in names if name is not None))
 
     @cached_property
     def rollouts(self) -> list[tuple[int, Path]]:

@@ -255,6 +255,9 @@ class ScriptedRecords:
     def rollouts(self, step: int, *values: Any) -> None:
         self._log.append(Asked("rollouts", {"step": step, "values": values}))
 
+    def samples(self, step: int, *values: Any) -> None:
+        self._log.append(Asked("samples", {"step": step, "values": values}))
+
 
 def make_run(
     config: Config,

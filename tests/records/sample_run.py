@@ -7,13 +7,13 @@ import random
 from pathlib import Path
 
 import torch
+from sae_rl.evaluate import Evaluation
 
 from sae_rl.algo import SAE, LowProbability, explained_variance, mismatch_stats, rollout_stats, segment_stats
 from sae_rl.algo.shaping import TokenRewards
 from sae_rl.compose import load_config
 from sae_rl.config import Config
 from sae_rl.data.level import Level
-from sae_rl.evaluate import Evaluation
 from sae_rl.records import Records
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 

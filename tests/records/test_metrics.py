@@ -7,6 +7,7 @@ import random
 import re
 
 import pytest
+from sae_rl.evaluate import Evaluation
 
 from sae_rl.algo import (
     ImportanceCorrection,
@@ -17,7 +18,6 @@ from sae_rl.algo import (
     rollout_stats,
     segment_stats,
 )
-from sae_rl.evaluate import Evaluation
 from sae_rl.metrics import METRICS, PHASES, check_names, markdown_table, show
 from sae_rl.terminal import lines_of
 from sae_rl.types import Batch

@@ -39,13 +39,13 @@ MAY_IMPORT = {
     "data": ["types"],
     "rewards": ["sandbox", "types"],
     "sandbox": [],
-    "protocols": ["types"],
+    "protocols": ["rewards", "types"],
     "checkpoint": ["data", "protocols"],
     "sampling": ["clock", "config", "data", "protocols", "rewards", "types"],
-    "evaluate": ["clock", "config", "protocols", "rewards", "sampling", "types"],
+    "evaluation": ["algo", "clock", "config", "protocols", "rewards", "rollout_table", "sampling", "types"],
     "pretraining": ["algo", "config", "protocols", "types"],
     "driver": [
-        *("algo", "checkpoint", "clock", "config", "data", "evaluate"),
+        *("algo", "checkpoint", "clock", "config", "data", "evaluation"),
         *("metrics", "pretraining", "protocols", "rewards", "sampling", "seeds", "types"),
     ],
     "partial_rollouts": ["clock", "config", "data", "protocols", "rewards", "sampling", "types"],
@@ -54,10 +54,10 @@ MAY_IMPORT = {
     "backends": ["algo", "config", "types"],
     "workers": ["algo", "backends", "clock", "config", "errors", "seeds", "types"],
     "rollout_table": ["types"],
-    "records": ["config", "metrics", "rollout_table", "terminal", "types"],
+    "records": ["config", "evaluation", "metrics", "rewards", "rollout_table", "terminal", "types"],
     "terminal": ["config", "metrics"],
     "warm_start": ["data"],
-    "analysis": ["analysis", "metrics", "records", "rollout_table"],
+    "analysis": ["analysis", "evaluation", "metrics", "records", "rollout_table"],
 }
 EMPTY_NAMES = {"utils", "common", "helpers", "base", "misc", "core"}
 
@@ -110,7 +110,7 @@ def test_algo_and_types_need_nothing_but_torch_numpy_and_numba() -> None:
 
 
 def test_the_driver_and_what_it_is_made_of_know_no_process() -> None:
-    for name in ("driver.py", "pretraining.py", "evaluate.py", "checkpoint.py", "protocols.py"):
+    for name in ("driver.py", "pretraining.py", "evaluation/evaluate.py", "checkpoint.py", "protocols.py"):
         assert not ours(name) & {"workers", "backends", "run", "records", "cli"}, name
 
 

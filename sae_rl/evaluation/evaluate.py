@@ -1,0 +1,74 @@
+"""Samples a policy on held-out prompts, and says how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sae_rl.algo.segmenters import Segmenter
+from sae_rl.clock import Clock
+from sae_rl.config import EvaluationConfig
+from sae_rl.evaluation.segments import Segments, cut
+from sae_rl.evaluation.summary import Samples, Summary, summarize
+from sae_rl.protocols import RolloutEngines
+from sae_rl.rewards.pool import RewardPool, Rewards
+from sae_rl.sampling import sample
+from sae_rl.types import Prompt, Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Samples of a policy, and what they say about it."""
+
+    rollouts: list[Rollout]  # prompt after prompt
+    rewards: Rewards
+    overall: Summary
+    by_data_set: Mapping[str, Summary]
+    segments: Segments | str  # or why there are none
+
+    @property
+    def opens(self) -> list[Tensor] | None:
+        """(T,) of each response; None: not known."""
+        return None if isinstance(self.segments, str) else self.segments.per_response(self.rollouts)
+
+    def metrics(self) -> dict[str, float]:
+        """``evaluation/...`` of all together; of several data sets also ``evaluation/NAME/...`` of each."""
+        found = {f"evaluation/{name}": value for name, value in self.overall.metrics().items()}
+        for data_set, summary in self.by_data_set.items() if len(self.by_data_set) > 1 else ():
+            found |= {f"evaluation/{data_set}/{name}": value for name, value in summary.metrics().items()}
+        return found
+
+
+def evaluate(
+    prompts: Sequence[Prompt],
+    engines: RolloutEngines,
+    rewards: RewardPool,
+    clock: Clock,
+    config: EvaluationConfig,
+    max_tokens: int,
+    segmenter: Segmenter,
+) -> Evaluation:
+    """Samples n responses to each prompt. The same seeds every time: two policies are compared on the same luck.
+
+    Args:
+        segmenter: of the run, to say how it would cut these responses.
+    """
+    sampling = config.sampling(max_tokens)
+    rollouts, checked = sample(
+        prompts,
+        engines,
+        rewards,
+        clock,
+        group_size=config.samples_per_prompt,
+        sampling=sampling,
+        stream="evaluation",
+    )
+    segments = cut(rollouts, segmenter, sampling)
+    overall, by_data_set = summarize(
+        Samples.of(rollouts, checked, config.samples_per_prompt),
+        config.pass_score,
+        None if isinstance(segments, str) else segments,
+    )
+    return Evaluation(rollouts=rollouts, rewards=checked, overall=overall, by_data_set=by_data_set, segments=segments)

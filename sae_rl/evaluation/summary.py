@@ -1,0 +1,191 @@
+"""What samples say about a policy, of each data set and of all together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sae_rl.algo.stats import segment_stats
+from sae_rl.evaluation.segments import Segments
+from sae_rl.evaluation.statistics import (
+    NO_ANSWER,
+    Estimate,
+    Floats,
+    Integers,
+    estimates,
+    majority_at,
+    pass_at,
+    powers_up_to,
+    quantile,
+)
+from sae_rl.rewards.pool import Rewards
+from sae_rl.rewards.verdict import Failed, Verdict
+from sae_rl.types import Rollout, gather_ragged, select
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentSummary:
+    """How the run's segmenter cuts the responses; see `segment_stats`."""
+
+    per_response_mean: float
+    tokens_mean: float
+    opens_fraction: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Of one data set, or of all; intervals are of resampled prompts."""
+
+    num_prompts: int
+    samples_per_prompt: int  # n
+    success: Estimate  # avg@n, the mean score
+    pass_at: Mapping[int, Estimate]  # by k, up to n
+    maj_at: Mapping[int, Estimate]  # by k, up to n; empty: no response has an answer
+    truncated: Estimate  # fraction of responses
+    failed: Estimate  # fraction of checks, which scored rewards.failed_score
+    answered: Estimate  # fraction of responses whose answer the verifier found
+    response_tokens: Estimate
+    right_tokens: Estimate  # of responses that pass
+    wrong_tokens: Estimate  # of the others
+    response_tokens_p50: float
+    response_tokens_p95: float
+    response_tokens_max: float
+    segments: SegmentSummary | None  # None: not known, see `cut`
+
+    def metrics(self) -> dict[str, float]:
+        """By the part of the metric's name behind ``evaluation/``, or behind the data set's."""
+        n = self.samples_per_prompt
+        found: dict[str, float] = {}
+        headline = {"success": self.success, "pass_at_n": self.pass_at[n], "maj_at_n": self.maj_at.get(n)}
+        for name, estimate in headline.items():
+            if estimate is not None:
+                found |= {f"{name}_mean": estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        found |= {
+            "num_prompts": float(self.num_prompts),
+            "samples_per_prompt": float(n),
+            "response_tokens_mean": self.response_tokens.value,
+            "response_tokens_p50": self.response_tokens_p50,
+            "response_tokens_p95": self.response_tokens_p95,
+            "response_tokens_max": self.response_tokens_max,
+            "right_tokens_mean": self.right_tokens.value,
+            "wrong_tokens_mean": self.wrong_tokens.value,
+            "truncated_fraction": self.truncated.value,
+            "failed_fraction": self.failed.value,
+            "answered_fraction": self.answered.value,
+        }
+        if self.segments is not None:
+            found |= {
+                "segments_per_response_mean": self.segments.per_response_mean,
+                "segment_tokens_mean": self.segments.tokens_mean,
+                "opens_fraction": self.segments.opens_fraction,
+            }
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """The outcomes of n samples of each of P prompts."""
+
+    data_sets: list[str]  # (P,)
+    scores: Floats  # (P, n)
+    answers: Integers  # (P, n), see `numbered`
+    failed: npt.NDArray[np.bool_]  # (P, n)
+    truncated: npt.NDArray[np.bool_]  # (P, n)
+    lengths: Integers  # (P, n)
+
+    @staticmethod
+    def of(rollouts: Sequence[Rollout], rewards: Rewards, samples_per_prompt: int) -> Samples:
+        """From responses prompt after prompt."""
+        shape = (-1, samples_per_prompt)
+        outcomes = rewards.outcomes
+        found = [outcome.answer if isinstance(outcome, Verdict) else None for outcome in outcomes]
+        return Samples(
+            data_sets=[rollout.prompt.task for rollout in rollouts[::samples_per_prompt]],
+            scores=np.array(rewards.scores, dtype=float).reshape(shape),
+            answers=np.array(
+                [numbered(found[i : i + samples_per_prompt]) for i in range(0, len(found), samples_per_prompt)]
+            ),
+            failed=np.array([isinstance(outcome, Failed) for outcome in outcomes]).reshape(shape),
+            truncated=np.array([rollout.finish_reason == "length" for rollout in rollouts]).reshape(shape),
+            lengths=np.array([rollout.token_ids.numel() for rollout in rollouts]).reshape(shape),
+        )
+
+
+def numbered(answers: Sequence[str | None]) -> list[int]:
+    """Equal answers get equal numbers, from 0; no answer gets `NO_ANSWER`."""
+    numbers: dict[str, int] = {}
+    return [NO_ANSWER if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers]
+
+
+def summarize(samples: Samples, pass_score: float, segments: Segments | None) -> tuple[Summary, dict[str, Summary]]:
+    """Of all together, every prompt counted alike, and by data set, in the order in which they come.
+
+    maj@k of all together is over the prompts of data sets with answers.
+    """
+    n = samples.scores.shape[1]
+    right = samples.scores >= pass_score
+    ones, ks = np.ones(len(right)), powers_up_to(n)
+    names = list(dict.fromkeys(samples.data_sets))
+    member = {name: np.array([task == name for task in samples.data_sets]) for name in names}
+    answered = samples.answers != NO_ANSWER
+    votes = sum((member[name] * answered[member[name]].any() for name in names), start=np.zeros(len(right)))
+    ratios: dict[str, tuple[Floats, Floats]] = {"success": (samples.scores.mean(axis=1), ones)}
+    for k in ks:
+        ratios[f"pass@{k}"] = (pass_at(right.sum(axis=1), n, k), ones)
+        if votes.any():
+            ratios[f"maj@{k}"] = (majority_at(samples.answers, samples.scores, k) * votes, votes)
+    ratios |= {
+        "truncated": (samples.truncated.mean(axis=1), ones),
+        "failed": (samples.failed.mean(axis=1), ones),
+        "answered": (answered.mean(axis=1), ones),
+        "response_tokens": (samples.lengths.mean(axis=1), ones),
+        "right_tokens": ((samples.lengths * right).sum(axis=1), right.sum(axis=1)),
+        "wrong_tokens": ((samples.lengths * ~right).sum(axis=1), (~right).sum(axis=1)),
+    }
+    columns = [np.stack([pair[side] for pair in ratios.values()], axis=1).astype(float) for side in (0, 1)]
+
+    def summary_of(rows: npt.NDArray[np.bool_]) -> Summary:
+        made = dict(zip(ratios, estimates(columns[0][rows], columns[1][rows]), strict=True))
+        return _summary(made, samples.lengths[rows], bool(votes[rows].any()), _cut(segments, rows, n))
+
+    return summary_of(ones > 0), {name: summary_of(rows) for name, rows in member.items()}
+
+
+def _summary(made: Mapping[str, Estimate], lengths: Integers, votes: bool, segments: SegmentSummary | None) -> Summary:
+    num_prompts, n = lengths.shape
+    ks = powers_up_to(n)
+    return Summary(
+        num_prompts=num_prompts,
+        samples_per_prompt=n,
+        success=made["success"],
+        pass_at={k: made[f"pass@{k}"] for k in ks},
+        maj_at={k: made[f"maj@{k}"] for k in ks} if votes else {},
+        truncated=made["truncated"],
+        failed=made["failed"],
+        answered=made["answered"],
+        response_tokens=made["response_tokens"],
+        right_tokens=made["right_tokens"],
+        wrong_tokens=made["wrong_tokens"],
+        response_tokens_p50=quantile(lengths, 0.5),
+        response_tokens_p95=quantile(lengths, 0.95),
+        response_tokens_max=float(lengths.max()),
+        segments=segments,
+    )
+
+
+def _cut(segments: Segments | None, rows: npt.NDArray[np.bool_], n: int) -> SegmentSummary | None:
+    """Of the responses to the prompts ``rows`` (P,)."""
+    if segments is None:
+        return None
+    responses = torch.from_numpy(np.flatnonzero(rows.repeat(n)))
+    opens = gather_ragged(segments.opens, segments.batch.offsets, responses)
+    stats = segment_stats(select(segments.batch, responses), opens)
+    return SegmentSummary(
+        per_response_mean=stats["segment/per_response_mean"],
+        tokens_mean=stats["segment/tokens_mean"],
+        opens_fraction=stats["segment/opens_fraction"],
+    )
