@@ -34,9 +34,9 @@ def rows_of(summary: Summary) -> list[Row]:
     rows += [_row(f"maj@{k}", estimate) for k, estimate in summary["maj_at"].items()]
     rows += [
         _row("tokens, mean", summary["response_tokens"]),
-        Row("tokens, median", _text(summary["response_tokens_p50"])),
-        Row("tokens, 95th percentile", _text(summary["response_tokens_p95"])),
-        Row("tokens, longest", _text(summary["response_tokens_max"])),
+        Row("tokens, median", f"{summary['response_tokens_p50']:,.0f}"),
+        Row("tokens, 95th percentile", f"{summary['response_tokens_p95']:,.0f}"),
+        Row("tokens, longest", f"{summary['response_tokens_max']:,.0f}"),
         _row("tokens, mean of right", summary["right_tokens"]),
         _row("tokens, mean of wrong", summary["wrong_tokens"]),
         _row("truncated", summary["truncated"], "fraction"),

@@ -94,7 +94,7 @@ def ballots(answers: Integers, scores: Floats) -> tuple[Floats, Floats]:
     places = (rows + answers)[voted]
     votes = np.bincount(places, minlength=num_prompts * width).reshape(num_prompts, width).astype(float)
     sums = np.bincount(places, weights=scores[voted], minlength=num_prompts * width).reshape(num_prompts, width)
-    return votes, np.divide(sums, votes, out=np.zeros_like(sums), where=votes > 0)
+    return votes, np.divide(sums, votes, out=np.zeros_like(votes), where=votes > 0)
 
 
 def winners_score(votes: Floats, means: Floats) -> Floats:

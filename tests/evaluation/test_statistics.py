@@ -1,0 +1,218 @@
+"""pass@k and maj@k against their definitions, by enumerating all subsets; intervals against a naive bootstrap."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_rl.evaluation import statistics
+from sae_rl.evaluation.statistics import (
+    NO_ANSWER,
+    NUM_RESAMPLES,
+    estimates,
+    majority_at,
+    pass_at,
+    powers_up_to,
+    quantile,
+)
+
+Samples = list[tuple[int, float]]  # of one prompt: number of the answer, score
+
+
+def passes(right: Sequence[bool], k: int) -> float:
+    """The definition: of all subsets of k samples, those with a right one."""
+    subsets = list(combinations(right, k))
+    return sum(map(any, subsets)) / len(subsets)
+
+
+def vote(samples: Sequence[tuple[int, float]], means: dict[int, float]) -> float:
+    """One election, with the expected score of a tie."""
+    votes = Counter(answer for answer, _ in samples if answer != NO_ANSWER)
+    if not votes:
+        return 0.0
+    first = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return sum(means[answer] for answer in first) / len(first)
+
+
+def majority(samples: Samples, k: int) -> float:
+    """The definition: the mean over all subsets of k samples."""
+    by_answer: dict[int, list[float]] = {}
+    for answer, score in samples:
+        by_answer.setdefault(answer, []).append(score)
+    means = {answer: sum(scores) / len(scores) for answer, scores in by_answer.items()}
+    subsets = list(combinations(samples, k))
+    return sum(vote(subset, means) for subset in subsets) / len(subsets)
+
+
+def arrays(prompts: Sequence[Samples]) -> tuple[Any, Any]:
+    return (
+        np.array([[answer for answer, _ in samples] for samples in prompts]),
+        np.array([[score for _, score in samples] for samples in prompts], dtype=float),
+    )
+
+
+def prompts_of(max_n: int = 7) -> st.SearchStrategy[list[Samples]]:
+    """One to five prompts with the same number of samples; answers and scores have nothing to do with each other."""
+    sample = st.tuples(st.integers(NO_ANSWER, 3), st.sampled_from([0.0, 0.25, 1.0]))
+    return st.integers(1, max_n).flatmap(
+        lambda n: st.lists(st.lists(sample, min_size=n, max_size=n), min_size=1, max_size=5)
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_pass_at_is_the_share_of_subsets_with_a_right_sample(n: int) -> None:
+    for k in range(1, n + 1):
+        expected = [passes([i < c for i in range(n)], k) for c in range(n + 1)]
+        assert pass_at(np.arange(n + 1), n, k) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [64, 1000])
+def test_pass_at_is_equation_1_for_numbers_that_no_float_holds(n: int) -> None:
+    for k in (1, 2, n // 3, n - 1, n):
+        found = pass_at(np.arange(n + 1), n, k)
+        exact = [1 - Fraction(math.comb(n - c, k), math.comb(n, k)) for c in range(n + 1)]
+        assert found == pytest.approx([float(x) for x in exact], abs=1e-12)
+
+
+@given(prompts_of())
+def test_majority_is_the_mean_over_all_subsets(prompts: list[Samples]) -> None:
+    answers, scores = arrays(prompts)
+    for k in range(1, scores.shape[1] + 1):
+        expected = [majority(samples, k) for samples in prompts]
+        assert majority_at(answers, scores, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_majority_of_random_subsets_is_close_to_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    n = statistics.EXACT_SAMPLES + 4
+    answers = rng.integers(NO_ANSWER, 4, (40, n))
+    scores = (answers == 1) + 0.5 * (answers == 2)
+    resampled = {k: majority_at(answers, scores, k) for k in (2, 8)}
+    assert all(np.array_equal(resampled[k], majority_at(answers, scores, k)) for k in resampled), "seeded"
+    monkeypatch.setattr(statistics, "CHUNK", 1 << 14)
+    few_at_a_time = majority_at(answers, scores, 8)
+    assert few_at_a_time == pytest.approx(resampled[8], abs=0.05), "no prompt takes another's subsets"
+    monkeypatch.setattr(statistics, "EXACT_SAMPLES", n)
+    for k, found in resampled.items():
+        exact = majority_at(answers, scores, k)
+        assert not np.array_equal(found, exact)
+        assert np.abs(found - exact).max() < 4 * 0.5 / math.sqrt(4096)  # four standard errors of one prompt
+        assert abs((found - exact).mean()) < 0.002
+
+
+@given(prompts_of(), st.randoms(use_true_random=False))
+def test_the_order_of_samples_does_not_matter_nor_what_answers_are_called(
+    prompts: list[Samples], rng: random.Random
+) -> None:
+    names = {NO_ANSWER: NO_ANSWER, **dict(zip(range(4), rng.sample(range(4), 4), strict=True))}
+    shuffled = [[(names[a], s) for a, s in rng.sample(samples, len(samples))] for samples in prompts]
+    for k in range(1, len(prompts[0]) + 1):
+        assert majority_at(*arrays(shuffled), k) == pytest.approx(majority_at(*arrays(prompts), k), abs=1e-12)
+
+
+@given(prompts_of(12))
+def test_pass_at_rises_with_k_and_begins_with_the_mean(prompts: list[Samples]) -> None:
+    _, scores = arrays(prompts)
+    n, right = scores.shape[1], (scores >= 1).sum(axis=1)
+    found = np.stack([pass_at(right, n, k) for k in range(1, n + 1)])
+    assert (np.diff(found, axis=0) >= -1e-12).all()
+    assert found[0] == pytest.approx(right / n) and found[-1] == pytest.approx((right > 0).astype(float))
+
+
+@given(prompts_of(12))
+def test_majority_of_one_is_the_mean_where_all_answer(prompts: list[Samples]) -> None:
+    answers, scores = arrays([[(max(a, 0), s) for a, s in samples] for samples in prompts])
+    assert majority_at(answers, scores, 1) == pytest.approx(scores.mean(axis=1))
+
+
+@given(prompts_of(12))
+def test_majority_of_two_is_that_of_one_where_all_answer(prompts: list[Samples]) -> None:
+    """Two votes agree or tie."""
+    answers, scores = arrays([[(max(a, 0), float(a == 1)) for a, _ in samples] for samples in prompts])
+    if scores.shape[1] > 1:
+        assert majority_at(answers, scores, 2) == pytest.approx(scores.mean(axis=1))
+
+
+@pytest.mark.parametrize("n", [1, 4, 20])
+@pytest.mark.parametrize(("answer", "score"), [(0, 1.0), (0, 0.0), (NO_ANSWER, 0.0)])
+def test_samples_that_all_are_alike(n: int, answer: int, score: float) -> None:
+    answers, scores = np.full((3, n), answer), np.full((3, n), score)
+    for k in powers_up_to(n):
+        assert majority_at(answers, scores, k).tolist() == [score] * 3
+        assert pass_at((scores >= 1).sum(axis=1), n, k).tolist() == [score] * 3
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_no_more_samples_than_there_are(k: int) -> None:
+    with pytest.raises(ValueError, match=f"from 1 to n = 4, found {k}"):
+        pass_at(np.array([1]), 4, k)
+    with pytest.raises(ValueError, match=f"from 1 to n = 4, found {k}"):
+        majority_at(np.zeros((1, 4), dtype=int), np.zeros((1, 4)), k)
+
+
+def test_the_ks_that_are_reported() -> None:
+    assert [powers_up_to(n) for n in (1, 2, 3, 4, 6, 8)] == [
+        [1],
+        [1, 2],
+        [1, 2, 3],
+        [1, 2, 4],
+        [1, 2, 4, 6],
+        [1, 2, 4, 8],
+    ]
+
+
+def naive_interval(numerators: Any, denominators: Any) -> list[float]:
+    """One resample after the other, with the draws of `estimates`."""
+    draws = np.random.default_rng(0).integers(0, len(numerators), size=(NUM_RESAMPLES, len(numerators)))
+    ratios = [numerators[rows].sum() / denominators[rows].sum() for rows in draws if denominators[rows].sum()]
+    return [float(end) for end in np.quantile(ratios, [0.025, 0.975])]
+
+
+@pytest.mark.parametrize("chunk", [1, 100_000, 1 << 21])
+def test_intervals_are_those_of_a_naive_bootstrap(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "CHUNK", chunk)
+    rng = np.random.default_rng(1)
+    numerators = np.stack([rng.random(40), rng.integers(0, 5, 40) * 10.0, (np.arange(40) == 3) * 2.0], axis=1)
+    denominators = np.stack([np.ones(40), numerators[:, 1] / 10 + 1, (np.arange(40) == 3) * 1.0], axis=1)
+    found = estimates(numerators, denominators)
+    for i, estimate in enumerate(found):
+        assert estimate.value == pytest.approx(numerators[:, i].sum() / denominators[:, i].sum())
+        assert [estimate.low, estimate.high] == pytest.approx(naive_interval(numerators[:, i], denominators[:, i]))
+    assert found[2].low == found[2].high == 2, "resamples without the one prompt say nothing"
+
+
+def test_an_interval_covers_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(2)
+    covered = 0
+    for _ in range(200):
+        (found,) = estimates(rng.binomial(1, 0.4, (100, 1)).astype(float), np.ones((100, 1)))
+        covered += found.low <= 0.4 <= found.high
+    assert 180 <= covered <= 199  # binomial(200, 0.95): mean 190, standard deviation 3
+
+
+def test_the_order_of_prompts_matters_to_no_mean_and_hardly_to_an_interval() -> None:
+    rng = np.random.default_rng(3)
+    values = rng.random((300, 1))
+    (one,), (other,) = (estimates(x, np.ones_like(x)) for x in (values, rng.permutation(values)))
+    assert one.value == pytest.approx(other.value) and one.low == pytest.approx(other.low, abs=0.01)
+
+
+def test_one_prompt_and_nothing_at_all() -> None:
+    one, nothing = estimates(np.array([[0.5, 0.0]]), np.array([[1.0, 0.0]]))
+    assert (one.value, one.low, one.high) == (0.5, 0.5, 0.5)
+    assert math.isnan(nothing.value) and math.isnan(nothing.low) and math.isnan(nothing.high)
+
+
+def test_quantiles_are_numbers_that_were_there() -> None:
+    assert [quantile(range(1, 101), q) for q in (0.5, 0.95, 1.0)] == [50, 95, 100]
+    assert quantile([7], 0.95) == 7
