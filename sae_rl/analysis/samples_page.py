@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from sae_rl.analysis.evaluation_table import extent, rows_of, summaries_of
 from sae_rl.analysis.pages import environment
 from sae_rl.evaluation.files import PAGE, SAMPLES, SUMMARY
+from sae_rl.evaluation.samples import read_samples
 
 DecodeText = Callable[[list[int]], str]
 MAX_SAMPLES = 5000
@@ -67,12 +67,10 @@ def write_samples_page(folder: Path, decode: DecodeText) -> Path:
         decode: from token ids to text without special tokens, to find where in a response segments open.
     """
     evaluation = json.loads((folder / SUMMARY).read_text())
-    index = pq.read_table(
-        folder / SAMPLES, columns=["data_set", "prompt_id", "prompt", "answer", "response", "why", "num_tokens"]
-    )
+    index = read_samples(folder / SAMPLES, ("data_set", "prompt_id", "prompt", "response", "why", "num_tokens"))
     groups = prompts_of(index)
     shown = within_limits(groups)
-    rows = pq.read_table(folder / SAMPLES).take(pa.array([row for group in shown for row in group.rows])).to_pylist()
+    rows = read_samples(folder / SAMPLES).take(pa.array([row for group in shown for row in group.rows])).to_pylist()
     pass_score = evaluation["pass_score"]
     questions = [
         _question(list(of_prompt), pass_score, decode)

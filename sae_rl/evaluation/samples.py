@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -66,14 +65,13 @@ def write_samples(file: Path, rollouts: Sequence[Rollout], rewards: Rewards, ope
     return write_table(file, columns)
 
 
-def read_samples(file: Path) -> list[dict[str, Any]]:
-    """The rows of one file.
+def read_samples(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one file; ``columns`` are all of them, or some.
 
     Raises:
         ValueError: it is no such file.
     """
     try:
-        rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+        return pq.read_table(file, columns=None if columns is None else list(columns))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file} holds no samples that can be read: {error!r}") from error
-    return rows

@@ -7,7 +7,6 @@ import random
 import re
 
 import pytest
-from sae_rl.evaluate import Evaluation
 
 from sae_rl.algo import (
     ImportanceCorrection,
@@ -49,17 +48,8 @@ def computed_names() -> set[str]:
     )
     policy = loss(tokens)
     critic = ValueLoss(value_clip=0.2)(values, values + 1, values - 1)
-    evaluation = Evaluation(
-        success_mean=0.5,
-        success_low=0.4,
-        success_high=0.6,
-        num_prompts=3,
-        samples_per_prompt=2,
-        response_tokens_mean=4.0,
-        truncated_fraction=0.0,
-    )
     stats = [rollout_stats(batch), segment_stats(batch, opens), mismatch_stats(batch, scores)]
-    return set().union(*stats, policy.stats, critic.stats, evaluation.metrics())
+    return set().union(*stats, policy.stats, critic.stats)
 
 
 def test_every_computed_metric_is_in_the_table() -> None:
@@ -124,6 +114,14 @@ def test_console_lines() -> None:
     assert spent == "7.4 s = generate 4.1 + update 3.2, 3,412 tokens/s"
     assert lines_of({"evaluation/success_mean": 0.5, "evaluation/success_low": 0.4}, "evaluation") == [
         "held-out success 0.500 [0.400, nan]"
+    ]
+    both = {"success_mean": 0.5, "success_low": 0.4, "success_high": 0.6}
+    evaluated = {f"evaluation/{data_set}{name}": x for data_set in ("", "hub/a/", "b/") for name, x in both.items()}
+    evaluated |= {"evaluation/samples_per_prompt": 8.0, "evaluation/pass_at_n_mean": 0.75}
+    assert lines_of(evaluated, "evaluation") == [
+        "held-out success 0.500 [0.400, 0.600]  pass@8 0.750",
+        "hub/a 0.500 [0.400, 0.600]",
+        "b 0.500 [0.400, 0.600]",
     ]
     assert lines_of({"pretraining/loss": 0.25}, "pretraining") == ["loss 0.250"]
     assert lines_of({}, "train") == [""]

@@ -13,9 +13,11 @@ import torch
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from sae_rl.evaluation.samples import read_samples, samples_file, step_samples
 from sae_rl.records import Jsonl, Records, _wandb_mode, first_steps, read_jsonl
 from sae_rl.rollout_table import flat_column, read_rollouts, rollout_files, write_rollouts
 from sae_rl.types import Batch, Scores, Targets
+from tests.evaluation.made_up import made_up
 
 from .sample_run import make_config, sample_step, score
 
@@ -146,6 +148,52 @@ def test_parquet_without_a_critic_and_with_soft_segments(tmp_path: Path) -> None
     assert rows["values"].to_pylist() == [None, None] and rows["opens"].to_pylist()[1][0] == 0.5
     assert flat_column(rows, "token_ids").tolist() == batch.token_ids.tolist()
     assert flat_column(rows, "values").size == 0
+
+
+def test_samples_of_evaluations_are_recorded_when_asked_for_and_dropped_with_what_is_done_again(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "steps=6", "evaluation.record_samples=true", "evaluation.samples_per_prompt=4")
+    result = made_up(config)
+    with Records(config, tmp_path, first_step=0) as records:
+        for step in (0, 2, 4):
+            records.samples(step, result.rollouts, result.rewards, result.opens)
+    kept_apart = tmp_path / "evaluation" / "001_policy" / "samples.parquet"
+    kept_apart.parent.mkdir()
+    kept_apart.write_bytes(b"of sae-rl evaluate")
+    assert [step for step, _ in step_samples(tmp_path)] == [0, 2, 4]
+    rows = read_samples(samples_file(tmp_path, 2)).to_pylist()
+    assert [row["response"] for row in rows] == [r.text for r in result.rollouts]
+    with Records(config, tmp_path, first_step=2):
+        assert [step for step, _ in step_samples(tmp_path)] == [0, 2], "evaluated before the checkpoint of step 2"
+    with Records(config, tmp_path, first_step=0, resumed=True):
+        assert [step for step, _ in step_samples(tmp_path)] == [0]
+    with Records(config, tmp_path, first_step=0):
+        assert step_samples(tmp_path) == [] and kept_apart.exists()
+    with Records(make_config(tmp_path), tmp_path, first_step=0) as records:
+        records.samples(0, result.rollouts, result.rewards, result.opens)
+    assert step_samples(tmp_path) == [], "not asked for"
+
+
+def test_every_sink_takes_metrics_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[dict[str, float]] = []
+
+    class Run:
+        def define_metric(self, *_: object, **__: object) -> None: ...
+
+        def log(self, row: dict[str, float]) -> None:
+            logged.append(row)
+
+        def finish(self) -> None: ...
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    config = make_config(tmp_path, "logger.tensorboard=true", "logger.jsonl=true", "logger.wandb=offline")
+    metrics = made_up(config).metrics()
+    name = "evaluation/hub/tales/success_mean"
+    with Records(config, tmp_path, first_step=0) as records:
+        records.log(3, metrics, phase="evaluation")
+    assert rows_of(tmp_path)[0][name] == metrics[name] == logged[0][name]
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "evaluation"))
+    events.Reload()
+    assert [event.value for event in events.Scalars(name)] == pytest.approx([metrics[name]])
 
 
 def test_plain_console_has_no_control_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

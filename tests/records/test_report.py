@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from sae_rl.analysis.charts import Line, line_chart, span, ticks
-from sae_rl.analysis.report import final_table, write_report
+from sae_rl.analysis.report import final_table, heldout_parts, write_report
 from sae_rl.analysis.responses import pick_responses
 from sae_rl.analysis.run_files import RunFiles
 from sae_rl.metrics import show
@@ -128,6 +128,35 @@ def test_a_bare_run_still_gives_a_page(tmp_path: Path) -> None:
     page = Page((tmp_path / "report.html").read_text())
     assert "Mean training reward: 0.250 at the start, 0.250 at the end." in page.text
     assert "Explained variance" not in page.text, "a curve of nan alone is no curve"
+
+
+def test_several_data_sets_and_samples_have_curves_of_their_own(tmp_path: Path) -> None:
+    write_sample_run(tmp_path, num_steps=1, num_prompts=1)
+    file = tmp_path / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in (row for row in rows if row["phase"] == "evaluation"):
+        for what, mean in {"math <5>/success": 0.125, "hub/code/success": 0.625, "pass_at_n": 0.875}.items():
+            ends = {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+            row |= {f"evaluation/{what}_{end}": value + row["step"] / 100 for end, value in ends.items()}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = RunFiles(tmp_path)
+    assert run.data_sets == ["math <5>", "hub/code"]
+    charts = heldout_parts(run)
+    assert [chart.title for chart in charts] == ["math <5>", "hub/code", "Held-out pass@n"]
+    write_report(tmp_path, tmp_path / "report.html", "two", decode)
+    page = Page((tmp_path / "report.html").read_text())
+    for text in (
+        "math <5>, step 0: 0.125",
+        "math <5>, step 1: 0.135",
+        "hub/code, step 1: 0.635",
+        "pass@n, step 1: 0.885",
+    ):
+        assert text in page.text
+    assert "Bands: 95 % bootstrap intervals" in page.text and "n is 2" in page.text
+
+
+def test_one_data_set_has_no_section_of_its_own(html: str) -> None:
+    assert "Held-out prompts" not in Page(html).text
 
 
 @pytest.mark.parametrize(("low", "words"), [(0.3, "The policy learns"), (0.2, "No clear change"), (-1.0, "fell")])
