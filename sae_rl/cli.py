@@ -67,9 +67,9 @@ def show(overrides: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from sae_rl.compose import load_config
+    from sae_rl.compose import load_evaluation_config
 
-    config = load_config(arguments)
+    config = load_evaluation_config(arguments)
     from sae_rl.analysis.evaluation_table import print_evaluation
     from sae_rl.run import run_evaluation
 

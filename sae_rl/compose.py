@@ -37,6 +37,14 @@ def load_config(overrides: Sequence[str], name: str = "train") -> Config:
     return validate(compose_tree(overrides, name))
 
 
+def load_evaluation_config(overrides: Sequence[str]) -> Config:
+    """The same for an evaluation, which reads no training prompts: their file need not be named. Raises ConfigError."""
+    tree = compose_tree(overrides)
+    if OmegaConf.is_missing(tree.task.train, "path"):
+        tree.task.train = tree.task.evaluation
+    return validate(tree)
+
+
 def check_sweep(overrides: Sequence[str]) -> None:
     """Raises ConfigError if any job of a sweep would be refused, before the first one starts."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))

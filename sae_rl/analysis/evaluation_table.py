@@ -41,8 +41,9 @@ def rows_of(summary: Summary) -> list[Row]:
         _row("tokens, mean of wrong", summary["wrong_tokens"]),
         _row("truncated", summary["truncated"], "fraction"),
         _row("checks that failed", summary["failed"], "fraction"),
-        _row("with an answer", summary["answered"], "fraction"),
     ]
+    if summary["maj_at"]:
+        rows.append(_row("with an answer", summary["answered"], "fraction"))
     if summary["segments"] is not None:
         rows += [
             Row("segments per response", _text(summary["segments"]["per_response_mean"])),

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from sae_rl.algo import ESTIMATORS, SEGMENTERS
-from sae_rl.compose import CONF, check_sweep, load_config
+from sae_rl.compose import CONF, check_sweep, load_config, load_evaluation_config
 from sae_rl.config import Config, as_tree
 from sae_rl.config_checks import check
 from sae_rl.errors import ConfigError
@@ -19,6 +19,7 @@ from sae_rl.types import Batch, Prompt, Rollout, Scores
 from ..conftest import CommandLine
 
 MODEL = ("model.path=nobody/nothing", "model.context_tokens=1024")
+HELD_OUT_FILE = "task.evaluation.path=/no/heldout.parquet"
 FILES = ("task.train.path=/no/train.parquet", "task.evaluation.path=/no/heldout.parquet")
 NEEDED = {  # what an option leaves for the user to say
     "task=dapo_math": ("task.max_prompt_tokens=32", *FILES),
@@ -179,6 +180,18 @@ def test_as_tree_is_what_it_was_read_from(overrides: tuple[str, ...]) -> None:
     config = load_config(overrides)
     on_disk = yaml.safe_load(yaml.safe_dump(as_tree(config)))
     assert Config.model_validate(on_disk) == config
+
+
+def test_an_evaluation_needs_no_training_file() -> None:
+    model = ["model.path=nobody/nothing", "model.context_tokens=8192"]
+    config = load_evaluation_config([*model, "task=file", HELD_OUT_FILE])
+    assert config.task.train == config.task.evaluation and config.task.evaluation.path == "/no/heldout.parquet"
+    assert load_evaluation_config([*model, "task=file", *FILES]).task.train.path == "/no/train.parquet"
+    assert load_evaluation_config([*model, "task=level"]).task.train.name == "level"
+    with pytest.raises(ConfigError, match=r"task\.evaluation\.path has no value"):
+        load_evaluation_config([*model, "task=file"])
+    with pytest.raises(ConfigError, match=r"task\.train\.path has no value"):
+        load_config([*model, "task=file", HELD_OUT_FILE])
 
 
 def test_overrides_work_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,10 @@ def test_an_evaluation_samples_the_held_out_prompts_with_its_own_settings(tmp_pa
     assert before.of["prompts"] == after.of["prompts"] == ["p0", "p1", "p2"]
     assert (before.of["version"], after.of["version"]) == (0, 6)
     assert before.of["sampling"].top_p == 0.9
+    recorded = workers.asked("samples")
+    assert [call.of["step"] for call in recorded] == [0, 6]
+    texts = [rollout.text for rollout in recorded[1].of["values"][0]]
+    assert texts == [make_rollout(p, i, 6, 1.0).text for p in make_prompts(3) for i in range(3)]
     results = [call.of["metrics"] for call in workers.asked("log") if call.of["phase"] == "evaluation"]
     for version, result in zip((0, 6), results, strict=True):
         rewards = [reward_of(make_rollout(p, i, version, 1.0)) for p in make_prompts(3) for i in range(3)]

@@ -19,7 +19,7 @@ from sae_rl.rollout_table import read_rollouts
 
 from .sample_run import decode, write_sample_run
 
-VOID = {"meta", "br", "wbr"}
+VOID = {"meta", "br", "wbr", "input"}
 
 
 class Page(HTMLParser):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import psutil
 import pytest
@@ -17,6 +25,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sae_rl import checkpoint
+from sae_rl.data.level import Level
+from sae_rl.evaluation.samples import read_samples, step_samples
+from sae_rl.metrics import show
 from sae_rl.records import read_jsonl
 from sae_rl.rollout_table import read_rollouts, rollout_files
 from tests.stack.conftest import ROOT, command, overrides, run, train_rows, trained
@@ -35,6 +46,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         "checkpoint.every_steps=2",
         "checkpoint.keep_last=3",
         "evaluation.every_steps=2",
+        "evaluation.record_samples=true",
         "logger.rollouts_every_steps=1",
         "logger.tensorboard=true",
         "learner.critic_pretraining.num_prompts=8",
@@ -58,6 +70,12 @@ def test_records_of_a_run(finished: Path) -> None:
     assert table.num_rows == 16
     assert {version for versions in table.column("policy_versions").to_pylist() for version in versions} == {3}
     assert list((finished / "tensorboard").rglob("events.*"))
+    evaluations = {row["step"]: row for row in rows if row["phase"] == "evaluation"}
+    assert [step for step, _ in step_samples(finished)] == list(evaluations)
+    for step, file in step_samples(finished):
+        samples = read_samples(file)
+        assert mean(samples["score"].to_pylist()) == pytest.approx(evaluations[step]["evaluation/success_mean"])
+        assert mean(samples["num_tokens"].to_pylist()) == evaluations[step]["evaluation/response_tokens_mean"]
 
 
 def test_export_loads_in_transformers_and_is_the_trained_policy(finished: Path, tiny_model: Path) -> None:
@@ -69,12 +87,80 @@ def test_export_loads_in_transformers_and_is_the_trained_policy(finished: Path, 
     assert any(not torch.equal(policy[name], base[name]) for name in policy)
 
 
-def test_evaluate_reads_a_checkpoint(finished: Path, tiny_model: Path) -> None:
-    folder = finished / "checkpoints" / "step_000004"
-    more = [f"model.path={folder}", "evaluation.samples_per_prompt=2"]
-    done = run("evaluate", *overrides(tiny_model, finished / "unused", *more))
+@pytest.fixture(scope="module")
+def evaluated(finished: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A checkpoint on two data sets of one file: the folder that was written, and the console."""
+    output = tmp_path_factory.mktemp("evaluated")
+    problems = [Level().problem(0, "held_out", index) for index in range(6)]
+    rows = [
+        {"id": f"{i}", "prompt": problem.prompt, "answer": problem.answer, "task": "even" if i % 2 == 0 else "odd/<i>"}
+        for i, problem in enumerate(problems)
+    ]
+    (output / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [
+        f"model.path={finished / 'checkpoints' / 'step_000004'}",
+        "task=file",
+        f"task.evaluation.path={output / 'problems.jsonl'}",
+        "task.evaluation.num_prompts=null",
+        "task.evaluation.reward=tests.stack.rewards:remainder",
+        "evaluation.samples_per_prompt=4",
+    ]
+    done = run("evaluate", *overrides(tiny_model, output, *more))
     assert done.returncode == 0, done.stderr
-    assert "avg@2" in done.stdout and "over 4 prompts" in done.stdout
+    (folder,) = (output / "evaluation").iterdir()
+    assert folder.name == "001_step_000004"
+    return folder, done.stdout
+
+
+def test_the_numbers_of_an_evaluation_follow_from_its_samples(evaluated: tuple[Path, str]) -> None:
+    folder, _ = evaluated
+    summary, rows = (
+        json.loads((folder / "summary.json").read_text()),
+        read_samples(folder / "samples.parquet").to_pylist(),
+    )
+    assert summary["versions"]["sae-rl"] and summary["config"]["evaluation"]["samples_per_prompt"] == 4
+    assert summary["data_sets"].keys() == {"even", "odd/<i>"} and len(rows) == 24
+    for name, found in [(None, summary["all"]), *summary["data_sets"].items()]:
+        of_set = [row for row in rows if name in (None, row["data_set"])]
+        prompts = [of_set[i : i + 4] for i in range(0, len(of_set), 4)]
+        assert all(len({row["prompt_id"] for row in prompt}) == 1 for prompt in prompts)
+        assert found["num_prompts"] == len(prompts)
+        assert found["success"]["value"] == pytest.approx(mean(row["score"] for row in of_set))
+        for k in (1, 2, 4):
+            passed = [any(row["score"] == 1 for row in s) for prompt in prompts for s in combinations(prompt, k)]
+            assert found["pass_at"][str(k)]["value"] == pytest.approx(mean(passed))
+            elected = [elected_score(s) for prompt in prompts for s in combinations(prompt, k)]
+            assert found["maj_at"][str(k)]["value"] == pytest.approx(mean(elected))
+        assert found["response_tokens"]["value"] == pytest.approx(mean(len(row["token_ids"]) for row in of_set))
+        assert found["truncated"]["value"] == mean(row["finish_reason"] == "length" for row in of_set)
+        openings = [
+            sum(t == 0 or math.exp(logprob) < 0.2 for t, logprob in enumerate(row["logprobs"])) for row in of_set
+        ]
+        assert [sum(row["opens"]) for row in of_set] == openings
+        assert found["segments"]["per_response_mean"] == pytest.approx(mean(openings))
+    assert 0 < summary["all"]["success"]["value"] < 1, "both kinds of sample"
+    assert summary["all"]["success"]["low"] <= summary["all"]["success"]["value"] <= summary["all"]["success"]["high"]
+
+
+def elected_score(samples: Sequence[dict[str, Any]]) -> float:
+    """Of the most frequent answer; here "1" alone is right."""
+    votes = Counter(row["extracted_answer"] for row in samples if row["extracted_answer"] is not None)
+    first = [answer for answer in votes if votes[answer] == max(votes.values())]
+    return mean(answer == "1" for answer in first) if first else 0.0
+
+
+def test_the_page_and_the_console_show_an_evaluation(evaluated: tuple[Path, str]) -> None:
+    folder, console = evaluated
+    summary, page = json.loads((folder / "summary.json").read_text()), (folder / "samples.html").read_text()
+    assert "all data sets: 6 prompts, 4 samples each" in console and "odd/<i>: 3 prompts" in console
+    for label, name in (("avg@4", "success"), ("tokens, mean", "response_tokens")):
+        line = next(line for line in console.splitlines() if line.strip().startswith(label))
+        assert show(summary["all"][name]["value"]) in line and f"[{show(summary['all'][name]['low'])}" in line
+    text = re.sub(r"<[^>]*>", "", page)
+    for row in read_samples(folder / "samples.parquet").to_pylist():
+        assert html.escape(row["response"]) in text and html.escape(row["prompt"]) in text
+        assert html.escape(row["why"]) in text
+    assert "odd/<i>" not in page and "remainder 1 <b>" not in page
 
 
 def test_resume_equals_the_straight_run_to_the_bit(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
