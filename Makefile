@@ -10,7 +10,7 @@ TYPED := $(filter-out sae_rl/backends sae_rl/workers sae_rl/run.py sae_rl/demo.p
          $(wildcard sae_rl/*.py) sae_rl/algo sae_rl/analysis sae_rl/data sae_rl/evaluation sae_rl/rewards sae_rl/sandbox)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format docs exactness setup bench-iteration bench-advantage bench-learner bench-rollout clean
+.PHONY: help demo test test-fast check format docs exactness setup bench-iteration bench-advantage bench-learner bench-rollout bench-verifiers clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -48,6 +48,9 @@ bench-learner: $(INSTALLED)  ## one update packed and padded, and the memory of 
 
 bench-rollout: $(INSTALLED)  ## generation through the pool of engines, beside bare vLLM; and the cost of a weight sync
 	$(BIN)/python -m benchmarks.rollout
+
+bench-verifiers: $(INSTALLED)  ## mathematical answers checked per second, beside math-verify by itself
+	$(BIN)/python -m benchmarks.verifiers
 
 docs: $(INSTALLED)  ## the pages that code writes: the table of metrics, and the bias of SAE on a chain with known values
 	$(BIN)/python docs/generate_metrics.py

@@ -10,23 +10,36 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.functions import Function, imported
+from sae_rl.rewards.http import Http
 from sae_rl.rewards.mathematics import Math
+from sae_rl.rewards.numeric import Numeric
+from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
 from sae_rl.rewards.text import Exact
 from sae_rl.rewards.verdict import Verifier
 from sae_rl.rewards.weighted import Weighted
 
 VERIFIERS: dict[str, type[Any]] = {
     "math": Math,
+    "numeric": Numeric,
+    "choice": Choice,
     "exact": Exact,
     "code": Code,
+    "format": Format,
+    "language": Language,
+    "overlong": Overlong,
+    "repetition": Repetition,
+    "http": Http,
     "function": Function,
     "weighted": Weighted,
 }
 # What a source, or a row of a file, may name without any configuration.
 READY: dict[str, Verifier] = {
     "math": Math(),
+    "numeric": Numeric(),
+    "choice": Choice(),
     "exact": Exact(),
     "code": Code(),
     "level": Function("sae_rl.data.level:level"),

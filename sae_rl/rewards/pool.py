@@ -81,9 +81,9 @@ class RewardPool:
         self._folder = tempfile.TemporaryDirectory(prefix="sae_rl_rewards_", ignore_cleanup_errors=True)
         os.chmod(self._folder.name, 0o711)  # programs in the sandbox are run by others
         # Not forked from here: the driver has threads of Ray and torch, whose locks a fork would copy as they stand. The
-        # server that forks has imported what checks need, so that a killed process is replaced in milliseconds.
+        # server that forks has imported and parsed what checks need, so that a killed process is replaced in milliseconds.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([in_process.__name__, "sympy", "math_verify"])
+        context.set_forkserver_preload([in_process.__name__, "sae_rl.rewards.warm"])
         self._pool = ProcessPool(
             max_workers=num_processes,
             context=context,

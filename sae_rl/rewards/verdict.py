@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,7 @@ class Failed:
     why: str
 
 
+@runtime_checkable
 class Verifier(Protocol):
     """A program that judges responses. Members of `VERIFIERS` are frozen dataclasses whose fields are their knobs."""
 

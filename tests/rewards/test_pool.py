@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from sae_rl.rewards import READY
 from sae_rl.rewards.pool import RewardPool, Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Prompt, Rollout
@@ -20,7 +21,7 @@ HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
 def rollout(verifier: str, index: int | str, response: str = "yes", answer: str = "yes") -> Rollout:
-    name = verifier if verifier in ("exact", "code") else f"{__package__}.verifiers:{verifier}"
+    name = verifier if verifier in READY else f"{__package__}.verifiers:{verifier}"
     return Rollout(
         prompt=Prompt(id=f"p{index}", text="q", token_ids=(1,), answer=answer, task="t", reward=name),
         sample=0,

@@ -58,8 +58,8 @@ def test_weighted() -> None:
     both = Weighted((READY["math"], READY["exact"]), (1.0, 0.25))
     assert judged(both, "2", "2").score == 1.25
     verdict = judged(both, "4/2", "2")
-    assert (verdict.score, verdict.answer) == (1.0, "4/2")
-    assert verdict.why == "1 x 1 (4/2 equals 2); 0.25 x 0 (not equal)"
+    assert (verdict.score, verdict.answer) == (1.0, "2")
+    assert verdict.why == "1 x 1 (found 4/2, which equals 2); 0.25 x 0 (not equal)"
     for parts, weights in (((), ()), ((READY["math"],), (1.0, 2.0)), ((READY["math"],), (float("nan"),))):
         with pytest.raises(ValueError, match="weights"):
             Weighted(parts, weights)
@@ -74,7 +74,7 @@ def test_resolve() -> None:
     for name, message in {
         "levle": "did you mean 'level'",
         "mien": "did you mean 'mine'",
-        "zzz": "allowed: code, countdown, exact, level, math, mine, or package.module:function",
+        "zzz": "allowed: choice, code, countdown, exact, level, math, mine, numeric, or package.module:function",
         "weighted": "needs knobs: give it a name in rewards.verifiers",
         "sae_rl.data.level:leven": "did you mean 'level'",
         "no_such_package:f": "cannot import 'no_such_package'",

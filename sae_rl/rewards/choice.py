@@ -1,0 +1,78 @@
+"""Multiple choice: one letter."""
+
+from __future__ import annotations
+
+import re
+import string
+from dataclasses import dataclass
+
+from sae_rl.rewards.final import BOX, after_thinking, boxed
+from sae_rl.rewards.mathematics import TEXT
+from sae_rl.rewards.numbers import ascii_of
+from sae_rl.rewards.verdict import Sample, Verdict
+
+SAID = re.compile(
+    r"\b(?:answer|option|choice)\b(?:[^.:=\n]{0,60}?\b(?:is|be)\b\s*:?|\s*(?::|=))\s*([^\n]+)", re.IGNORECASE
+)
+DECORATION = re.compile(r"\\(?:left|right|quad|[,;:! ()\[\]])|[$*_`~]")
+WORD_BEFORE = re.compile(r"^(?:(?:the|option|choice|answer|letter)\s*:?\s+)+", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    r"""1 if the response chooses the right letter.
+
+    It chooses in its last box, or else behind its last "answer is", or else at the beginning of its last line.
+    ``(B)``, ``B.``, ``B) 42`` and ``\text{B}`` are B. More than one letter is no choice.
+    """
+
+    letters: str = "ABCDEFGHIJ"
+
+    def __post_init__(self) -> None:
+        letters = self.letters
+        if len(letters) < 2 or len(set(letters)) < len(letters) or not set(letters) <= set(string.ascii_uppercase):
+            raise ValueError(f"Choice.letters = {letters!r}, but it must be two or more different letters of A-Z")
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """Raises ValueError if the right answer is not one of the letters."""
+        wanted = self.letters_in(sample.answer)
+        if len(wanted) != 1:
+            raise ValueError(f"choice: the answer {sample.answer[:80]!r} is not one letter of {self.letters}")
+        text = self.chosen(sample.response)
+        found = self.letters_in(text)
+        if len(found) != 1:
+            why = f"{' and '.join(found)}, which is more than one choice" if found else "no letter"
+            return Verdict(0.0, f"found {why}")
+        right = found == wanted
+        return Verdict(float(right), f"found {found[0]}, which is {'right' if right else f'not {wanted[0]}'}", found[0])
+
+    def chosen(self, response: str) -> str:
+        """The part of a response that says its choice; empty: there is none."""
+        said = ascii_of(after_thinking(response) or "")
+        boxes = boxed(said)
+        if boxes or BOX.search(said):
+            return ", ".join(boxes)
+        said = DECORATION.sub("", said)
+        stated = ""
+        rest = said
+        while found := SAID.findall(rest):  # "The answer is A. No: the answer is B."
+            stated = rest = str(found[-1])
+        if stated:
+            return stated
+        lines = said.strip().splitlines()
+        last = lines[-1].strip() if lines else ""
+        return last if re.match(rf"\(?[{self.letters}](?:[).:]|$)", last) else ""
+
+    def letters_in(self, text: str) -> list[str]:
+        """The letters that a text chooses, each once."""
+        text = DECORATION.sub(" ", TEXT.sub(r" \1 ", ascii_of(text))).strip()
+        text = WORD_BEFORE.sub("", text)
+        alone = re.fullmatch(rf"[(\[{{]*\s*([{self.letters}{self.letters.lower()}])\s*[)\]}}]*[.:]?", text)
+        if alone is not None:
+            return [alone[1].upper()]
+        letter = rf"\(?(?<![A-Za-z])([{self.letters}])(?![A-Za-z'’])\)?"
+        several = re.match(rf"{letter}(?:\s*(?:,|;|/|&|\bor\b|\band\b)+\s*{letter})+", text)
+        first = re.match(rf"{letter}\s*(?:[.:,)]|$)", text)
+        if several is None and first is not None:
+            return [first[1]]
+        return list(dict.fromkeys(re.findall(letter, text if several is None else several[0])))

@@ -1,0 +1,295 @@
+"""Mathematical expressions: read from LaTeX by math-verify's parser, compared by value.
+
+Numbers and formulas are compared here: math-verify rounds to six places after the point, so that 1e-7 equals 2e-7, and takes
+an exception inside its comparison for "not equal". What is of two kinds, and unions of sets, are left to it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import sympy
+from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
+from latex2sympy2_extended.logic import And
+from latex2sympy2_extended.sets import FiniteSet
+from math_verify import verify
+
+from sae_rl.rewards.numbers import Number, read, same, significant, tidy
+
+MAX_CHARS = 2000  # of an expression
+MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
+MAX_DIGITS = 20_000  # of a number that a power or a factorial stands for
+MAX_OPERATIONS = 100  # of an expression that is expanded for its canonical text
+WORKING_DIGITS, AGREEING_DIGITS = 100, 80  # of numbers that are compared
+NOTHING = sympy.Float("1e-150")  # what is left of zero after rounding
+# Where formulas are compared: irrational, of both signs, small and large. One set for all, so that a verdict is reproducible.
+POINTS = (3.1830988618, -2.7182845905, 0.5772156649, -0.4142135624, 11.0901699437)
+SHIFT = 0.7390851332  # between the variables of one formula
+LATEX = NormalizationConfig(
+    basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
+)
+REPLACED = (
+    (re.compile(r"\\\(|\\\)|\\\[|\\\]|\$|\*\*(?=\s*$)"), " "),
+    (re.compile(r"\*\*"), "^"),
+    (re.compile(r"\\varnothing"), r"\\emptyset"),
+    (re.compile(r"\\(?:mathrm|text|textrm|rm|operatorname)\s*\{([eid])\}"), r"{\1}"),
+    (re.compile(r"(?<=\{)\s+|\s+(?=\})"), ""),  # or else math-verify takes { e } for a unit
+    (re.compile(r"(?<![\\A-Za-z])(pi|infty|infinity)(?![A-Za-z])"), r"\\\1"),
+    (re.compile(r"\\infinity"), r"\\infty"),
+    (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})"), ""),
+    (re.compile(r"(\d(?:[\d.]*\d)?)\s*\\?%"), r"\\frac{\1}{100}"),
+    (re.compile(r"(\d)\s*[eE]\s*([+-]?\d+)(?!\d*[A-Za-z])"), r"\1 \\times 10^{\2}"),
+)
+
+
+class TooLarge(ValueError):
+    """A power or factorial that nobody could write out."""
+
+
+def parsed(text: str) -> Any:
+    """The tidy text as an object of sympy, not evaluated; None: it is no mathematics.
+
+    Raises:
+        MemoryError: there is too little for it.
+        TooLarge: it holds a number of too many digits.
+    """
+    if len(text) > MAX_CHARS or depth(text) > MAX_DEPTH:
+        return None
+    for pattern, replacement in REPLACED:
+        text = pattern.sub(replacement, text)
+    found = latex(both_signs(text))
+    if found is None and text.count("=") > 1 and "," not in text:
+        found = latex(text.rpartition("=")[2])
+    if found is None or found.has(sympy.zoo, sympy.nan):
+        return None
+    check_size(found)
+    return found
+
+
+def depth(text: str) -> int:
+    """Of the brackets."""
+    deep = deepest = 0
+    for character in text:
+        deep += (character in "([{") - (character in ")]}")
+        deepest = max(deepest, deep)
+    return deepest
+
+
+def latex(text: str) -> Any:
+    try:
+        found = latex2sympy(
+            normalize_latex(text, config=LATEX), is_real=True, convert_degrees=False, normalization_config=None
+        )
+        return with_imaginary_unit(found) if isinstance(found, sympy.Basic | sympy.MatrixBase) else None
+    except MemoryError:
+        raise
+    except Exception:  # the parser raises whatever it happens to trip over; the text is the model's
+        return None
+
+
+def both_signs(text: str) -> str:
+    """Each part with a plus-minus as two parts."""
+    if "\\pm" not in text and "\\mp" not in text:
+        return text
+    parts = re.split(r",(?![^(\[{]*[)\]}])", text)
+    return ", ".join(part.replace("\\pm", sign) for part in parts for sign in ("+", "-")[: 2 if "\\pm" in part else 1])
+
+
+def with_imaginary_unit(found: Any) -> Any:
+    """With i as the imaginary unit, where it is a symbol of its own."""
+    i = [symbol for symbol in symbols_of(found) if symbol.name == "i"]
+    return found.xreplace(dict.fromkeys(i, sympy.I)) if i else found
+
+
+def symbols_of(found: Any) -> set[sympy.Symbol]:
+    return {symbol for symbol in found.free_symbols if isinstance(symbol, sympy.Symbol)}
+
+
+def check_size(found: Any) -> None:
+    """Raises TooLarge if evaluation would have to write out a number of more than MAX_DIGITS digits."""
+    for node in sympy.postorder_traversal(found):
+        if isinstance(node, sympy.Pow) and node.exp.is_number and node.exp.is_extended_real:
+            exponent = abs(float(node.exp.evalf(5)))
+            base = abs(complex(node.base.evalf(5))) if node.base.is_number and node.base.is_finite else 10.0
+            large = exponent * abs(math.log10(base)) if base else 0.0
+        elif isinstance(node, sympy.factorial | sympy.gamma) and node.args[0].is_number:
+            large = 5 * abs(float(node.args[0].evalf(5)))
+        else:
+            continue
+        if not large <= MAX_DIGITS:
+            raise TooLarge(f"it holds a number of more than {MAX_DIGITS:,} digits")
+
+
+def equal(gold: Any, found: Any, precision: int) -> bool:
+    """Whether two parsed expressions are the same mathematics.
+
+    Raises:
+        Exception: whatever stops the comparison; that is a failed check.
+    """
+    gold, found = without_middle(gold), without_middle(found)
+    if type(gold) is type(found) and gold == found:
+        return True
+    if is_formula(gold) and is_formula(found):
+        if isinstance(gold, sympy.Symbol) or isinstance(found, sympy.Symbol):
+            return by_math_verify(gold, found, precision)
+        return same_formula(gold, found, precision)
+    if isinstance(gold, sympy.MatrixBase) and isinstance(found, sympy.MatrixBase):
+        return gold.shape == found.shape and all_equal(gold.flat(), found.flat(), precision)
+    if isinstance(gold, sympy.Tuple) and isinstance(found, sympy.Tuple):
+        return len(gold) == len(found) and all_equal(gold.args, found.args, precision)
+    if isinstance(gold, sympy.Interval) and isinstance(found, sympy.Interval):
+        ends = (gold.left_open, gold.right_open) == (found.left_open, found.right_open)
+        return ends and all_equal((gold.start, gold.end), (found.start, found.end), precision)
+    if isinstance(gold, sympy.FiniteSet) and isinstance(found, sympy.FiniteSet):
+        return same_members(gold, found, precision)
+    if is_comparison(gold) and is_comparison(found):
+        return same_relation(gold, found, precision)
+    if isinstance(gold, sympy.And) and isinstance(found, sympy.And):
+        return same_members(gold.args, found.args, precision)
+    return by_math_verify(gold, found, precision)
+
+
+def is_formula(found: Any) -> bool:
+    return isinstance(found, sympy.Expr) and not isinstance(found, sympy.MatrixExpr)
+
+
+def all_equal(gold: Iterable[Any], found: Iterable[Any], precision: int) -> bool:
+    return all(equal(g, f, precision) for g, f in zip(gold, found, strict=True))
+
+
+def same_members(gold: Collection[Any], found: Collection[Any], precision: int) -> bool:
+    """Each member of one has a partner in the other, in whatever order."""
+    if len(gold) != len(found):
+        return False
+    left = list(found)
+    for wanted in gold:
+        partner = next((each for each in left if equal(wanted, each, precision)), None)
+        if partner is None:
+            return False
+        left.remove(partner)
+    return True
+
+
+def by_math_verify(gold: Any, found: Any, precision: int) -> bool:
+    return bool(verify(gold, found, float_rounding=precision, timeout_seconds=None, raise_on_error=True))
+
+
+def without_middle(found: Any) -> Any:
+    """z = 2 of z = 1 + 1 = 2."""
+    if not isinstance(found, And) or not all(isinstance(part, sympy.Eq) for part in found.args):
+        return found
+    parts = found._unsorted_args
+    return sympy.Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)
+
+
+def is_comparison(found: Any) -> bool:
+    """An equation or an inequality between formulas."""
+    return isinstance(found, sympy.core.relational.Relational) and is_formula(found.lhs) and is_formula(found.rhs)
+
+
+def same_relation(gold: Any, found: Any, precision: int) -> bool:
+    """One equation is the other, multiplied by a number; one inequality by a positive number, or it is turned round."""
+    if isinstance(found, sympy.GreaterThan | sympy.StrictGreaterThan) != isinstance(
+        gold, sympy.GreaterThan | sympy.StrictGreaterThan
+    ):
+        found = found.reversed
+    if type(gold) is not type(found):
+        return False
+    wanted, got = (each.lhs - each.rhs for each in (gold, found))
+    symbols = sorted(symbols_of(wanted) | symbols_of(got), key=str)
+    ratio = None
+    for at in points(symbols):
+        left, right = value_of(wanted.doit(), at), value_of(got.doit(), at)
+        if left is None or right is None:
+            continue
+        if left == 0 or right == 0:
+            return bool(left == right)
+        if ratio is None:
+            ratio = left / right
+            if not isinstance(gold, sympy.Eq | sympy.Ne) and not ratio.is_positive:
+                return False
+        if not close(left, ratio * right, digits_of(wanted, got, precision)):
+            return False
+    return ratio is not None or bool(sympy.simplify(wanted - got).is_zero)
+
+
+def points(symbols: list[Any]) -> Iterator[dict[Any, Any]]:
+    for point in POINTS:
+        yield {symbol: sympy.Float(point + SHIFT * i, WORKING_DIGITS) for i, symbol in enumerate(symbols)}
+
+
+def same_formula(gold: Any, found: Any, precision: int) -> bool:
+    """Two formulas are one if they have the same values at POINTS; two numbers, if they agree in AGREEING_DIGITS."""
+    symbols = sorted(symbols_of(gold) | symbols_of(found), key=str)
+    if not symbols:
+        return same_values(gold, found, precision)
+    gold, found = gold.doit(), found.doit()
+    compared = 0
+    for at in points(symbols):
+        wanted, got = value_of(gold, at), value_of(found, at)
+        if wanted is None or got is None or (wanted.has(sympy.I) and not gold.has(sympy.I)):
+            continue  # not a number there, or outside the real domain of the answer
+        if not close(wanted, got, digits_of(gold, found, precision)):
+            return False
+        compared += 1
+    if compared > 0:
+        return True
+    return bool(sympy.simplify(gold - found).is_zero)
+
+
+def same_values(gold: Any, found: Any, precision: int) -> bool:
+    exact = gold.doit(), found.doit()
+    if all(isinstance(each, sympy.Rational) for each in exact):
+        return bool(exact[0] == exact[1])
+    wanted, got = value_of(gold, {}), value_of(found, {})
+    if wanted is None or got is None:
+        return False
+    for decimal, other in ((gold, got), (found, wanted)):
+        if isinstance(decimal, sympy.Float) and other.is_Float:
+            written = Number(Fraction(str(decimal)), significant(str(decimal).split("e")[0]))
+            return same(written, Number(Fraction(str(other)), WORKING_DIGITS), precision)
+    return close(wanted, got, digits_of(gold, found, precision))
+
+
+def digits_of(gold: Any, found: Any, precision: int) -> int:
+    """A decimal inside a formula may stand for what it is rounded from."""
+    return precision if gold.has(sympy.Float) or found.has(sympy.Float) else AGREEING_DIGITS
+
+
+def value_of(formula: Any, at: dict[Any, Any]) -> Any:
+    """A finite real or complex number of WORKING_DIGITS digits; None: it has none."""
+    try:
+        value = formula.evalf(WORKING_DIGITS, subs=at)
+        if not value.is_number or not value.is_finite:
+            value = formula.doit().evalf(WORKING_DIGITS, subs=at)
+    except ZeroDivisionError:
+        return None
+    parts = value.as_real_imag() if value.is_number else ()
+    return value if parts and all(part.is_Number and part.is_finite for part in parts) else None
+
+
+def close(wanted: Any, got: Any, digits: int) -> bool:
+    size = max(abs(wanted), abs(got))
+    return bool(size < NOTHING or abs(wanted - got) <= size * sympy.Float(10) ** -digits)
+
+
+def canonical(found: Any) -> str:
+    """The same text for the same expression, as far as multiplying out tells."""
+    if isinstance(found, sympy.Eq) and isinstance(found.lhs, sympy.Symbol):
+        return canonical(found.rhs)
+    if isinstance(found, sympy.MatrixBase):
+        return str(sympy.ImmutableMatrix(found).applyfunc(sympy.expand))
+    if isinstance(found, FiniteSet | sympy.FiniteSet):
+        return "{" + ", ".join(sorted(canonical(member) for member in found.args)) + "}"
+    if is_formula(found) and found.count_ops() <= MAX_OPERATIONS:
+        if isinstance(found, sympy.Float):
+            number = read(tidy(str(found)))
+            return str(found) if number is None else str(number)
+        found = found.doit()
+        powers = [abs(power.exp) for power in found.atoms(sympy.Pow) if power.exp.is_Integer]
+        found = sympy.expand(found) if all(power <= 10 for power in powers) else found
+    return str(found)

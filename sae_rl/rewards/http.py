@@ -1,0 +1,95 @@
+"""A verifier behind a URL."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from sae_rl.rewards.verdict import Sample, Verdict
+
+if TYPE_CHECKING:
+    import httpx
+
+MAX_SHOWN = 200  # characters of a reply in an error
+
+
+@cache
+def client() -> httpx.Client:
+    """One for each process, which keeps its connections."""
+    import httpx
+
+    return httpx.Client()
+
+
+@dataclass(frozen=True, slots=True)
+class Http:
+    """Posts ``{"prompt", "response", "answer"}`` as JSON, and reads ``{"score", "why"?, "answer"?}``.
+
+    A connection that fails, a late reply and a status of 500 and more are tried again, after ``backoff_s``, twice that, and
+    so on. All that has to fit into ``rewards.deadline_s``.
+    """
+
+    url: str
+    timeout_s: float = 10.0  # of one request
+    retries: int = 3  # after the first
+    backoff_s: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"Http.url = {self.url!r}, but it must begin with http:// or https://")
+        if not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
+            raise ValueError(f"Http.timeout_s = {self.timeout_s}, but it must be finite and greater than 0")
+        if self.retries < 0:
+            raise ValueError(f"Http.retries = {self.retries}, but it must be at least 0")
+        if not math.isfinite(self.backoff_s) or self.backoff_s < 0:
+            raise ValueError(f"Http.backoff_s = {self.backoff_s}, but it must be finite and at least 0")
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """The verdict of the reply.
+
+        Raises:
+            ConnectionError: no reply in all tries, or a status other than 200.
+            ValueError: the reply is not a verdict.
+        """
+        reply = self._reply({"prompt": sample.prompt, "response": sample.response, "answer": sample.answer})
+        try:
+            said = reply.json()
+        except ValueError:
+            raise ValueError(f"http: {self.url} replied {_shown(reply.text)}, which is not JSON") from None
+        return self._verdict(said)
+
+    def _reply(self, question: dict[str, str]) -> httpx.Response:
+        import httpx
+
+        problem = ""
+        for attempt in range(self.retries + 1):
+            time.sleep(self.backoff_s * 2 ** (attempt - 1) if attempt else 0.0)
+            try:
+                reply = client().post(self.url, json=question, timeout=self.timeout_s)
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            if reply.status_code == httpx.codes.OK:
+                return reply
+            problem = f"status {reply.status_code}: {_shown(reply.text)}"
+            if reply.status_code < httpx.codes.INTERNAL_SERVER_ERROR:
+                raise ConnectionError(f"http: {self.url} replied with {problem}")
+        raise ConnectionError(f"http: {self.url} failed {self.retries + 1} times, the last time with {problem}")
+
+    def _verdict(self, said: object) -> Verdict:
+        if not isinstance(said, dict) or "score" not in said:
+            raise ValueError(f"http: {self.url} replied {_shown(repr(said))}, which has no score")
+        score, why, answer = said["score"], said.get("why", f"{self.url} says so"), said.get("answer")
+        if isinstance(score, bool) or not isinstance(score, int | float):
+            raise ValueError(f"http: {self.url} replied with score = {score!r}, which is not a number")
+        for key, text in (("why", why), ("answer", answer)):
+            if not isinstance(text, str) and (key == "why" or text is not None):
+                raise ValueError(f"http: {self.url} replied with {key} = {_shown(repr(text))}, which is not text")
+        return Verdict(float(score), why, answer)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")

@@ -1,0 +1,55 @@
+"""Numbers within a tolerance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from sae_rl.rewards.final import final_answer
+from sae_rl.rewards.mathematics import meaning
+from sae_rl.rewards.numbers import Number, ascii_of, tidy
+from sae_rl.rewards.verdict import Sample, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Numeric:
+    """1 if the final answer is a number within ``max(absolute, relative * |answer|)`` of the right one.
+
+    `final_answer` says what the final answer is. Thousands separators, percentages, scientific notation, fractions, currency
+    signs and units are read; x % is x or x/100.
+    """
+
+    relative: float = 1e-6
+    absolute: float = 0.0
+    boxed_only: bool = False  # no answer without a box
+
+    def __post_init__(self) -> None:
+        for knob, value in (("relative", self.relative), ("absolute", self.absolute)):
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"Numeric.{knob} = {value}, but it must be finite and at least 0")
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """Raises ValueError if the right answer is no number."""
+        wanted = number_in(sample.answer)
+        if wanted is None:
+            raise ValueError(f"numeric: the answer {sample.answer[:80]!r} is not a number")
+        final = final_answer(sample.response, self.boxed_only)
+        if final.problem:
+            return Verdict(0.0, final.problem)
+        found = number_in(final.text)
+        if found is None:
+            return Verdict(0.0, f"found {final.text[:80]}, which is not one number")
+        right = self.near(found.value, wanted.value) or (
+            found.percent != wanted.percent and self.near(found.plain, wanted.plain)
+        )
+        says = "is" if right else "is not"
+        return Verdict(float(right), f"found {final.text[:80]}, which {says} {sample.answer.strip()[:80]}", str(found))
+
+    def near(self, found: Fraction, wanted: Fraction) -> bool:
+        return abs(found - wanted) <= max(Fraction(self.absolute), Fraction(self.relative) * abs(wanted))
+
+
+def number_in(text: str) -> Number | None:
+    """The number that a text is, behind the last sign of equality."""
+    return meaning(tidy(ascii_of(text)).rpartition("=")[2]).number

@@ -1,0 +1,161 @@
+"""A number equals itself however it is written, and no other number."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from sae_rl.rewards import READY
+from sae_rl.rewards.numeric import Numeric
+from sae_rl.rewards.verdict import Sample
+
+INTEGERS = st.integers(-(10**15), 10**15)
+RATIONALS = st.fractions(-10_000, 10_000, max_denominator=997)
+DECIMALS = st.decimals(-(10**9), 10**9, allow_nan=False, allow_infinity=False, places=4)
+EXACT = Numeric(relative=0.0)
+few = settings(max_examples=60, deadline=None)
+
+
+def score(found: str, answer: str) -> float:
+    """Of both verifiers, which must agree on numbers."""
+    sample = Sample(prompt="", response=f"It is $\\boxed{{{found}}}$.", answer=answer)
+    scores = [verifier(sample).score for verifier in (READY["math"], EXACT)]
+    assert len(set(scores)) == 1, (found, answer, scores)
+    return scores[0]
+
+
+def of_integer(number: int) -> list[str]:
+    sign = "-" if number < 0 else ""
+    digits = str(abs(number))
+    return [
+        str(number),
+        f"{number:,}",
+        f"{number:,}".replace(",", "{,}"),
+        f"{number:,}".replace(",", "\\,"),
+        f"{number}.0",
+        f"{number}.",
+        f"{sign}00{digits}",
+        f"{sign}\\${digits}" if not sign else str(number),
+        f"x = {number}",
+        f"{number}/1",
+        f"{number} \\text{{ cm}}",
+        f"\\text{{{number}}}",
+        f"{number}^\\circ",
+        str(number).replace("-", "\u2212"),
+        f"\\left({number}\\right)",
+    ]
+
+
+def of_rational(number: Fraction) -> list[str]:
+    n, d = number.numerator, number.denominator
+    sign = "-" if n < 0 else ""
+    whole, rest = divmod(abs(n), d)
+    return [
+        f"{n}/{d}",
+        f"\\frac{{{n}}}{{{d}}}",
+        f"\\dfrac{{{3 * n}}}{{{3 * d}}}",
+        f"{sign}\\tfrac{{{abs(n)}}}{{{d}}}",
+        f"{sign}{whole}\\frac{{{rest}}}{{{d}}}",
+        f"{sign}{whole} {rest}/{d}",
+        f"\\frac{{{100 * n}}}{{{d}}}\\%",
+        f"y=\\frac{{{n}}}{{{d}}}",
+    ]
+
+
+def of_decimal(number: Decimal) -> list[str]:
+    mantissa, _, exponent = f"{number:.17e}".partition("e")
+    mantissa = mantissa.rstrip("0").rstrip(".")
+    ratio = Fraction(number)
+    return [
+        f"{number}",
+        f"{number}00",
+        f"{number:,}",
+        f"{mantissa} \\times 10^{{{int(exponent)}}}",
+        f"{mantissa}e{int(exponent)}",
+        f"\\frac{{{ratio.numerator}}}{{{ratio.denominator}}}",
+        f"{number * 100}\\%",
+    ]
+
+
+@few
+@given(INTEGERS, st.data())
+def test_integers(number: int, data: st.DataObject) -> None:
+    one, other = (data.draw(st.sampled_from(of_integer(number))) for _ in range(2))
+    assert score(one, other) == 1.0
+
+
+@few
+@given(RATIONALS, st.data())
+def test_rationals(number: Fraction, data: st.DataObject) -> None:
+    one, other = (data.draw(st.sampled_from(of_rational(number))) for _ in range(2))
+    assert score(one, other) == 1.0
+
+
+@few
+@given(DECIMALS, st.data())
+def test_decimals(number: Decimal, data: st.DataObject) -> None:
+    one, other = (data.draw(st.sampled_from(of_decimal(number))) for _ in range(2))
+    assert score(one, other) == 1.0
+
+
+@few
+@given(INTEGERS, INTEGERS, st.data())
+def test_another_integer_never_scores(number: int, different: int, data: st.DataObject) -> None:
+    assume(number != different)
+    assert (
+        score(data.draw(st.sampled_from(of_integer(different))), data.draw(st.sampled_from(of_integer(number)))) == 0.0
+    )
+
+
+@few
+@given(INTEGERS, st.sampled_from([-1, 1]), st.data())
+def test_its_neighbour_never_scores(number: int, step: int, data: st.DataObject) -> None:
+    assert score(data.draw(st.sampled_from(of_integer(number + step))), str(number)) == 0.0
+
+
+@few
+@given(RATIONALS, RATIONALS, st.data())
+def test_another_rational_never_scores(number: Fraction, different: Fraction, data: st.DataObject) -> None:
+    assume(number not in (different, 100 * different))  # p % may also be p
+    found = data.draw(st.sampled_from(of_rational(different)))
+    assert score(found, f"{number.numerator}/{number.denominator}") == 0.0
+
+
+@few
+@given(DECIMALS, DECIMALS, st.data())
+def test_another_decimal_never_scores(number: Decimal, different: Decimal, data: st.DataObject) -> None:
+    assume(number not in (different, 100 * different))
+    assert score(data.draw(st.sampled_from(of_decimal(different))), str(number)) == 0.0
+
+
+@few
+@given(st.integers(1, 999), st.integers(2, 99), st.integers(0, 30))
+def test_small_numbers_are_no_rounding_errors_of_each_other(n: int, d: int, zeros: int) -> None:
+    """math-verify rounds to six places after the point."""
+    small = f"\\frac{{{n}}}{{{d} \\cdot 10^{{{zeros}}}}}"
+    other = f"\\frac{{{n + 1}}}{{{d} \\cdot 10^{{{zeros}}}}}"
+    judge = READY["math"]
+    assert judge(Sample(prompt="", response=f"\\boxed{{{small}}}", answer=small)).score == 1.0
+    assert judge(Sample(prompt="", response=f"\\boxed{{{other}}}", answer=small)).score == 0.0
+    pair = Sample(prompt="", response=f"\\boxed{{({other}, 1)}}", answer=f"({small}, 1)")
+    assert judge(pair).score == 0.0
+
+
+@few
+@given(st.text(max_size=60))
+def test_whatever_a_model_writes_is_judged(text: str) -> None:
+    for response in (text, f"\\boxed{{{text}}}"):
+        verdict = READY["math"](Sample(prompt="", response=response, answer="271828182845"))
+        assert verdict.score == 0.0 or "271828182845" in text
+
+
+@few
+@given(
+    st.text(alphabet="0123456789xyi+-*/^_{}()[],.=<>\\ $&%!|", max_size=40), st.sampled_from(["\\frac", "\\sqrt", ""])
+)
+def test_whatever_looks_like_mathematics_is_judged(text: str, command: str) -> None:
+    verdict = READY["math"](Sample(prompt="", response=f"\\boxed{{{command}{text}}}", answer="\\sqrt{271828182845}"))
+    assert verdict.score == 0.0
