@@ -100,6 +100,7 @@ def evaluated(finished: Path, tiny_model: Path, tmp_path_factory: pytest.TempPat
     more = [
         f"model.path={finished / 'checkpoints' / 'step_000004'}",
         "task=file",
+        "task.max_prompt_tokens=128",
         f"task.evaluation.path={output / 'problems.jsonl'}",
         "task.evaluation.num_prompts=null",
         "task.evaluation.reward=tests.stack.rewards:remainder",
