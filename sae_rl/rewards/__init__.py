@@ -14,6 +14,7 @@ from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.functions import Function, imported
 from sae_rl.rewards.http import Http
+from sae_rl.rewards.math_verify import MathVerify
 from sae_rl.rewards.mathematics import Math
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
@@ -23,6 +24,7 @@ from sae_rl.rewards.weighted import Weighted
 
 VERIFIERS: dict[str, type[Any]] = {
     "math": Math,
+    "math_verify": MathVerify,
     "numeric": Numeric,
     "choice": Choice,
     "exact": Exact,
@@ -38,6 +40,7 @@ VERIFIERS: dict[str, type[Any]] = {
 # What a source, or a row of a file, may name without any configuration.
 READY: dict[str, Verifier] = {
     "math": Math(),
+    "math_verify": MathVerify(),
     "numeric": Numeric(),
     "choice": Choice(),
     "exact": Exact(),

@@ -14,6 +14,7 @@ from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.functions import Function
 from sae_rl.rewards.http import Http
+from sae_rl.rewards.math_verify import MathVerify
 from sae_rl.rewards.mathematics import Math
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
@@ -24,6 +25,7 @@ from sae_rl.rewards.weighted import Weighted
 WRITTEN: dict[str, Any] = {
     "{name: math, precision: 4, boxed_only: true}": Math(4, True),
     "{name: math}": Math(),
+    "{name: math_verify}": MathVerify(),
     "{name: numeric, relative: 0.01, absolute: 1, boxed_only: true}": Numeric(0.01, 1.0, True),
     "{name: choice, letters: ABCDE}": Choice("ABCDE"),
     "{name: code, partial: true, total_s: 9}": Code(partial=True, total_s=9.0),

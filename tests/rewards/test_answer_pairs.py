@@ -17,7 +17,7 @@ from sae_rl.rewards.pool import RewardPool
 from sae_rl.rewards.verdict import Failed, Sample, Verdict
 
 from .answer_pairs import KNOWN, PAIRS
-from .test_pool import rollout, score
+from .test_pool import make_pool, rollout, score
 
 CASES = Path(__file__).parent / "math_verify_cases.json"
 LAST_BOX = "boxes that prose separates are several answers, of which the last counts"
@@ -97,6 +97,28 @@ def test_it_agrees_with_math_verifys_published_cases() -> None:
     assert different == []
     assert unused == {}, "these agree by now"
     assert num_agree >= 0.95 * len(cases)
+
+
+def test_it_is_wrong_less_often_than_math_verify_alone() -> None:
+    """Under a deadline, since math-verify has none here; a check that fails is wrong too."""
+    pairs = [pair for some in PAIRS.values() for pair in some]
+    num_wrong = {}
+    for name in ("math", "math_verify"):
+        with make_pool(num_processes=2, deadline_s=2.0, memory_gb=2.0) as pool:
+            asked = [rollout(name, i, response=pair[0], answer=pair[1]) for i, pair in enumerate(pairs)]
+            outcomes = score(pool, asked).outcomes
+        judged = [
+            (pair[2], each.score == 1.0)
+            for pair, each in zip(pairs, outcomes, strict=True)
+            if isinstance(each, Verdict)
+        ]
+        errors = Counter(expected for expected, said in judged if expected is not said)
+        num_wrong[name] = sum(errors.values()) + len(pairs) - len(judged)
+        print(
+            f"{name}: {num_wrong[name]} of {len(pairs)} wrong, {100 * num_wrong[name] / len(pairs):.1f} %: {errors[False]} "
+            f"false right, {errors[True]} false wrong, {len(pairs) - len(judged)} failed"
+        )
+    assert num_wrong["math"] == len(KNOWN) < num_wrong["math_verify"] / 10
 
 
 def is_of(key: tuple[str, str, str], case: dict[str, Any]) -> bool:
