@@ -44,7 +44,8 @@ def bare(threads: int) -> str:
 def measure(rounds: int) -> dict[str, Any]:
     from sae_rl.clock import Clock
     from sae_rl.compose import load_config
-    from sae_rl.run import load_source, load_tokenizer
+    from sae_rl.run import load_tokenizer
+    from sae_rl.sources import load_task
     from sae_rl.workers.session import ray_session, start_workers
 
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -52,7 +53,7 @@ def measure(rounds: int) -> dict[str, Any]:
         work.make(folder, num_steps=1)
         environment = dict(os.environ)
         config = load_config([*overrides(folder, folder / "run", 1), "algorithm=grpo"])
-        prompts = load_source(config.task.train, config.task, load_tokenizer(config.model.path), "task.train")
+        prompts = list(load_task(config, load_tokenizer(config.model.path))[0].prompts)
         stack.enter_context(ray_session(config))
         crew = stack.enter_context(start_workers(config, prompts[:2], Clock()))
         crew.sync_weights(0)

@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sae_rl.config import Section
-from sae_rl.data.prompts import TASKS
 from sae_rl.data.task import Task
+from sae_rl.data.tasks import TASKS
 from sae_rl.errors import ConfigError
 from sae_rl.plugins import nearest
+from sae_rl.section import Section
 from sae_rl.warm_start import ModelShape, WarmStart, warm_start
 
 

@@ -16,10 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from sae_rl.config import Config, Section
+from sae_rl.config import Config
 from sae_rl.config_checks import check
 from sae_rl.errors import ConfigError
 from sae_rl.plugins import describe, nearest
+from sae_rl.section import Section
 
 T = TypeVar("T", bound=Section)
 

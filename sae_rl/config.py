@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator
+from pydantic import Field, PlainValidator, field_validator
 
 from sae_rl.algo.estimators import ESTIMATORS, Estimator
 from sae_rl.algo.losses import PolicyLoss, ValueLoss
@@ -21,17 +21,12 @@ from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.plugins import member_of, tree_of
 from sae_rl.rewards import VERIFIERS
 from sae_rl.rewards.verdict import Verifier
+from sae_rl.section import Fraction, NonNegative, Positive, Section
+from sae_rl.source_config import TaskConfig
 from sae_rl.types import Sampling
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AlgorithmConfig(Section):
@@ -100,27 +95,6 @@ class ModelConfig(Section):
             return int(json.loads(file.read_text())["max_position_embeddings"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"model.path: cannot read max_position_embeddings from {file}: {error!r}") from error
-
-
-class SourceConfig(Section):
-    """Where prompts come from: a procedural task by name, or a file of prompts and answers."""
-
-    name: str  # a task of sae_rl.data, or "file"
-    path: str | None = None  # JSONL or parquet, for name=file
-    split: Literal["train", "held_out"] = "train"
-    seed: NonNegative = 0  # of procedural problems
-    num_prompts: Positive | None = None  # procedural: how many to generate; file: the first so many (null: all)
-    duplicates: Literal["error", "drop"] = "error"  # rows of a file whose id was there before
-    columns: dict[str, str] = {}  # our column -> the file's, for example {answer: reward_model.ground_truth}
-    reward: str | None = None  # name in sae_rl.rewards or package.module:function; null: the task's own
-    knobs: dict[str, Any] = {}  # of the procedural task
-
-
-class TaskConfig(Section):
-    train: SourceConfig
-    evaluation: SourceConfig
-    max_prompt_tokens: Positive
-    overlong_prompts: Literal["error", "drop"]
 
 
 class WorkersConfig(Section):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from sae_rl.config import Config
+from sae_rl.source_config import problems_of_task
 
 
 def check(config: Config) -> list[str]:
     """Problems between fields, each with the keys to change; empty when there are none."""
     problems = [
+        *problems_of_task(config.task),
         *_check_batches(config),
         *_check_sampling(config),
         *_check_workers(config),

@@ -28,7 +28,7 @@ from sae_rl.algo.stats import (
 )
 from sae_rl.clock import Clock
 from sae_rl.config import AlgorithmConfig, Config
-from sae_rl.data.sampler import Sampler, SamplerState
+from sae_rl.data.sampler import PromptSampler, SamplerState
 from sae_rl.evaluation.evaluate import evaluate
 from sae_rl.pretraining import pretrain_critic
 from sae_rl.protocols import Metrics, Recorder, Workers
@@ -43,7 +43,7 @@ class Run:
     """What the loop works with."""
 
     config: Config
-    sampler: Sampler
+    sampler: PromptSampler
     heldout: list[Prompt]
     workers: Workers
     rewards: RewardPool
@@ -148,7 +148,7 @@ def prepare_critic(run: Run) -> tuple[float, int]:
         Its explained variance on held-out prompts, and the number of responses.
     """
     config, pretraining = run.config, run.config.learner.critic_pretraining
-    prompts = Sampler(run.sampler.prompts, derive_seed(config.seed, "pretraining")).next(pretraining.num_prompts)
+    prompts = run.sampler.anew(derive_seed(config.seed, "pretraining")).next(pretraining.num_prompts)
     rollouts, rewards = respond(run, prompts, "pretraining")
     groups = groups_of(rollouts, rewards, config.rollout.group_size, FailedRule.of(config))
     best = pretrain_critic(
@@ -222,7 +222,10 @@ def finish(run: Run, step: int, sampled: Collected, learnt: Learnt, more: Metric
     times = run.clock.lap()
     metrics = sampled.metrics | learnt.metrics | more | times
     metrics |= throughput(learnt.opens.numel(), metrics, run.workers.num_gpus)
-    run.records.log(step, metrics | {"data/epoch": float(sampled.sampler["epoch"])})
+    metrics["data/epoch"] = float(sampled.sampler["epoch"])
+    if levels := sampled.sampler["levels"]:
+        metrics["data/level_mean"] = sum(levels) / len(levels)
+    run.records.log(step, metrics)
     # Behind the records: a resumed run drops what was recorded after its checkpoint, and nothing else.
     if done == config.steps or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
         save(run, done, sampled.sampler)

@@ -42,7 +42,8 @@ METRICS: dict[str, Metric] = {
     "sampling/kept_fraction": Metric("fraction", "dynamic sampling: responses that the step trains on, of all sampled"),
     "sampling/num_rounds": Metric("", "dynamic sampling: rounds that the step took"),
     "sampling/left_over_fraction": Metric("fraction", "partial rollouts: groups that the step before began"),
-    "data/epoch": Metric("", "passes over the prompts"),
+    "data/epoch": Metric("", "passes over the prompts; of a mixture: over those of the part with the fewest"),
+    "data/level_mean": Metric("", "mean over curricula of the level that the next prompts come from"),
     # segments
     "segment/per_response_mean": Metric("", "segments / responses", "segments per response"),
     "segment/tokens_mean": Metric("tokens", "response tokens / segments", "segment length"),

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from sae_rl.clock import Clock
 from sae_rl.config import RolloutConfig
-from sae_rl.data.sampler import Sampler
+from sae_rl.data.sampler import PromptSampler
 from sae_rl.protocols import RolloutEngines
 from sae_rl.rewards.pool import Check, RewardPool
-from sae_rl.sampling import Collected, FailedRule, collected, groups_of
+from sae_rl.sampling import Collected, FailedRule, collected, groups_of, tell
 from sae_rl.types import Prompt, Rollout
 
 
@@ -32,7 +32,7 @@ class PartialRollouts:
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: PromptSampler,
         engines: RolloutEngines,
         rewards: RewardPool,
         clock: Clock,
@@ -72,9 +72,10 @@ class PartialRollouts:
             "reward/failed_fraction": rewards.failed_fraction,
             "sampling/left_over_fraction": len(left_over) / len(taken),
         }
-        state = self._sampler.state(unused=[group.prompt for group in self._under_way.values()])
         rollouts = [r for group in taken for r in group.rollouts or ()]
         groups = groups_of(rollouts, rewards, self._config.group_size, self._rule)
+        tell(self._sampler, [group.prompt for group in taken], groups)
+        state = self._sampler.state(unused=[group.prompt for group in self._under_way.values()])
         return collected(groups, metrics, state)
 
     def _ask(self, step: int) -> None:

@@ -10,6 +10,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+UNKNOWN_KEY = "unknown_key"  # the type of pydantic's error about a key that a section does not have
+
+
+def tag(name: str) -> str:
+    """Of a member of a union: pydantic puts it into the keys of errors, where `describe` leaves it out."""
+    return f"<{name}>"
+
 
 def nearest(word: str, allowed: list[str]) -> str:
     """ ", did you mean 'x'?" or the list of what is allowed."""
@@ -91,10 +98,13 @@ def describe(error: ValidationError) -> list[str]:
     """One line per problem: the key, what was found, what is allowed."""
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        parts = [str(part) for part in problem["loc"]]
+        key = ".".join(part for part in parts if part != tag(part[1:-1]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "missing":
             lines.append(f"{key} is missing")
+        elif problem["type"] == UNKNOWN_KEY:
+            lines.append(f"{key} {message}" if key else f"the configuration {message}")
         elif key and problem["type"] == "value_error":
             lines.append(f"{key}: {message}")
         elif key:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import shutil
 import tempfile
@@ -18,20 +17,17 @@ from sae_rl import checkpoint, critic_files
 from sae_rl.algo import with_vocabulary
 from sae_rl.analysis.samples_page import write_samples_page
 from sae_rl.clock import Clock
-from sae_rl.config import Config, RewardsConfig, SourceConfig, TaskConfig, as_tree
-from sae_rl.data.files import ColumnMap
-from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
-from sae_rl.data.sampler import Sampler
+from sae_rl.config import Config, RewardsConfig, as_tree
 from sae_rl.driver import Run, prepare_critic, train
 from sae_rl.errors import ConfigError
 from sae_rl.evaluation.evaluate import evaluate
 from sae_rl.evaluation.files import publish, unpublished, write_evaluation
 from sae_rl.overlapped import train_overlapped
-from sae_rl.plugins import nearest
 from sae_rl.records import Records
 from sae_rl.replay import recorded_files, train_replay
-from sae_rl.rewards import check_deadline, resolve, warnings_of
+from sae_rl.rewards import resolve, warnings_of
 from sae_rl.rewards.pool import RewardPool
+from sae_rl.sources import load_heldout, load_task
 from sae_rl.types import Prompt
 from sae_rl.workers.placement import Role, pretraining_roles, roles_of
 from sae_rl.workers.session import ray_session, start_rollout, start_workers
@@ -106,23 +102,23 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
     """Everything that a run works with, its workers started; taken apart at the end."""
     tokenizer = load_tokenizer(config.model.path)
     resolved = with_delimiters(config, tokenizer)
-    prompts = load_source(config.task.train, config.task, tokenizer, config.rewards, "task.train")
-    heldout = load_source(config.task.evaluation, config.task, tokenizer, config.rewards, "task.evaluation")
-    check_prompts(config, prompts)
+    sampler, heldout = load_task(config, tokenizer)
     clock = Clock()
     with contextlib.ExitStack() as stack:
         first_step = checkpoint.read_state(resume_from).step if resume_from else 0
         records = stack.enter_context(Records(config, config.output_dir, first_step, resumed=resume_from is not None))
         write_config(config, records)
         records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
-        for text in verifier_warnings(config, [*prompts, *heldout]):
+        for text in verifier_warnings(config, [*sampler.prompts, *heldout]):
             records.note(text)
         stack.enter_context(ray_session(config))
-        workers = stack.enter_context(start_workers(config, prompts[:NUM_PROBE_PROMPTS], clock, roles, records.note))
+        workers = stack.enter_context(
+            start_workers(config, list(sampler.prompts[:NUM_PROBE_PROMPTS]), clock, roles, records.note)
+        )
         rewards = stack.enter_context(reward_pool(config.rewards))
         yield Run(
             config=resolved,
-            sampler=Sampler(prompts, config.seed),
+            sampler=sampler,
             heldout=heldout,
             workers=workers,
             rewards=rewards,
@@ -145,7 +141,7 @@ def run_evaluation(config: Config) -> Path:
     prepare_output(config)
     tokenizer = load_tokenizer(config.model.path)
     segmenter = with_delimiters(config, tokenizer).algorithm.segmenter
-    prompts = load_source(config.task.evaluation, config.task, tokenizer, config.rewards, "task.evaluation")
+    prompts = load_heldout(config, tokenizer)
     clock, max_tokens = Clock(), config.rollout.max_response_tokens
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_session(config))
@@ -269,67 +265,3 @@ def with_delimiters(config: Config, tokenizer: PreTrainedTokenizerBase) -> Confi
         raise ConfigError([f"algorithm.segmenter: {error}"]) from error
     algorithm = config.algorithm.model_copy(update={"segmenter": segmenter})
     return config.model_copy(update={"algorithm": algorithm})
-
-
-def load_source(
-    source: SourceConfig,
-    task: TaskConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    rewards: RewardsConfig,
-    key: str,
-) -> list[Prompt]:
-    """The prompts of ``task.train`` or ``task.evaluation``; ``key`` is what messages call it."""
-    try:
-        prompts = load_prompts(_source_of(source), tokenizer, task.max_prompt_tokens, task.overlong_prompts)
-        if source.name != "file" and source.reward is not None:
-            prompts = [dataclasses.replace(prompt, reward=source.reward) for prompt in prompts]
-        for reward in {prompt.reward for prompt in prompts}:
-            check_deadline(reward, resolve(reward, rewards.verifiers), rewards.deadline_s)
-    except ValueError as error:
-        raise ConfigError([f"{key}: {line}" for line in str(error).splitlines()]) from error
-    return prompts[: source.num_prompts] if source.num_prompts else prompts
-
-
-def _source_of(source: SourceConfig) -> Problems | File:
-    if source.name == "file":
-        if source.path is None:
-            raise ValueError("name is 'file', so path must name a JSONL or parquet file")
-        if source.reward is None:
-            raise ValueError("name is 'file', so reward must name a verifier, for example math")
-        fields = [field.name for field in dataclasses.fields(ColumnMap)]
-        for column in source.columns:
-            if column not in fields:
-                raise ValueError(f"columns has no {column!r}, {nearest(column, fields)}")
-        return File(
-            path=source.path,
-            reward=source.reward,
-            task=Path(source.path).stem,
-            columns=ColumnMap(**source.columns),
-            duplicates=source.duplicates,
-        )
-    if source.name not in TASKS:
-        raise ValueError(f"name {source.name!r} is unknown, allowed: file, {', '.join(sorted(TASKS))}")
-    if source.num_prompts is None:
-        raise ValueError("num_prompts is null, but a procedural task needs a number of problems")
-    try:
-        task = TASKS[source.name](**source.knobs)
-    except TypeError as error:
-        raise ValueError(f"knobs = {source.knobs}: {error}") from error
-    return Problems(task=task, num_prompts=source.num_prompts, split=source.split, seed=source.seed)
-
-
-def check_prompts(config: Config, prompts: list[Prompt]) -> None:
-    """Raises ConfigError if a step, or the critic's pre-training, asks for more prompts than there are."""
-    wanted = {
-        "rollout.prompts_per_step": config.rollout.prompts_per_step,
-        "rollout.prompts_under_way": config.rollout.prompts_under_way or 0,
-    }
-    if config.algorithm.needs_critic and config.learner.critic_pretraining.checkpoint is None:
-        wanted["learner.critic_pretraining.num_prompts"] = config.learner.critic_pretraining.num_prompts
-    problems = [
-        f"{key} = {count}, but task.train has {len(prompts)} prompts"
-        for key, count in wanted.items()
-        if count > len(prompts)
-    ]
-    if problems:
-        raise ConfigError(problems)

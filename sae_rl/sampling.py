@@ -9,7 +9,7 @@ from typing import Any
 
 from sae_rl.clock import Clock
 from sae_rl.config import Config, DynamicSamplingConfig
-from sae_rl.data.sampler import Sampler, SamplerState
+from sae_rl.data.sampler import PromptSampler, SamplerState
 from sae_rl.protocols import Metrics, RolloutEngines, Scoring
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
@@ -128,8 +128,14 @@ def groups_of(rollouts: Sequence[Rollout], rewards: Rewards, group_size: int, ru
     return groups
 
 
+def tell(sampler: PromptSampler, prompts: Sequence[Prompt], groups: Sequence[Group]) -> None:
+    """The sampler learns what the groups scored, also those that the step does not train on."""
+    told = [(prompt, group) for prompt, group in zip(prompts, groups, strict=True) if group.scores]
+    sampler.observe([prompt for prompt, _ in told], [sum(group.scores) / len(group.scores) for _, group in told])
+
+
 def collect(
-    sampler: Sampler,
+    sampler: PromptSampler,
     num_prompts: int,
     group_size: int,
     config: DynamicSamplingConfig,
@@ -165,6 +171,7 @@ def collect(
         scores += rewards.scores
         num_failed += len(rewards.failures)
         groups = groups_of(rollouts, rewards, group_size, rule)
+        tell(sampler, prompts, groups)
         useful = [i for i, group in enumerate(groups) if group.rows and is_useful(group.scores, config)]
         kept += [groups[i] for i in useful[:missing]]
         sampler.put_back([prompts[i] for i in useful[missing:]])

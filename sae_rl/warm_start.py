@@ -26,8 +26,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sae_rl.data.files import parse_rows, prompt_at, text_at
+from sae_rl.data.files import prompt_at, text_at
 from sae_rl.data.prompts import prompt_token_ids
+from sae_rl.data.rows import parse_rows
 from sae_rl.data.task import Task
 from sae_rl.data.tokenizer import build_tokenizer
 
@@ -161,7 +162,9 @@ def example_of(prompt: str | list[dict[str, Any]], response: str, tokenizer: Pre
 
 def read_examples(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The rows of a file with the columns ``prompt`` (text or chat messages) and ``response``."""
-    rows = parse_rows(path, lambda row, _: (prompt_at(row, "prompt"), text_at(row, "response")))
+    rows, problems = parse_rows(path, lambda row, _: (prompt_at(row, "prompt"), text_at(row, "response")))
+    if problems:
+        raise ValueError("\n".join(problems))
     return [example_of(prompt, response, tokenizer) for prompt, response in rows]
 
 

@@ -1,28 +1,24 @@
-"""Turns a source, a procedural task or a file, into prompts that a model can read.
-
-To add a task, write a class like `Level` or `Countdown` and put it in `TASKS`.
-"""
+"""Turns a source, a procedural task, a file or a task of reasoning-gym, into prompts that a model can read."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from sae_rl.data.countdown import Countdown
-from sae_rl.data.files import ColumnMap, Duplicates, Record, read_records
-from sae_rl.data.level import Level
+from sae_rl.data.files import File, Record, read_records
+from sae_rl.data.puzzles import PuzzleProcess, Puzzles
+from sae_rl.data.shaping import Shape
 from sae_rl.data.task import Split, Task
 from sae_rl.types import Prompt
 
 logger = logging.getLogger(__name__)
 
-TASKS: dict[str, Callable[..., Task]] = {"level": Level, "countdown": Countdown}
-
-Overlong = Literal["error", "drop"]
+Overlong = Literal["error", "drop", "cut"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,76 +37,151 @@ class Problems:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class File:
-    """A source: one JSONL or parquet file. Rows that name no reward or task of their own get these."""
+class Gym:
+    """A source: problems of reasoning-gym, with the shape of their prompts."""
 
-    path: str
-    reward: str
-    task: str
-    columns: ColumnMap = field(default_factory=ColumnMap)
-    duplicates: Duplicates = "error"
+    puzzles: Puzzles
+    reward: str = "reasoning_gym"
+    shape: Shape = field(default_factory=Shape)
+
+
+def any_reward(name: str) -> None:
+    """Lets every name pass: whoever resolves it says what is wrong."""
 
 
 def load_prompts(
-    source: Problems | File,
+    source: Problems | File | Gym,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     overlong: Overlong = "error",
+    *,
+    process: PuzzleProcess | None = None,
+    check_reward: Callable[[str], object] = any_reward,
 ) -> list[Prompt]:
     """Every prompt of a source, tokenized, in order.
 
     A prompt that is text is tokenized as it is; one that is a list of messages goes through the chat template.
 
+    Args:
+        overlong: what becomes of prompts of more than ``max_prompt_tokens``: an error, or they are left out, or cut to
+            their end.
+        process: draws problems of reasoning-gym; needed by a source of that kind.
+        check_reward: raises ValueError if the reward that a row names does not exist.
+
     Raises:
-        ValueError: a broken file (all its broken lines are named), a prompt of more than ``max_prompt_tokens``
-            (unless ``overlong`` is "drop"), or nothing left.
+        ValueError: everything that is wrong, a line for each: broken rows, prompts that are too long, or nothing left.
     """
-    if overlong not in ("error", "drop"):
-        raise ValueError(f"overlong: found {overlong!r}, allowed are 'error' and 'drop'")
+    if overlong not in ("error", "drop", "cut"):
+        raise ValueError(f"overlong: found {overlong!r}, allowed are 'error', 'drop' and 'cut'")
+    problems: list[str] = []
     if isinstance(source, Problems):
         name, records = source.task.name, _problems(source)
+    elif isinstance(source, Gym):
+        assert process is not None, "a source of reasoning-gym is drawn in a process"
+        name, records = source.puzzles.task, _puzzles(source, process)
     else:
         name = source.path
-        records = read_records(source.path, source.columns, source.reward, source.task, source.duplicates)
-    prompts = [_tokenized(record, tokenizer) for record in records]
-    fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens]
-    if num_overlong := len(prompts) - len(fitting):
-        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-        found = (
-            f"{name}: {num_overlong} of {len(prompts)} prompts exceed max_prompt_tokens = {max_prompt_tokens}; the "
-            f"longest, {longest.id!r}, has {len(longest.token_ids)} tokens"
-        )
-        if overlong == "error":
-            raise ValueError(f"{found}. Raise max_prompt_tokens, or set overlong to 'drop'")
-        if not fitting:
-            raise ValueError(f"{found}. Dropping them leaves nothing; raise max_prompt_tokens")
-        logger.warning("%s; dropped", found)
-    return fitting
+        records, problems = read_records(source, check_reward)
+    prompts, unread = _tokenized(records, tokenizer)
+    fitting, too_long = _fitting(name, prompts, max_prompt_tokens, overlong, tokenizer)
+    problems += [f"{name}: {line}" for line in unread] + too_long
+    if problems:
+        raise ValueError("\n".join(problems))
+    return fitting[: source.num_prompts] if isinstance(source, File) and source.num_prompts else fitting
 
 
 def _problems(source: Problems) -> list[Record]:
-    records = []
-    for index in range(source.first, source.first + source.num_prompts):
-        problem = source.task.problem(source.seed, source.split, index)
-        id_ = f"{source.task.name}/{source.split}/{source.seed}/{index}"
-        records.append(
-            Record(
-                id=id_, prompt=problem.prompt, answer=problem.answer, reward=source.task.reward, task=source.task.name
-            )
+    task, split, seed = source.task, source.split, source.seed
+    return [
+        Record(
+            id=(id_ := f"{task.name}/{split}/{seed}/{index}"),
+            prompt=problem.prompt,
+            answer=problem.answer,
+            reward=task.reward,
+            task=task.name,
+            where=id_,
         )
-    return records
+        for index in range(source.first, source.first + source.num_prompts)
+        for problem in (task.problem(seed, split, index),)
+    ]
 
 
-def _tokenized(record: Record, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    text, token_ids = prompt_token_ids(record.prompt, tokenizer)
-    return Prompt(
-        id=record.id,
-        text=text,
-        token_ids=tuple(token_ids),
-        answer=record.answer,
-        task=record.task,
-        reward=record.reward,
+def _puzzles(source: Gym, process: PuzzleProcess) -> list[Record]:
+    puzzles = source.puzzles
+    level = f"/level_{puzzles.levels}" if isinstance(puzzles.levels, int) else ""
+    return [
+        Record(
+            id=(id_ := f"{puzzles.task}{level}/{puzzles.split}/{puzzles.seed}/{index}"),
+            prompt=source.shape(problem.prompt),
+            answer=problem.answer,
+            reward=source.reward,
+            task=puzzles.task,
+            where=id_,
+        )
+        for index, problem in enumerate(process.draw(puzzles))
+    ]
+
+
+Located = tuple[str, Prompt]  # where in its file, and what it became
+
+
+def _tokenized(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Located], list[str]]:
+    """Prompts, and what is wrong with others."""
+    prompts: list[Located] = []
+    problems: list[str] = []
+    for record in records:
+        if not isinstance(record.prompt, str) and tokenizer.chat_template is None:
+            problems.append(
+                f"{record.where}: a prompt is a list of chat messages, but the tokenizer has no chat template; use an "
+                "instruction-tuned model, or give prompts as text (chat: false)"
+            )
+            break  # all others are the same
+        try:
+            text, token_ids = prompt_token_ids(record.prompt, tokenizer)
+        except TemplateError as error:
+            problems.append(f"{record.where}: the tokenizer's chat template refuses the messages: {error}")
+            continue
+        prompt = Prompt(
+            id=record.id,
+            text=text,
+            token_ids=tuple(token_ids),
+            answer=record.answer,
+            task=record.task,
+            reward=record.reward,
+        )
+        prompts.append((record.where, prompt))
+    return prompts, problems
+
+
+def _fitting(
+    name: str, located: Sequence[Located], limit: int, overlong: Overlong, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[str]]:
+    """Prompts of at most ``limit`` tokens, and what is wrong if there are others."""
+    prompts = [prompt for _, prompt in located]
+    fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    if not (num_overlong := len(prompts) - len(fitting)):
+        return prompts, []
+    where, longest = max(located, key=lambda pair: len(pair[1].token_ids))
+    found = (
+        f"{name}: {num_overlong} of {len(prompts)} prompts exceed max_prompt_tokens = {limit}; the longest, "
+        f"{longest.id!r}{f' in {where}' if where != longest.id else ''}, has {len(longest.token_ids)} tokens"
     )
+    if overlong == "error":
+        return [], [f"{found}. Raise max_prompt_tokens, or set overlong_prompts to 'drop' or 'cut'"]
+    if overlong == "drop" and not fitting:
+        return [], [f"{found}. Dropping them leaves nothing; raise max_prompt_tokens"]
+    logger.warning("%s; %s", found, {"drop": "dropped", "cut": "cut to their end"}[overlong])
+    return (fitting if overlong == "drop" else [_cut(prompt, limit, tokenizer) for prompt in prompts]), []
+
+
+def _cut(prompt: Prompt, limit: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The end of the prompt; its text is what the model reads then."""
+    if len(prompt.token_ids) <= limit:
+        return prompt
+    token_ids = prompt.token_ids[-limit:]
+    text = tokenizer.decode(list(token_ids))
+    assert isinstance(text, str)
+    return replace(prompt, text=text, token_ids=token_ids)
 
 
 def prompt_token_ids(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:

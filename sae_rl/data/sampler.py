@@ -5,17 +5,58 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Protocol, TypedDict, cast
 
 from sae_rl.types import Prompt
 
 
 class SamplerState(TypedDict):
-    """Everything that decides the next prompts; plain numbers, fit for JSON."""
+    """Everything that decides the next prompts; plain values, fit for JSON. Each kind of sampler adds its own keys."""
 
+    kind: str
+    epoch: int
+    levels: list[int]  # of the curricula, in their order
+
+
+class PromptSampler(Protocol):
+    """What a run draws its prompts from."""
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """All that it draws from now, in their own order."""
+        ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    def next(self, num_prompts: int) -> list[Prompt]:
+        """Different prompts, at most as many as `prompts` has. Raises ValueError for other numbers."""
+        ...
+
+    def put_back(self, prompts: Sequence[Prompt]) -> None:
+        """Prompts that were handed out and are not used now: they come before others, in this order."""
+        ...
+
+    def observe(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
+        """What the policy scored: of each prompt the mean of its group."""
+        ...
+
+    def state(self, unused: Sequence[Prompt] = ()) -> SamplerState:
+        """Where it is; as if the prompts ``unused``, which it handed out, had been put back."""
+        ...
+
+    def load_state(self, state: SamplerState) -> None:
+        """Goes on exactly where ``state`` was taken. Raises ValueError if it is of other prompts or another seed."""
+        ...
+
+    def anew(self, seed: int) -> PromptSampler:
+        """One that begins, with the same prompts in another order."""
+        ...
+
+
+class ShuffleState(SamplerState):
     seed: int
     fingerprint: str  # of the data set, since positions in another one mean nothing
-    epoch: int
     position: int  # prompts of this epoch that were handed out
     postponed: list[int]  # moved to the end of this epoch: the batch that began it held them already
     pending: list[int]  # handed out and put back: the next ones to hand out
@@ -48,6 +89,14 @@ class Sampler:
     def epoch(self) -> int:
         return self._epoch
 
+    @property
+    def num_pending(self) -> int:
+        """Different prompts that were put back and come next."""
+        return len(set(self._pending))
+
+    def anew(self, seed: int) -> Sampler:
+        return Sampler(self._prompts, seed)
+
     def next(self, num_prompts: int) -> list[Prompt]:
         """The next ``num_prompts`` prompts.
 
@@ -77,12 +126,16 @@ class Sampler:
         """Prompts that were handed out and are not used now: they come before all others, in this order."""
         self._pending = [self._index[prompt.id] for prompt in prompts] + self._pending
 
-    def state(self, unused: Sequence[Prompt] = ()) -> SamplerState:
-        """Where it is; as if the prompts ``unused``, which it handed out, had been put back."""
-        return SamplerState(
+    def observe(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
+        """Scores change nothing here."""
+
+    def state(self, unused: Sequence[Prompt] = ()) -> ShuffleState:
+        return ShuffleState(
+            kind="shuffle",
+            epoch=self._epoch,
+            levels=[],
             seed=self._seed,
             fingerprint=self._fingerprint,
-            epoch=self._epoch,
             position=self._position,
             postponed=list(self._postponed),
             pending=[self._index[prompt.id] for prompt in unused] + self._pending,
@@ -94,14 +147,16 @@ class Sampler:
         Raises:
             ValueError: the state belongs to other prompts or to another seed.
         """
-        if state["fingerprint"] != self._fingerprint:
+        check_kind(state, "shuffle")
+        saved = cast(ShuffleState, state)
+        if saved["fingerprint"] != self._fingerprint:
             raise ValueError(
                 "the saved sampler walked through other prompts than these; resume with the same data, or start anew"
             )
-        if state["seed"] != self._seed:
-            raise ValueError(f"the saved sampler has seed {state['seed']}, this one {self._seed}; use the saved seed")
-        self._begin(state["epoch"], state["position"], state["postponed"])
-        self._pending = list(state["pending"])
+        if saved["seed"] != self._seed:
+            raise ValueError(f"the saved sampler has seed {saved['seed']}, this one {self._seed}; use the saved seed")
+        self._begin(saved["epoch"], saved["position"], saved["postponed"])
+        self._pending = list(saved["pending"])
 
     def _begin(self, epoch: int, position: int, postponed: Sequence[int]) -> None:
         order = list(range(len(self._prompts)))
@@ -109,6 +164,14 @@ class Sampler:
         last = set(postponed)
         self._order = [i for i in order if i not in last] + [i for i in order if i in last]
         self._epoch, self._position, self._postponed = epoch, position, list(postponed)
+
+
+def check_kind(state: SamplerState, kind: str) -> None:
+    """Raises ValueError unless a sampler of this kind saved the state."""
+    if state["kind"] != kind:
+        raise ValueError(
+            f"the saved sampler is a {state['kind']}, this one a {kind}; resume with the same sources, or start anew"
+        )
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:

@@ -18,6 +18,7 @@ from sae_rl.rewards.math_verify import MathVerify
 from sae_rl.rewards.mathematics import Math
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
+from sae_rl.rewards.reasoning_gym import ReasoningGym
 from sae_rl.rewards.text import Exact
 from sae_rl.rewards.verdict import Verifier
 from sae_rl.rewards.weighted import Weighted
@@ -34,6 +35,7 @@ VERIFIERS: dict[str, type[Any]] = {
     "overlong": Overlong,
     "repetition": Repetition,
     "http": Http,
+    "reasoning_gym": ReasoningGym,
     "function": Function,
     "weighted": Weighted,
 }
@@ -45,6 +47,7 @@ READY: dict[str, Verifier] = {
     "choice": Choice(),
     "exact": Exact(),
     "code": Code(),
+    "reasoning_gym": ReasoningGym(),
     "level": Function("sae_rl.data.level:level"),
     "countdown": Function("sae_rl.data.countdown:countdown"),
 }

@@ -64,7 +64,7 @@ CONFIGURATION = {
     "no group at all": (["algorithm=null"], ["algorithm=null", "allowed", "sae"]),
     "a knob of another variant": (["algorithm=grpo", "algorithm.estimator.lam=0.3"], ["'lam'", "normalize_std"]),
     "a knob of another variant, added": (["algorithm=grpo", "+algorithm.estimator.lam=1"], ["knob 'lam'"]),
-    "misspelt key, added": (["+rollout.group_sise=4"], ["rollout.group_sise", "found 4"]),
+    "misspelt key, added": (["+rollout.group_sise=4"], ["rollout has no 'group_sise'", "did you mean 'group_size'?"]),
     "not an override": (["steps"], ["'steps'"]),
     "below a value": (["steps.many=1"], ["steps.many", "is a value"]),
     "a word for a number": (["steps=many"], ["steps", "'many'", "integer"]),
@@ -256,13 +256,13 @@ def test_every_broken_line_of_a_data_file_is_named(train: Callable[..., Outcome]
     file = write_rows(tmp_path, ROW, '{"prompt": ', {"prompt": "I0"}, {**ROW, "prompt": 3}, "[]")
     outcome = train(*from_files(file, file))
     wanted = ["task.train", str(file), "4 of 5 rows", "line 2: not JSON", "line 3", "reward_model", "line 4", "line 5"]
-    assert_refused(outcome, *wanted, lines=5)
+    assert_refused(outcome, "task.evaluation", *wanted, lines=10)  # of both sources at once
 
 
 def test_a_file_of_another_kind(train: Callable[..., Outcome], tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.touch()
-    assert_refused(train(*from_files(file, file)), "task.train", "rows.csv", "'.csv'", ".jsonl, .parquet")
+    assert_refused(train(*from_files(file, file)), "task.train", "rows.csv", "'.csv'", ".jsonl, .parquet", lines=2)
 
 
 def test_an_unknown_column(train: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -308,7 +308,9 @@ def test_one_prompt_to_pretrain_on_cannot_be_held_out(train: Callable[..., Outco
 
 
 def test_prompts_that_are_too_long(train: Callable[..., Outcome]) -> None:
-    assert_refused(train("task.max_prompt_tokens=8"), "task.train", "max_prompt_tokens = 8", "25 tokens", "'drop'")
+    assert_refused(
+        train("task.max_prompt_tokens=8"), "task.train", "max_prompt_tokens = 8", "25 tokens", "'drop'", lines=2
+    )
 
 
 def test_an_output_folder_that_cannot_be_written(train: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -390,7 +392,7 @@ def test_an_unknown_command(sae_rl: CommandLine) -> None:
         (["warm-start", "output_dir=base", "training.stepz=3"], ["training.stepz", "did you mean 'steps'?"]),
         (["warm-start", "output_dir=base", "training.steps=0"], ["training", "steps", "0", "at least 1"]),
         (["warm-start", "output_dir=base", "shape.architecture=gpt"], ["shape.architecture", "'gpt'", "'qwen3'"]),
-        (["warm-start", "output_dir=base", "+knobs.nothing=1"], ["knobs", "nothing"]),
+        (["warm-start", "output_dir=base", "+knobs.nothing=1"], ["has no 'knobs'", "demonstrations"]),
         (["warm-start", "output_dir=base", "data=no.jsonl"], ["base_model"]),
         (["warm-start", "output_dir=."], ["output_dir", "exists already"]),
         (["warm-start"], ["output_dir has no value"]),

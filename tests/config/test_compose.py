@@ -24,6 +24,9 @@ FILES = ("task.train.path=/no/train.parquet", "task.evaluation.path=/no/heldout.
 NEEDED = {  # what an option leaves for the user to say
     "task=dapo_math": ("task.max_prompt_tokens=32", *FILES),
     "task=file": ("task.max_prompt_tokens=32", *FILES),
+    "task=verl": ("task.max_prompt_tokens=32", *FILES),
+    "task=gsm8k": ("task.max_prompt_tokens=32", *FILES),
+    "task=mixture": ("task.train.parts.gsm8k.path=/no/a.jsonl", "task.evaluation.parts.gsm8k.path=/no/b.jsonl"),
     "algorithm=custom": ("algorithm.estimator.name=sae_rl.algo:SAE",),
     "algorithm/segmenter=custom": ("algorithm.segmenter.name=sae_rl.algo:LowProbability",),
     "rollout=paper": ("rollout.max_response_tokens=448", "rollout.kv_cache_gb=1"),

@@ -7,10 +7,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sae_rl.data.files import DAPO_MATH, ColumnMap
+from sae_rl.data.files import File
+from sae_rl.data.layouts import LAYOUTS
 from sae_rl.data.level import Level
-from sae_rl.data.prompts import TASKS, File, Problems, load_prompts
+from sae_rl.data.prompts import Problems, load_prompts
 from sae_rl.data.task import Task
+from sae_rl.data.tasks import TASKS
 from sae_rl.data.tokenizer import build_tokenizer
 from sae_rl.rewards import READY
 
@@ -92,7 +94,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         "bad.parquet": "not a parquet file",
         "rows.csv": r"'\.csv', allowed: \.jsonl, \.parquet",
         "missing.jsonl": "no such file",
-        "folder.jsonl": "it is a folder",
+        "folder.jsonl": "it is a folder, but not a whole one of datasets.save_to_disk",
     }.items():
         with pytest.raises(ValueError, match=message) as error:
             load_prompts(File(path=str(tmp_path / name), reward="exact", task="t"), TOKENIZER, 10)
@@ -115,17 +117,17 @@ def test_dapo_style_rows(tmp_path: Path, kind: str) -> None:
     if kind == "parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     path = str(tmp_path / f"rows.{kind}")
-    source = File(path=path, reward="math", task="t", columns=DAPO_MATH, duplicates="drop")
+    source = File(path=path, reward="math", task="t", layout=LAYOUTS["dapo_math"], duplicates="drop")
     prompts = load_prompts(source, TOKENIZER, 10)
     assert [p.id for p in prompts] == ["x1", "x2"]
     assert (prompts[0].answer, prompts[0].task, prompts[0].reward) == ("34", "math_dapo", "math")
     assert prompts[0].text == "user one plus one ? assistant"
     assert list(prompts[0].token_ids) == [8, 4, 6, 4, 7, 9]  # no BOS: a template writes its own
     with pytest.raises(ValueError, match=r"id 'x1' was used in (line|row) 1 already"):
-        load_prompts(File(path=path, reward="math", task="t", columns=DAPO_MATH), TOKENIZER, 10)
-    wrong = ColumnMap(answer="reward_model.truth")
+        load_prompts(File(path=path, reward="math", task="t", layout=LAYOUTS["dapo_math"]), TOKENIZER, 10)
+    wrong = LAYOUTS["dapo_math"].with_columns({"answer": "reward_model.truth"})
     with pytest.raises(ValueError, match=r"no column 'reward_model.truth': found 'ground_truth', 'style'"):
-        load_prompts(File(path=path, reward="math", task="t", columns=wrong), TOKENIZER, 10)
+        load_prompts(File(path=path, reward="math", task="t", layout=wrong), TOKENIZER, 10)
 
 
 def test_messages_need_a_chat_template(tmp_path: Path) -> None:
@@ -141,8 +143,16 @@ def test_overlong_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert "1 of 2 prompts" in caplog.text
     with pytest.raises(ValueError, match="leaves nothing"):
         load_prompts(source, TOKENIZER, 1, "drop")
-    with pytest.raises(ValueError, match="overlong: found 'cut'"):
-        load_prompts(source, TOKENIZER, 3, "cut")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="overlong: found 'trim'"):
+        load_prompts(source, TOKENIZER, 3, "trim")  # type: ignore[arg-type]
+
+
+def test_an_overlong_prompt_is_cut_to_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write(tmp_path, {"prompt": "one", "answer": "1"}, {"prompt": "two plus one ?", "answer": "2"})
+    short, cut = load_prompts(source, TOKENIZER, 3, "cut")
+    assert (short.text, list(short.token_ids)) == ("one", [1, 4])
+    assert (cut.text, list(cut.token_ids)) == ("plus one ?", [6, 4, 7])  # BOS is cut off too
+    assert "1 of 2 prompts" in caplog.text and "cut to their end" in caplog.text
 
 
 @pytest.mark.parametrize("make", TASKS.values(), ids=TASKS)

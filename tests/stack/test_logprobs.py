@@ -10,7 +10,8 @@ import ray
 import torch
 
 from sae_rl.clock import Clock
-from sae_rl.run import load_source, load_tokenizer
+from sae_rl.run import load_tokenizer
+from sae_rl.sources import load_task
 from sae_rl.types import Batch, Prompt, Targets
 from sae_rl.workers.crew import Crew
 from sae_rl.workers.session import ray_session, start_workers
@@ -30,9 +31,7 @@ def test_tied_weights_arrive_under_zero_3_and_what_is_missing_is_noticed(
 ) -> None:
     """Untied ones, to two engines, are compared in test_lost_engines.py."""
     config = configure("learner.policy.zero_stage=3", model=tied_model)
-    prompts = load_source(
-        config.task.train, config.task, load_tokenizer(config.model.path), config.rewards, "task.train"
-    )[:4]
+    prompts = list(load_task(config, load_tokenizer(config.model.path))[0].prompts)[:4]
     with ray_session(config), start_workers(config, prompts[:2], Clock()) as crew:
         crew.sync_weights(0)
         before = {}

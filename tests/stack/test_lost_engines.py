@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from sae_rl.clock import Clock
-from sae_rl.run import load_source, load_tokenizer
+from sae_rl.run import load_tokenizer
+from sae_rl.sources import load_task
 from sae_rl.types import Batch, Prompt, Rollout, Sampling, Targets
 from sae_rl.workers.crew import Crew
 from sae_rl.workers.group import WorkerError
@@ -76,9 +77,7 @@ def interrupted(crew: Crew, prompts: list[Prompt], pid: int, number: int) -> dic
 
 def test_what_a_lost_engine_had_not_answered_goes_to_others_until_too_many_are_lost(configure: Configure) -> None:
     config = configure(*TWO_ENGINES)
-    prompts = load_source(
-        config.task.train, config.task, load_tokenizer(config.model.path), config.rewards, "task.train"
-    )
+    prompts = list(load_task(config, load_tokenizer(config.model.path))[0].prompts)
     notes: list[str] = []
     with ray_session(config), start_workers(config, prompts[:2], Clock(), note=notes.append) as crew:
         crew.sync_weights(0)

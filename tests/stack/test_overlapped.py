@@ -12,7 +12,8 @@ import torch
 from sae_rl.clock import Clock
 from sae_rl.records import read_jsonl
 from sae_rl.rollout_table import read_rollouts, read_step, rollout_files
-from sae_rl.run import load_source, load_tokenizer
+from sae_rl.run import load_tokenizer
+from sae_rl.sources import load_task
 from sae_rl.types import Batch, Sampling, Targets
 from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import Configure, sampled, train_rows, trained
@@ -24,9 +25,7 @@ STEPS = 4
 def test_responses_under_way_go_on_with_new_weights(configure: Configure, tmp_path: Path) -> None:
     """To 1e-4, also behind the change: keys and values are those of the new weights."""
     config = configure("algorithm=grpo", "rollout.max_response_tokens=256", "learner.policy.micro_batch_tokens=2048")
-    prompts = load_source(
-        config.task.train, config.task, load_tokenizer(config.model.path), config.rewards, "task.train"
-    )
+    prompts = list(load_task(config, load_tokenizer(config.model.path))[0].prompts)
     with ray_session(config), start_workers(config, prompts[:2], Clock()) as crew:
         crew.sync_weights(0)
         first = Batch.of(rollouts := sampled(crew, prompts, group_size=4, max_tokens=64), [0.0] * len(rollouts))

@@ -13,7 +13,8 @@ import ray
 import torch
 
 from sae_rl.clock import Clock
-from sae_rl.run import load_source, load_tokenizer
+from sae_rl.run import load_tokenizer
+from sae_rl.sources import load_task
 from sae_rl.types import Batch, Prompt, Rollout, Targets
 from sae_rl.workers.crew import Crew
 from sae_rl.workers.group import WorkerError, WorkerGroup
@@ -46,9 +47,7 @@ def one_token_more(rollout: Rollout) -> Rollout:
 
 def test_every_role_is_a_process_of_its_own_and_none_can_be_missed(configure: Configure) -> None:
     config = configure("algorithm.bootstrap_truncated=true", "rollout.max_engine_losses=0")
-    prompts = load_source(
-        config.task.train, config.task, load_tokenizer(config.model.path), config.rewards, "task.train"
-    )[:2]
+    prompts = list(load_task(config, load_tokenizer(config.model.path))[0].prompts)[:2]
     with ray_session(config), start_workers(config, prompts, Clock()) as crew:
         crew.sync_weights(0)
         pids = {role: only_worker(crew, role)[1] for role in ("rollout", "policy", "critic")}

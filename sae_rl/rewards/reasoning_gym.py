@@ -1,0 +1,66 @@
+"""Answers to problems of reasoning-gym, scored by the task's own rules."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from sae_rl import lossless_json
+from sae_rl.gym_tasks import make_dataset
+from sae_rl.rewards.verdict import Sample, Verdict
+
+# Tasks whose own rule is not used, and why: their answers are compared as text, without case.
+COMPARED_AS_TEXT = {"game_of_life_halting": "it takes any text that is not empty for True"}
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningGym:
+    """The task's own score, from 0 to 1, of what stands in the last ``<answer>...</answer>``, or else of the response.
+
+    The prompt's answer is what `sae_rl.data.puzzles` wrote: task, knobs and entry. A few tasks give part of a point for
+    an answer of the right form.
+    """
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """Raises ValueError if the answer is no problem of reasoning-gym, and what the scorer raises on a right answer."""
+        from reasoning_gym.utils import extract_answer
+
+        task, knobs, entry = _read(sample.answer)
+        extracted = extract_answer(sample.response)
+        found = sample.response.strip() if extracted is None else extracted
+        if task in COMPARED_AS_TEXT:
+            score = float(found.casefold() == str(entry["answer"]).casefold())
+        else:
+            try:
+                score = float(_scorer(task, knobs).score_answer(found, entry))
+            except MemoryError:
+                raise
+            except Exception as error:  # scorers parse what a model wrote, and many raise where they cannot
+                _scorer(task, knobs).score_answer(entry["answer"], entry)  # or is it the scorer that is broken?
+                return Verdict(0.0, f"{task} cannot read the answer: {type(error).__name__}: {error}", found or None)
+        return Verdict(score, f"{task} gives {score:g}; its own answer: {_short(entry['answer'])}", found or None)
+
+
+def _read(answer: str) -> tuple[str, str, dict[str, Any]]:
+    """Task, knobs as text, entry."""
+    try:
+        problem = lossless_json.loads(answer)
+        return problem["task"], lossless_json.dumps(problem["knobs"]), problem["entry"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"reasoning_gym: the answer {_short(answer)} is no problem of reasoning-gym ({error}); this verifier is for "
+            "prompts of a source with name: reasoning_gym"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _scorer(task: str, knobs: str) -> Any:
+    """Some rules read the knobs, or the task's own files: made once in a process."""
+    return make_dataset(task, lossless_json.loads(knobs), seed=0, size=1)
+
+
+def _short(answer: object) -> str:
+    text = json.dumps(answer) if not isinstance(answer, str) else answer
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
