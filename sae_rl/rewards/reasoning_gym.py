@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import Any
 
 from sae_rl import lossless_json
-from sae_rl.gym_tasks import make_dataset
 from sae_rl.rewards.verdict import Sample, Verdict
 
 # Tasks whose own rule is not used, and why: their answers are compared as text, without case.
@@ -58,6 +57,8 @@ def _read(answer: str) -> tuple[str, str, dict[str, Any]]:
 @lru_cache(maxsize=64)
 def _scorer(task: str, knobs: str) -> Any:
     """Some rules read the knobs, or the task's own files: made once in a process."""
+    from sae_rl.gym_tasks import make_dataset  # brings pydantic, which no other verifier needs
+
     return make_dataset(task, lossless_json.loads(knobs), seed=0, size=1)
 
 

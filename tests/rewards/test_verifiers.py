@@ -74,7 +74,7 @@ def test_resolve() -> None:
     for name, message in {
         "levle": "did you mean 'level'",
         "mien": "did you mean 'mine'",
-        "zzz": "allowed: choice, code, countdown, exact, level, math, math_verify, mine, numeric, or package.module:function",
+        "zzz": "allowed: choice, code, countdown, exact, level, math, math_verify, mine, numeric, reasoning_gym, or package",
         "weighted": "needs knobs: give it a name in rewards.verifiers",
         "sae_rl.data.level:leven": "did you mean 'level'",
         "no_such_package:f": "cannot import 'no_such_package'",
