@@ -230,7 +230,7 @@ def test_a_curriculum_of_reasoning_gym(tiny_model: Path) -> None:
         ({"knobs": {"min_terms": "many"}}, "task.train.knobs.min_terms: found 'many': input should be a valid integer"),
         ({"knobs": {"seed": 3}}, "task.train.knobs has no 'seed', allowed: "),
         ({"levels": {"num_term": 1}}, "task.train.levels has no 'num_term', did you mean 'num_terms'?"),
-        ({"levels": {"num_terms": 99}}, "task.train.levels.num_terms: found 99, allowed: 0 to 3"),
+        ({"levels": {"num_terms": 99}}, "task.train.levels.num_terms: found 99, allowed: 0 to 10"),
         (
             {"levels": {"num_terms": 1}, "knobs": {"min_terms": 2}},
             "task.train.knobs.min_terms: levels of chain_sum decide it",
@@ -243,7 +243,7 @@ def test_a_curriculum_of_reasoning_gym(tiny_model: Path) -> None:
         ),
         (
             {"curriculum": {"levels": [0, 99], "promote_at": 0.5, "window_prompts": 2}},
-            "task.train.curriculum.levels: found 99, but the levels of chain_sum are 0 to 3",
+            "task.train.curriculum.levels: found 99, but the levels of chain_sum are 0 to 10",
         ),
     ],
 )
