@@ -44,9 +44,7 @@ class ShapedSource(Source):
 
     template: str | None = None  # text around {prompt}; of chat messages: around the last one
     system_prompt: str | None = None
-    chat: bool = (
-        False  # text becomes a user's message and goes through the chat template; otherwise it is read as it is
-    )
+    chat: bool = False  # text becomes a user's message and goes through the chat template
 
     @field_validator("template")
     @classmethod

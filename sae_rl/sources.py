@@ -70,7 +70,7 @@ class _Loader:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._process.__exit__()
         if kind is None and self._problems:
-            raise ConfigError(self._problems)
+            raise ConfigError(list(dict.fromkeys(self._problems)))  # levels of a curriculum may share one
 
     def _check(self, reward: str) -> None:
         rewards = self._config.rewards
@@ -117,12 +117,12 @@ class _Loader:
     def _prompts(self, source: PartSource, key: str, level: int | None = None) -> list[Prompt]:
         """Of one source; none if something is wrong with it, which is kept."""
         task = self._config.task
+        if source.reward is not None:
+            try:
+                self._check_reward(source.reward)
+            except ValueError as error:
+                self._problems.append(f"{key}.{error}")  # it begins with the word reward
         with self._kept(key):
-            if source.reward is not None:
-                try:
-                    self._check_reward(source.reward)
-                except ValueError as error:
-                    raise BadKeys(str(error)) from error
             prompts = load_prompts(
                 _described(source, level),
                 self._tokenizer,

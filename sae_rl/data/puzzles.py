@@ -25,7 +25,7 @@ from sae_rl.seeds import derive_seed
 
 CHUNK = 500  # problems of one data set of reasoning-gym, of which there are as many as are needed
 MAX_BARREN_DRAWS = 1000  # in a row that give no new problem of the split
-DRAW_LIMIT_S = 60
+DRAW_LIMIT_S = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,7 @@ class Task(Protocol):
 
     @property
     def reward(self) -> str:
-        """Name in `sae_rl.rewards.REWARDS`."""
+        """Name in `sae_rl.rewards.READY`."""
         ...
 
     def words(self) -> tuple[str, ...]:
