@@ -41,7 +41,7 @@ def load_config(overrides: Sequence[str], name: str = "train") -> Config:
 def load_evaluation_config(overrides: Sequence[str]) -> Config:
     """The same for an evaluation, which reads no training prompts: their file need not be named. Raises ConfigError."""
     tree = compose_tree(overrides)
-    if OmegaConf.is_missing(tree.task.train, "path"):
+    if OmegaConf.missing_keys(tree.task.train):
         tree.task.train = tree.task.evaluation
     return validate(tree)
 

@@ -19,7 +19,9 @@ Split = Literal["train", "held_out"]
 class Source(Section):
     """What all kinds have."""
 
-    weight: Annotated[float, Field(gt=0)] | None = None  # of a part of a mixture: its share of the prompts of a step
+    weight: Annotated[float, Field(gt=0)] | None = (
+        None  # of a part of a mixture: its share of a step's prompts; null: 1
+    )
 
     @classmethod
     def hint(cls, key: str) -> str:
@@ -201,23 +203,17 @@ class TaskConfig(Section):
 
 def problems_of_task(task: TaskConfig) -> list[str]:
     """What its sources ask for that does not fit where they stand; each line begins with the key."""
-    problems = []
-    for key, source in (("train", task.train), ("evaluation", task.evaluation)):
-        where = f"task.{key}"
-        if source.weight is not None:
-            problems.append(f"{where}.weight = {source.weight:g}: only a part of a mixture has a weight; leave it out")
-        parts = dict(source.parts) if isinstance(source, MixtureSource) else {}
-        if key == "train":
-            problems += [
-                f"{where}.parts.{name}.weight is missing: the share of the prompts of a step that come from it"
-                for name, part in parts.items()
-                if part.weight is None
-            ]
-            continue
-        sources = {where: source} | {f"{where}.parts.{name}": part for name, part in parts.items()}
-        problems += [
-            f"{name}.curriculum: an evaluation does not learn; set it to null, and choose levels"
-            for name, part in sources.items()
-            if isinstance(part, ReasoningGymSource) and part.curriculum is not None
-        ]
+    problems = [
+        f"{where}.weight = {source.weight:g}: only a part of a mixture has a weight; leave it out"
+        for where, source in (("task.train", task.train), ("task.evaluation", task.evaluation))
+        if source.weight is not None
+    ]
+    evaluated: dict[str, Source] = {"task.evaluation": task.evaluation}
+    if isinstance(task.evaluation, MixtureSource):
+        evaluated |= {f"task.evaluation.parts.{name}": part for name, part in task.evaluation.parts.items()}
+    problems += [
+        f"{where}.curriculum: an evaluation does not learn; set it to null, and choose levels"
+        for where, source in evaluated.items()
+        if isinstance(source, ReasoningGymSource) and source.curriculum is not None
+    ]
     return problems

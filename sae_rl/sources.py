@@ -80,7 +80,7 @@ class _Loader:
         """What a source is drawn from in training; None: something is wrong with it."""
         if not isinstance(source, MixtureSource):
             return self._sampler_of(source, key, seed, 1.0, None)
-        weights = {name: part.weight for name, part in source.parts.items() if part.weight is not None}
+        weights = {name: 1.0 if part.weight is None else part.weight for name, part in source.parts.items()}
         total = sum(weights.values())
         parts = {
             name: self._sampler_of(part, f"{key}.parts.{name}", derive_seed(seed, name), weights[name] / total, name)

@@ -17,8 +17,8 @@ from sae_rl.rewards.http import Http
 from sae_rl.rewards.math_verify import MathVerify
 from sae_rl.rewards.mathematics import Math
 from sae_rl.rewards.numeric import Numeric
-from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
 from sae_rl.rewards.reasoning_gym import ReasoningGym
+from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
 from sae_rl.rewards.text import Exact
 from sae_rl.rewards.verdict import Verifier
 from sae_rl.rewards.weighted import Weighted

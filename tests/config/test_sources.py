@@ -110,7 +110,6 @@ def test_what_does_not_fit_where_it_stands(tiny_model: Path) -> None:
     from sae_rl.config_checks import check
 
     assert [line.split(":")[0].split(" is ")[0] for line in check(config)] == [
-        "task.train.parts.a.weight",
         "task.evaluation.weight = 1",
         "task.evaluation.parts.b.curriculum",
     ]
@@ -160,7 +159,7 @@ def test_everything_that_is_wrong_in_any_source_is_said_at_once(tiny_model: Path
     for part in train["parts"].values():  # type: ignore[attr-defined]
         part["weight"] = 1
     evaluation = {**FILE, "path": write(tmp_path / "long.jsonl", {"prompt": "I0 " * 40, "answer": "1"})}
-    config = configure(tiny_model, train, evaluation, max_prompt_tokens=20)
+    config = configure(tiny_model, train, evaluation, max_prompt_tokens=30)
     with pytest.raises(ConfigError) as error:
         load_task(config, load_tokenizer(str(tiny_model)))
     lines = str(error.value).splitlines()
@@ -174,7 +173,7 @@ def test_everything_that_is_wrong_in_any_source_is_said_at_once(tiny_model: Path
         "task.train.parts.d.task 'chain_sums' is unknown, did you mean 'chain_sum'?",
         "task.train.parts.e.knobs has no 'min_term', did you mean 'min_terms'?",
         "task.train.parts.f.reward: found 'maths', allowed:",
-        f"task.evaluation: {tmp_path}/long.jsonl: 1 of 1 prompts exceed max_prompt_tokens = 20; the longest, 'line 1'",
+        f"task.evaluation: {tmp_path}/long.jsonl: 1 of 1 prompts exceed max_prompt_tokens = 30; the longest, 'line 1'",
     ]
     assert len(lines) == len(expected), lines
     for line, beginning in zip(lines, expected, strict=True):

@@ -17,6 +17,7 @@ from sae_rl.rewards.http import Http
 from sae_rl.rewards.math_verify import MathVerify
 from sae_rl.rewards.mathematics import Math
 from sae_rl.rewards.numeric import Numeric
+from sae_rl.rewards.reasoning_gym import ReasoningGym
 from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
 from sae_rl.rewards.text import Exact
 from sae_rl.rewards.weighted import Weighted
@@ -38,6 +39,7 @@ WRITTEN: dict[str, Any] = {
     "{name: http, url: 'http://127.0.0.1:1/', timeout_s: 3, retries: 1, backoff_s: 0}": Http(
         "http://127.0.0.1:1/", 3.0, 1, 0.0
     ),
+    "{name: reasoning_gym}": ReasoningGym(),
     "{name: function, path: 'sae_rl.data.level:level'}": Function("sae_rl.data.level:level"),
     "{name: weighted, parts: [{name: math}, {name: overlong, max_tokens: 9, buffer_tokens: 3}], weights: [1, 0.5]}": Weighted(
         (Math(), Overlong(9, 3)), (1.0, 0.5)
