@@ -14,10 +14,13 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
+import sae_rl
 from sae_rl import lossless_json
 from sae_rl.data.task import Problem, Split, split_of
 from sae_rl.gym_tasks import BadKeys, knobs_at, make_dataset
@@ -119,6 +122,8 @@ class PuzzleProcess:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        # Where it runs: to draw a problem of codeio is to run a program, and some of these write files.
+        self._folder = tempfile.TemporaryDirectory(prefix="puzzles_", ignore_cleanup_errors=True)
 
     def __enter__(self) -> PuzzleProcess:
         return self
@@ -127,6 +132,7 @@ class PuzzleProcess:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
+        self._folder.cleanup()
 
     def draw(self, source: Puzzles) -> list[Problem]:
         """As `draw_problems`.
@@ -136,12 +142,14 @@ class PuzzleProcess:
             RuntimeError: the process ended.
         """
         if self._process is None:
+            here = os.pathsep.join([str(Path(sae_rl.__file__).parents[1]), *filter(None, sys.path)])
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "PYTHONHASHSEED": "0"},
+                cwd=self._folder.name,
+                env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": here},
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(asdict(source)), file=self._process.stdin, flush=True)
