@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sae_rl.compose import load_config
+from sae_rl.compose import load_config, load_evaluation_config
 from sae_rl.config import Config, as_tree
 from sae_rl.data.curriculum import CurriculumSampler
 from sae_rl.data.mixture import MixtureSampler
 from sae_rl.errors import ConfigError
 from sae_rl.plugins import describe
 from sae_rl.run import load_tokenizer
-from sae_rl.source_config import TaskConfig
+from sae_rl.source_config import MixtureSource, TaskConfig
 from sae_rl.sources import load_heldout, load_task
 
 LEVEL = {"name": "level", "num_prompts": 4}
@@ -193,6 +193,14 @@ def test_a_mixture_has_its_parts_in_its_prompts(tiny_model: Path, tmp_path: Path
     assert heldout == list(sampler.prompts)
     assert heldout[0].id == "file/line 1" and heldout[4].id == "level/level/train/0/0"
     assert {prompt.task for prompt in sampler.next(4)} == {"file", "level"}
+
+
+def test_an_evaluation_of_a_mixture_needs_no_training_files() -> None:
+    overrides = ["model.path=nobody/nothing", "model.context_tokens=4096", "task=mixture"]
+    config = load_evaluation_config([*overrides, "task.evaluation.parts.gsm8k.path=b.jsonl"])
+    assert isinstance(config.task.evaluation, MixtureSource)
+    with pytest.raises(ConfigError, match=r"^task.evaluation.parts.gsm8k.path has no value"):
+        load_evaluation_config([*overrides, "task.train.parts.gsm8k.path=a.jsonl"])
 
 
 def test_a_part_needs_enough_for_its_share(tiny_model: Path) -> None:
