@@ -87,14 +87,12 @@ def task_names() -> list[str]:
     """Every task that a source may name."""
     from reasoning_gym.factory import DATASETS
 
-    return sorted(set(DATASETS) - {"composite"})
+    return sorted(DATASETS)
 
 
 def _classes(task: str) -> tuple[type[Any], type[Any]]:
     from reasoning_gym.factory import DATASETS
 
-    if task == "composite":
-        raise BadKeys("task: composite mixes other tasks of reasoning-gym; use a source with name: mixture instead")
     if task not in DATASETS:
         raise BadKeys(f"task {task!r} is unknown, {nearest(task, task_names())}")
     dataset_class, config_class = DATASETS[task]

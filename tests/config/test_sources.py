@@ -243,7 +243,7 @@ def test_a_curriculum_of_reasoning_gym(tiny_model: Path) -> None:
             "task.train.knobs.min_terms: levels of chain_sum decide it",
         ),
         ({"task": "gsm_symbolic", "levels": {"a": 1}}, "reasoning-gym has no curriculum for gsm_symbolic"),
-        ({"task": "composite"}, "task.train.task: composite mixes other tasks of reasoning-gym; use .* name: mixture"),
+        ({"task": "composite"}, r"task.train.knobs = \{\}: composite refuses them: "),
         (
             {"knobs": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, "num_prompts": 900},
             r"task.train.num_prompts = 900: with these knobs chain_sum has \d\d\d different problems in split train",

@@ -31,7 +31,7 @@ EXAMPLES = {
     "rubiks_cube": "example_correct_answer",
     "rush_hour": None,
 }
-NO_CURRICULUM = {"acre", "gsm_symbolic", "list_functions"}
+NO_CURRICULUM = {"acre", "composite", "gsm_symbolic", "list_functions"}
 # Curricula of reasoning-gym whose higher levels its own tasks refuse, and the highest that they take.
 HIGHEST = {"caesar_cipher": 1, "knight_swap": None, "rubiks_cube": 3, "survo": 1}
 # What ordinary JSON, other hashes of text, or its own rule would break; the others are tried with the slow tests.
@@ -39,6 +39,10 @@ ALWAYS = {
     *("arc_agi", "codeio", "game_of_life_halting", "graph_color", "gsm_symbolic", "isomorphic_strings"),
     *("knights_knaves", "list_functions", "polynomial_multiplication", "prime_factorization", "ransom_note", "rearc"),
 }
+
+
+# It mixes tasks that it is told.
+COMPOSITE = {"datasets": [{"name": name, "weight": 1.0, "config": {}} for name in ("chain_sum", "leg_counting")]}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,11 @@ def entry_of(problem: Problem) -> dict[str, Any]:
     "task", [task if task in ALWAYS else pytest.param(task, marks=pytest.mark.slow) for task in task_names()]
 )
 def test_every_task(task: str, processes: tuple[PuzzleProcess, PuzzleProcess]) -> None:
-    wanted = [Puzzles(task=task, num_prompts=3), Puzzles(task=task, num_prompts=1, split="held_out", seed=1)]
+    knobs = COMPOSITE if task == "composite" else {}
+    wanted = [
+        Puzzles(task=task, num_prompts=3, knobs=knobs),
+        Puzzles(task=task, num_prompts=1, knobs=knobs, split="held_out", seed=1),
+    ]
     train, heldout = (processes[0].draw(source) for source in wanted)
     # In the other order: a problem depends on nothing that was drawn before it.
     assert [processes[1].draw(source) for source in reversed(wanted)] == [heldout, train]
@@ -83,7 +91,7 @@ def test_every_task(task: str, processes: tuple[PuzzleProcess, PuzzleProcess]) -
 def test_all_tasks_that_there_are() -> None:
     from reasoning_gym.factory import CURRICULA, DATASETS
 
-    assert len(task_names()) == 105 and set(DATASETS) - set(task_names()) == {"composite"}
+    assert len(task_names()) == 106 and set(DATASETS) == set(task_names())
     assert set(task_names()) - set(CURRICULA) == NO_CURRICULUM
     assert set(COMPARED_AS_TEXT) | set(EXAMPLES) <= set(task_names())
 
