@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_rl import lossless_json
@@ -204,6 +204,7 @@ def same_types(one: Any, other: Any) -> bool:
     return not isinstance(one, list | tuple) or all(same_types(a, b) for a, b in zip(one, other, strict=True))
 
 
+@settings(deadline=None)  # the time is the machine's
 @given(values)
 def test_lossless_json_gives_back_what_it_was_given(value: Any) -> None:
     again = lossless_json.loads(lossless_json.dumps(value))

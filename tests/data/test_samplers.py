@@ -123,6 +123,7 @@ def test_states_belong_to_their_samplers() -> None:
         curriculum(sizes=(7, 6)).load_state(states["curriculum"])
 
 
+@settings(deadline=None)  # the time is the machine's
 @given(
     weights=st.lists(st.floats(0.01, 1), min_size=2, max_size=5),
     sizes=st.lists(st.integers(1, 12), min_size=5, max_size=60),
