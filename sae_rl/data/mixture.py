@@ -18,8 +18,8 @@ class MixtureState(SamplerState):
 
 
 class MixtureSampler:
-    """Each prompt comes from the part that is furthest behind its share, so counts never stray from shares by a prompt
-    or more for long: no batch is drawn by luck, and over many the proportions are exact.
+    """Each prompt comes from the part that is furthest behind its share, so counts stay within fewer prompts of their
+    shares than there are parts: no batch is drawn by luck, and over many the proportions are exact.
 
     A part that has given all its prompts to a batch is left out of the rest of that batch, and catches up later.
 
