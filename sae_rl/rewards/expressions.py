@@ -66,7 +66,12 @@ def parsed(text: str) -> Any:
         found = latex(text.rpartition("=")[2])
     if found is None or found.has(sympy.zoo, sympy.nan):
         return None
-    check_size(found)
+    try:
+        check_size(found)
+    except (MemoryError, TooLarge):
+        raise
+    except Exception:  # what sympy cannot evaluate, not even roughly, it says in many ways; the text is the model's
+        return None
     return found
 
 
@@ -116,7 +121,9 @@ def check_size(found: Any) -> None:
             exponent = abs(float(node.exp.evalf(5)))
             base = abs(complex(node.base.evalf(5))) if node.base.is_number and node.base.is_finite else 10.0
             large = exponent * abs(math.log10(base)) if base else 0.0
-        elif isinstance(node, sympy.factorial | sympy.gamma) and node.args[0].is_number:
+        elif (
+            isinstance(node, sympy.factorial | sympy.gamma) and node.args[0].is_extended_real and node.args[0].is_number
+        ):
             large = 5 * abs(float(node.args[0].evalf(5)))
         else:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from fractions import Fraction
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -159,3 +160,11 @@ def test_whatever_a_model_writes_is_judged(text: str) -> None:
 def test_whatever_looks_like_mathematics_is_judged(text: str, command: str) -> None:
     verdict = READY["math"](Sample(prompt="", response=f"\\boxed{{{command}{text}}}", answer="\\sqrt{271828182845}"))
     assert verdict.score == 0.0
+
+
+@pytest.mark.parametrize(
+    "text", [r"\sqrt{i!}", r"\infty!", r"(-\infty)!", r"i!^{i!}", r"0^{-i}", r"\frac{1}{0!-1}", r"(1+i)!^{99}"]
+)
+def test_what_sympy_cannot_evaluate_is_wrong_and_no_failed_check(text: str) -> None:
+    """Or else a model could write it to have its response left out."""
+    assert READY["math"](Sample(prompt="", response=f"\\boxed{{{text}}}", answer="2")).score == 0.0
