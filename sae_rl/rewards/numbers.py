@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 
 MAX_CHARS = 400  # of one number; longer ones are compared as text
@@ -183,7 +183,8 @@ def _without_noise(value: Fraction, digits: int) -> tuple[Fraction, int]:
     if digits <= FLOAT_DIGITS:
         return value, digits
     value = shortened(value, FLOAT_DIGITS)[0]
-    return value, significant(str(Decimal(value.numerator) / Decimal(value.denominator)))
+    with localcontext(Context(prec=2 * FLOAT_DIGITS)):  # other libraries change the precision of all
+        return value, significant(str(Decimal(value.numerator) / Decimal(value.denominator)))
 
 
 def shortened(value: Fraction, digits: int) -> tuple[Fraction, Fraction]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import json
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,13 +34,18 @@ class ReasoningGym:
             score = float(found.casefold() == str(entry["answer"]).casefold())
         else:
             try:
-                score = float(_scorer(task, knobs).score_answer(found, entry))
+                score = _score(task, knobs, found, entry)
             except MemoryError:
                 raise
             except Exception as error:  # scorers parse what a model wrote, and many raise where they cannot
-                _scorer(task, knobs).score_answer(entry["answer"], entry)  # or is it the scorer that is broken?
+                _score(task, knobs, entry["answer"], entry)  # or is it the scorer that is broken?
                 return Verdict(0.0, f"{task} cannot read the answer: {type(error).__name__}: {error}", found or None)
         return Verdict(score, f"{task} gives {score:g}; its own answer: {_short(entry['answer'])}", found or None)
+
+
+def _score(task: str, knobs: str, answer: Any, entry: dict[str, Any]) -> float:
+    with decimal.localcontext():  # some change the precision of all decimals, which other verifiers use too
+        return float(_scorer(task, knobs).score_answer(answer, entry))
 
 
 def _read(answer: str) -> tuple[str, str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import json
 from collections.abc import Iterator
 from datetime import date, datetime, time, timedelta
@@ -221,3 +222,12 @@ def test_lossless_json_of_rarer_values() -> None:
         lossless_json.dumps({"a": [1, object()]})
     with pytest.raises(ValueError, match="'chair' is unknown"):
         lossless_json.loads('{"__type__": "chair", "of": 1}')
+
+
+def test_a_scorer_leaves_decimals_as_they_were() -> None:
+    before = decimal.getcontext().prec
+    for task in ("decimal_arithmetic", "decimal_chain_sum"):
+        (problem,) = draw_problems(Puzzles(task=task, num_prompts=1))
+        decimal.getcontext().prec = before
+        assert score(problem, str(entry_of(problem)["answer"])) == 1.0
+        assert decimal.getcontext().prec == before

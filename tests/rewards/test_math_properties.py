@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 from decimal import Decimal
 from fractions import Fraction
 
@@ -168,3 +169,8 @@ def test_whatever_looks_like_mathematics_is_judged(text: str, command: str) -> N
 def test_what_sympy_cannot_evaluate_is_wrong_and_no_failed_check(text: str) -> None:
     """Or else a model could write it to have its response left out."""
     assert READY["math"](Sample(prompt="", response=f"\\boxed{{{text}}}", answer="2")).score == 0.0
+
+
+def test_what_others_do_to_decimals_changes_nothing() -> None:
+    with decimal.localcontext(decimal.Context(prec=3)):
+        assert READY["math"](Sample(prompt="", response=r"\boxed{1.41421356}", answer=r"\sqrt{2}")).score == 1.0
