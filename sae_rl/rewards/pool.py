@@ -16,6 +16,7 @@ from pebble import ProcessExpired, ProcessPool
 from sae_rl.rewards import check as in_process
 from sae_rl.rewards import resolve
 from sae_rl.rewards.verdict import Failed, Sample, Verdict, Verifier
+from sae_rl.sandbox.isolation import open_folder
 from sae_rl.types import Rollout
 
 GB = 10**9
@@ -78,7 +79,9 @@ class RewardPool:
         self._deadline_s, self._memory_gb = deadline_s, memory_gb
         self._failed_score, self._max_failed_fraction = failed_score, max_failed_fraction
         self._configured, self._resolved = verifiers, dict[str, Verifier]()
-        self._folder = tempfile.TemporaryDirectory(prefix="sae_rl_rewards_", ignore_cleanup_errors=True)
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="sae_rl_rewards_", dir=open_folder(), ignore_cleanup_errors=True
+        )
         os.chmod(self._folder.name, 0o711)  # programs in the sandbox are run by others
         # Not forked from here: the driver has threads of Ray and torch, whose locks a fork would copy as they stand. The
         # server that forks has imported and parsed what checks need, so that a killed process is replaced in milliseconds.

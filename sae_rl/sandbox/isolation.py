@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -88,8 +89,7 @@ class Isolation:
         if self.how != "limits" or not self.as_root:
             return here
         for python in (here, *map(os.path.realpath, PYTHONS)):
-            path = Path(python)
-            if path.exists() and all(each.stat().st_mode & 1 for each in (path, *path.parents)):  # x, for others
+            if is_open(Path(python)):
                 return python
         raise OSError(f"no Python that other users may run: {here} is in a folder that is closed to them")
 
@@ -111,6 +111,19 @@ class Isolation:
 def has_landlock() -> bool:
     """Whether the kernel can restrict which files a program sees."""
     return bool(ctypes.CDLL(None).syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_VERSION) >= 1)
+
+
+def open_folder() -> str:
+    """For temporary files, which the users that root runs programs as must be able to reach."""
+    usual = tempfile.gettempdir()
+    if os.geteuid() != 0:
+        return usual
+    return next((folder for folder in (usual, "/tmp", "/var/tmp") if is_open(Path(folder))), usual)
+
+
+def is_open(path: Path) -> bool:
+    """Whether everybody may pass through these folders, or run this program."""
+    return path.exists() and all(each.stat().st_mode & 1 for each in (path, *path.absolute().parents))
 
 
 def user_id() -> int:

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from sae_rl.sandbox.inside import Options
-from sae_rl.sandbox.isolation import INSIDE, PROGRAM, Isolation, user_id
+from sae_rl.sandbox.isolation import INSIDE, PROGRAM, Isolation, open_folder, user_id
 from sae_rl.sandbox.limits import Limits
 from sae_rl.sandbox.processes import Ending, descendants, end, within_limits
 from sae_rl.sandbox.system_calls import filter_here
@@ -58,7 +58,7 @@ class Sandbox:
         self._source, self._limits, self._isolation, self._function = source, limits, isolation, function
 
     def __enter__(self) -> Self:
-        self._held = tempfile.TemporaryDirectory(prefix="sandbox_", ignore_cleanup_errors=True)
+        self._held = tempfile.TemporaryDirectory(prefix="sandbox_", dir=open_folder(), ignore_cleanup_errors=True)
         self._folder = Path(self._held.name)
         self._folder.chmod(0o755)
         program = self._folder / PROGRAM
