@@ -26,7 +26,7 @@ test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 	$(BIN)/python -m pytest -m slow
 
-test-fast: $(INSTALLED)  ## the tests that start no engine; about two minutes
+test-fast: $(INSTALLED)  ## the tests that start no engine; about four minutes
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
 
 check: $(INSTALLED)  ## lint, format and types

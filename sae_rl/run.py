@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ from sae_rl.types import Prompt
 from sae_rl.workers.placement import Role, pretraining_roles, roles_of
 from sae_rl.workers.session import ray_session, start_rollout, start_workers
 
+logger = logging.getLogger(__name__)
 NUM_PROBE_PROMPTS = 2
 
 
@@ -142,6 +144,8 @@ def run_evaluation(config: Config) -> Path:
     tokenizer = load_tokenizer(config.model.path)
     segmenter = with_delimiters(config, tokenizer).algorithm.segmenter
     prompts = load_heldout(config, tokenizer)
+    for text in verifier_warnings(config, prompts):
+        logger.warning(text)
     clock, max_tokens = Clock(), config.rollout.max_response_tokens
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_session(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from sae_rl.rewards.reasoning_gym import ReasoningGym
 from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
 from sae_rl.rewards.text import Exact
 from sae_rl.rewards.weighted import Weighted
+from sae_rl.run import verifier_warnings
+from sae_rl.types import Prompt
 
 # What is written in rewards.verifiers, and what it is then.
 WRITTEN: dict[str, Any] = {
@@ -97,3 +100,18 @@ def test_a_verifier_that_needs_knobs_is_not_ready() -> None:
     for name in ("format", "overlong", "http", "function", "weighted"):
         with pytest.raises(ValueError, match=f"{name!r} needs knobs: give it a name in rewards.verifiers"):
             resolve(name, {})
+
+
+def test_what_a_run_cannot_prevent_is_said_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(tmp_path, "{name: code, isolation: limits}")
+    prompt = Prompt(id="a", text="q", token_ids=(1,), answer="", task="t", reward="mine")
+    (said,) = verifier_warnings(config, [prompt, prompt, replace(prompt, reward="math")])
+    assert said.startswith("code sandbox: ")
+    assert verifier_warnings(config, [replace(prompt, reward="math")]) == []
+
+    def refuse(how: str) -> None:
+        raise OSError("the code sandbox cannot run here (nothing is installed)")
+
+    monkeypatch.setattr("sae_rl.rewards.code.chosen", refuse)
+    with pytest.raises(ConfigError, match=r"rewards.verifiers: the code sandbox cannot run here \(nothing is"):
+        verifier_warnings(config, [prompt])
