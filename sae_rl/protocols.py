@@ -65,7 +65,7 @@ class Workers(Protocol):
 
         Args:
             started: parts that are scored already, or none.
-            rows: which responses of those parts are the batch.
+            rows: which responses of those parts are the batch; none: all.
         """
         ...
 

@@ -166,9 +166,7 @@ class Crew:
     def score(self, batch: Batch, started: Sequence[Scoring] = (), rows: Sequence[int] = ()) -> Scores:
         with self._clock.phase("score"), self._policy:
             self._have_gpus()
-            if started:
-                return self._scores_of(batch, started, rows)
-            return self._scores_of(batch, [self._start_score_all(batch)])
+            return self._scores_of(batch, started or [self._start_score_all(batch)], rows if started else ())
 
     def _have_gpus(self) -> None:
         """Learners are about to work: engines that share their GPUs sleep."""
@@ -193,10 +191,10 @@ class Crew:
         ]
         return Scoring(batch, calls)
 
-    def _scores_of(self, batch: Batch, parts: Sequence[Scoring], rows: Sequence[int] | None = None) -> Scores:
+    def _scores_of(self, batch: Batch, parts: Sequence[Scoring], rows: Sequence[int] = ()) -> Scores:
         """``parts`` are the batch, in its order; or its responses are ``rows`` of them."""
         offsets = offsets_of([length for part in parts for length in part.batch.lengths.tolist()])
-        chosen = torch.arange(offsets.numel() - 1) if rows is None else torch.tensor(rows)
+        chosen = torch.tensor(rows) if rows else torch.arange(offsets.numel() - 1)
         assert torch.equal(offsets.diff()[chosen], batch.lengths), "every token is scored, and once"
         answers = wait_for([call for part in parts for call in part.calls], self._config.cluster.call_timeout_s)
         flats: dict[str, list[Tensor]] = {}
