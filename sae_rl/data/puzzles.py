@@ -1,13 +1,15 @@
 """Problems of reasoning-gym (arXiv 2505.24760), drawn in a process of their own.
 
-Some of its tasks order things by the hash of text, which differs from process to process, or read the global random
-numbers; and one may get lost in a search. So they are drawn in a process whose hashes are fixed, with random numbers that
-are seeded before every problem, and under a deadline. Then a problem depends on nothing but the arguments.
+Some of its tasks order things by the hash of text, which differs from process to process, read the global random numbers,
+or set the precision of all decimals; and one may get lost in a search. So they are drawn in a process whose hashes are
+fixed, with random numbers that are seeded and decimals that are put back for every problem, and under a deadline. Then a
+problem depends on nothing but the arguments.
 """
 
 from __future__ import annotations
 
 import contextlib
+import decimal
 import json
 import os
 import random
@@ -84,7 +86,7 @@ def _entries(source: Puzzles, knobs: Mapping[str, Any]) -> Iterator[dict[str, An
         for index in range(CHUNK):
             _seed_everything(f"{source.seed}/{chunk}/{index}")
             try:
-                with _deadline(source.task):
+                with _deadline(source.task), decimal.localcontext():  # some change the precision of all decimals
                     entry: dict[str, Any] | Exception = dataset[index]
             except BadKeys:
                 raise

@@ -202,7 +202,9 @@ class Crew:
             for ranks in (answers.pop(0) for _ in part.calls):
                 for name, flat in merge(ranks, part.batch).items():
                     flats.setdefault(name, []).append(flat)
-        merged = {name: gather_ragged(torch.cat(pieces), offsets, chosen) for name, pieces in flats.items()}
+        merged = {name: torch.cat(pieces) for name, pieces in flats.items()}
+        if rows:
+            merged = {name: gather_ragged(flat, offsets, chosen) for name, flat in merged.items()}
         final_values = merged.get("final_values")
         return Scores(
             old_logprobs=merged.get("old_logprobs", torch.full((batch.num_tokens,), float("nan"))),

@@ -224,10 +224,10 @@ def test_lossless_json_of_rarer_values() -> None:
         lossless_json.loads('{"__type__": "chair", "of": 1}')
 
 
-def test_a_scorer_leaves_decimals_as_they_were() -> None:
+def test_drawing_and_scoring_leave_decimals_as_they_were() -> None:
     before = decimal.getcontext().prec
     for task in ("decimal_arithmetic", "decimal_chain_sum"):
         (problem,) = draw_problems(Puzzles(task=task, num_prompts=1))
-        decimal.getcontext().prec = before
+        assert decimal.getcontext().prec == before
         assert score(problem, str(entry_of(problem)["answer"])) == 1.0
         assert decimal.getcontext().prec == before
