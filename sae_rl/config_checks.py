@@ -77,15 +77,14 @@ def _check_batches(config: Config) -> list[str]:
 
 def _check_sampling(config: Config) -> list[str]:
     """Whatever changes the distribution changes the logprobs that vLLM reports: ratio and segments would be biased."""
-    truncating: dict[str, float] = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    penalties: dict[str, float] = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    why = dict.fromkeys(truncating, "a truncated distribution renormalises the logprobs")
-    why |= dict.fromkeys(penalties, "the policy does not know of a penalty, which changes the logprobs")
+    sampling = config.rollout.sampling(config.rollout.max_response_tokens)
+    penalty = "the policy does not know of a penalty, which changes the logprobs"
+    truncated = "a truncated distribution renormalises the logprobs"
     return [
-        f"rollout.{key} = {found}: training needs {key} = {neutral}, because {why[key]} that the ratio and the segments "
-        f"read (evaluation may use it: evaluation.{key})"
-        for key, neutral in (truncating | penalties).items()
-        if (found := getattr(config.rollout, key)) != neutral
+        f"rollout.{key} = {found}: training needs {key} = {neutral}, because "
+        f"{penalty if key.endswith('penalty') else truncated} that the ratio and the segments read (evaluation may use it: "
+        f"evaluation.{key})"
+        for key, found, neutral in sampling.changes()
     ]
 
 

@@ -33,7 +33,7 @@ from sae_rl.evaluation.evaluate import evaluate
 from sae_rl.pretraining import pretrain_critic
 from sae_rl.protocols import Metrics, Recorder, Workers
 from sae_rl.rewards.pool import RewardPool, Rewards
-from sae_rl.sampling import Collected, Early, FailedRule, collect, groups_of, sample
+from sae_rl.sampling import Collected, Early, FailedRule, collect, collected, groups_of, sample
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
@@ -151,8 +151,9 @@ def prepare_critic(run: Run) -> tuple[float, int]:
     prompts = run.sampler.anew(derive_seed(config.seed, "pretraining")).next(pretraining.num_prompts)
     rollouts, rewards = respond(run, prompts, "pretraining")
     groups = groups_of(rollouts, rewards, config.rollout.group_size, FailedRule.of(config))
+    kept = collected(groups, {}, run.sampler.state())
     best = pretrain_critic(
-        Batch.of([r for group in groups for r in group.rollouts], [s for group in groups for s in group.scores]),
+        Batch.of(kept.rollouts, kept.scores),
         run.workers,
         config.algorithm,
         pretraining,
@@ -161,8 +162,11 @@ def prepare_critic(run: Run) -> tuple[float, int]:
         log=lambda epoch, metrics: run.records.log(epoch, metrics, phase="pretraining"),
     )
     run.workers.set_critic_lr(None)
-    run.records.note(f"critic pre-trained on {len(rollouts)} responses: held-out explained variance {best:.3f}")
-    return best, len(rollouts)
+    left_out = f" ({n} left out: their checks failed)" if (n := len(rollouts) - len(kept.rollouts)) else ""
+    run.records.note(
+        f"critic pre-trained on {len(kept.rollouts)} responses{left_out}: held-out explained variance {best:.3f}"
+    )
+    return best, len(kept.rollouts)
 
 
 def gather(run: Run, step: int) -> Collected:

@@ -14,7 +14,7 @@ Batches are ragged: one flat tensor of N tokens and ``offsets`` (B+1,), so that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -47,6 +47,12 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+
+    def changes(self) -> list[tuple[str, float, float]]:
+        """What, besides the temperature, makes the distribution another than the policy's: (name, value, neutral value)."""
+        plain = Sampling(max_tokens=self.max_tokens, temperature=self.temperature)
+        found = [(f.name, getattr(self, f.name), getattr(plain, f.name)) for f in fields(self)]
+        return [(name, value, neutral) for name, value, neutral in found if value != neutral]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

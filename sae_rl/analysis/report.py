@@ -158,10 +158,9 @@ def _chart(metric: Metric, title: str, line: Line, size: tuple[float, float]) ->
         percent=metric.unit == "fraction",
     )
     unit = f", {metric.unit}" if metric.unit not in ("", "fraction") else ""
-    capital = (
-        title if title != metric.title else f"{title[0].upper()}{title[1:]}"
-    )  # the name of a data set stays as it is
-    return Chart(title=f"{capital}{unit}", caption=metric.meaning, svg=svg)
+    if title == metric.title:  # and not the name of a data set, which stays as it is
+        title = f"{title[0].upper()}{title[1:]}"
+    return Chart(title=f"{title}{unit}", caption=metric.meaning, svg=svg)
 
 
 def histogram(run: RunFiles) -> Chart | None:

@@ -84,7 +84,7 @@ class MixtureSampler:
             self._parts[name].observe(own, [score_of[prompt.id] for prompt in own])
 
     def state(self, unused: Sequence[Prompt] = ()) -> MixtureState:
-        own = {name: [prompt for prompt in unused if prompt.task == name] for name in self._parts}
+        own = self._by_part(unused)
         samplers = {name: part.state(own[name]) for name, part in self._parts.items()}
         return MixtureState(
             kind="mixture",
@@ -111,7 +111,7 @@ class MixtureSampler:
         self._counts = dict(saved["counts"])
 
     def _by_part(self, prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-        own: dict[str, list[Prompt]] = {}
+        own: dict[str, list[Prompt]] = {name: [] for name in self._parts}
         for prompt in prompts:
-            own.setdefault(prompt.task, []).append(prompt)
+            own[prompt.task].append(prompt)
         return own

@@ -45,6 +45,10 @@ class Gym:
     shape: Shape = field(default_factory=Shape)
 
 
+class NoChatTemplateError(ValueError):
+    """A tokenizer cannot turn messages into text."""
+
+
 def any_reward(name: str) -> None:
     """Lets every name pass: whoever resolves it says what is wrong."""
 
@@ -130,17 +134,14 @@ def _tokenized(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) ->
     prompts: list[Located] = []
     problems: list[str] = []
     for record in records:
-        if not isinstance(record.prompt, str) and tokenizer.chat_template is None:
-            problems.append(
-                f"{record.where}: a prompt is a list of chat messages, but the tokenizer has no chat template; use an "
-                "instruction-tuned model, or give prompts as text (chat: false)"
-            )
-            break  # all others are the same
         try:
             text, token_ids = prompt_token_ids(record.prompt, tokenizer)
         except TemplateError as error:
             problems.append(f"{record.where}: the tokenizer's chat template refuses the messages: {error}")
             continue
+        except NoChatTemplateError as error:
+            problems.append(f"{record.where}: {error}")
+            break  # all others are the same
         prompt = Prompt(
             id=record.id,
             text=text,
@@ -189,9 +190,9 @@ def prompt_token_ids(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTo
     if isinstance(prompt, str):
         return prompt, tokenizer(prompt)["input_ids"]
     if tokenizer.chat_template is None:
-        raise ValueError(
-            "a prompt is a list of chat messages, but the tokenizer has no chat template; use an instruction-tuned "
-            "model, or give prompts as text"
+        raise NoChatTemplateError(
+            "a prompt is a list of chat messages, but the tokenizer has no chat template; use an instruction-tuned model, "
+            "or give prompts as text (chat: false)"
         )
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)

@@ -12,15 +12,6 @@ from torch import Tensor
 from sae_rl.algo.segmenters import Segmenter, segment
 from sae_rl.types import Batch, Rollout, Sampling, Scores
 
-UNCHANGED: dict[str, float] = {
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Segments:
@@ -55,8 +46,7 @@ def cut(rollouts: Sequence[Rollout], segmenter: Segmenter, sampling: Sampling) -
     vLLM's logprobs are of the distribution that it sampled from. A temperature is part of the policy, in training as
     here; but a truncated distribution or one under a penalty is another one, whose probabilities no run segments by.
     """
-    changed = [f"evaluation.{key} = {getattr(sampling, key):g}" for key, value in UNCHANGED.items()
-               if getattr(sampling, key) != value]  # fmt: skip
+    changed = [f"evaluation.{key} = {value:g}" for key, value, _ in sampling.changes()]
     if sampling.temperature == 0:
         changed.append("evaluation.temperature = 0")
     if changed:
