@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarks import workload as work
@@ -21,8 +22,14 @@ def main() -> None:
     parser.add_argument("--workload", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bare_") as sockets:  # of its processes, which vLLM does not remove
+        serve(options.workload, options.threads, sockets)
+
+
+def serve(workload: Path, threads: int, sockets: str) -> None:
     os.environ |= {
-        "OMP_NUM_THREADS": str(options.threads),
+        "VLLM_RPC_BASE_PATH": sockets,
+        "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
@@ -30,7 +37,7 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        model=str(options.workload / "model"),
+        model=str(workload / "model"),
         dtype="float32",
         max_model_len=work.MAX_PROMPT_TOKENS + work.RESPONSE_TOKENS,
         max_num_seqs=work.NUM_RESPONSES,
@@ -38,7 +45,7 @@ def main() -> None:
         enforce_eager=True,
     )
     parameters = SamplingParams(n=work.GROUP_SIZE, temperature=1.0, max_tokens=work.RESPONSE_TOKENS)
-    lines = (options.workload / "prompts.jsonl").read_text().splitlines()
+    lines = (workload / "prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines][: work.NUM_PROMPTS]
     while sys.stdin.readline():
         answers = engine.generate(prompts, parameters, use_tqdm=False)
