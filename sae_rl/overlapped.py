@@ -56,13 +56,17 @@ class Ahead:
 
     def __init__(self, run: Run, first: int) -> None:
         self._run, self._first = run, first
+        self._steps = range(first, run.config.steps)
         self._schedule = run.config.schedule
         self._is_partial = run.config.rollout.prompts_under_way is not None
-        self._batches: dict[int, Future[Collected]] = {step: Future() for step in range(first, run.config.steps)}
+        self._batches: dict[int, Future[Collected]] = {step: Future() for step in self._steps}  # until they are taken
         self._version = first
         self._changed = threading.Condition()
         self._stopped = False
-        self._thread = threading.Thread(target=self._gather_all, name="sampling", daemon=True)
+        # A copy, as the first batch may be taken before the thread runs.
+        self._thread = threading.Thread(
+            target=self._gather_all, args=(dict(self._batches),), name="sampling", daemon=True
+        )
 
     def __enter__(self) -> Ahead:
         self._thread.start()
@@ -113,8 +117,7 @@ class Ahead:
             run.sampler, run.workers.rollout, run.rewards, run.clock, run.config.rollout, rule
         ).gather
 
-    def _gather_all(self) -> None:
-        batches = dict(self._batches)
+    def _gather_all(self, batches: dict[int, Future[Collected]]) -> None:
         try:
             for step, sampled in self._gathered():
                 batches.pop(step).set_result(sampled)
@@ -125,7 +128,7 @@ class Ahead:
     def _gathered(self) -> Iterator[tuple[int, Collected]]:
         clock = Clock()
         gather_step = self._gatherer(replace(self._run, clock=clock))
-        for step in list(self._batches):
+        for step in self._steps:
             with self._changed:
                 while not self._stopped and self._needed(step) > self._version:
                     self._changed.wait()

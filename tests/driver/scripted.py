@@ -6,7 +6,8 @@ They train nothing. What they answer is a plain function of what they are asked,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,15 @@ from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
 
 NUM_PROMPTS = 10
+PATIENCE_S = 20
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for another thread."""
+    limit = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < limit, "the other thread never came"
+        time.sleep(0.002)
 
 
 def make_config(folder: Path, *overrides: str) -> Config:

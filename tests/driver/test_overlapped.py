@@ -14,13 +14,11 @@ import torch
 
 from sae_rl import checkpoint
 from sae_rl.driver import train
-from sae_rl.overlapped import train_overlapped
+from sae_rl.overlapped import Ahead, train_overlapped
 from sae_rl.protocols import Metrics
 from sae_rl.types import Batch, Rollout, Scores, Targets
 
-from .scripted import ScriptedWorkers, make_config, make_prompts, make_run
-
-PATIENCE_S = 20
+from .scripted import PATIENCE_S, ScriptedWorkers, make_config, make_prompts, make_run, until
 
 
 @dataclass
@@ -40,14 +38,6 @@ class Timed(ScriptedWorkers):
 
     def interrupt(self) -> None:
         self.interrupted = True
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for another thread."""
-    limit = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < limit, "the other thread never came"
-        time.sleep(0.002)
 
 
 def overlapped(folder: Path, workers: Timed, *overrides: str, resume_from: Path | None = None) -> Timed:
@@ -143,6 +133,24 @@ def test_a_resumed_run_goes_on_behind_the_checkpoint_and_not_behind_what_was_sam
     assert list(again) == [f"step {k}" for k in range(2, 6)]
     assert all(again[stream] == prompts[stream] for stream in again)
     assert resumed.began["step 2"] == 2 and resumed.began["step 3"] == 2
+
+
+def test_a_sampling_thread_that_begins_late_still_samples_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gather_all = Ahead._gather_all
+
+    def late(ahead: Ahead, *arguments: Any) -> None:
+        time.sleep(0.2)  # the run waits for its first batch by now
+        gather_all(ahead, *arguments)
+
+    monkeypatch.setattr(Ahead, "_gather_all", late)
+    workers = Timed()
+    run = threading.Thread(target=overlapped, args=(tmp_path, workers), daemon=True)
+    run.start()
+    run.join(PATIENCE_S)
+    assert not run.is_alive(), "it waits for a batch that nobody samples"
+    assert len(updated(workers)) == 6
 
 
 def test_what_fails_while_sampling_ends_the_run(tmp_path: Path) -> None:

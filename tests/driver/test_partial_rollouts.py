@@ -11,14 +11,18 @@ from sae_rl import checkpoint
 from sae_rl.data.sampler import Sampler
 from sae_rl.errors import ConfigError
 from sae_rl.overlapped import train_overlapped
+from sae_rl.protocols import Metrics
+from sae_rl.types import Batch, Scores, Targets
 
-from .scripted import ScriptedWorkers, make_config, make_prompts, make_run
+from .scripted import ScriptedWorkers, make_config, make_prompts, make_run, until
 
 PARTIAL = ["schedule=overlapped", "schedule.max_staleness=2", "rollout.prompts_under_way=3"]
 
 
-def trained(folder: Path, *overrides: str, resume_from: Path | None = None) -> ScriptedWorkers:
-    workers = ScriptedWorkers()
+def trained(
+    folder: Path, *overrides: str, resume_from: Path | None = None, workers: ScriptedWorkers | None = None
+) -> ScriptedWorkers:
+    workers = workers or ScriptedWorkers()
     train_overlapped(make_run(make_config(folder, *PARTIAL, *overrides), workers, resume_from))
     return workers
 
@@ -47,7 +51,16 @@ def test_left_over_groups_come_in_the_next_step_and_every_prompt_is_answered_onc
 
 
 def test_no_token_is_older_than_the_bound(tmp_path: Path) -> None:
-    workers = trained(tmp_path, "steps=6")
+    class Learning(ScriptedWorkers):
+        """Learns as long as the next step takes to begin, so that every step begins as early as it may."""
+
+        def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:
+            step = len(self.asked("update"))
+            if step < 5:  # the last
+                until(lambda: len(self.asked("add")) > step + 1)
+            return super().update(batch, scores, targets, seed=seed)
+
+    workers = trained(tmp_path, "steps=6", workers=Learning())
     stale = [call.of["metrics"]["rollout/staleness_max"] for call in workers.asked("log")]
     assert max(stale) <= 2
     assert stale[2:] == [2] * 4, "left over by the step before, which began with weights that were a step old"
