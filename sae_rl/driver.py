@@ -43,7 +43,7 @@ class Run:
     """What the loop works with."""
 
     config: Config
-    sampler: PromptSampler
+    sampler: PromptSampler  # behind the checkpoint that the run resumes from
     heldout: list[Prompt]
     workers: Workers
     rewards: RewardPool
@@ -135,10 +135,8 @@ def restore(run: Run) -> int:
     """Loads the checkpoint that the run resumes from, if any. Returns the steps that are done."""
     if run.resume_from is None:
         return 0
-    state = checkpoint.read_state(run.resume_from)
     run.workers.load(run.resume_from)
-    run.sampler.load_state(state.sampler)
-    return state.step
+    return checkpoint.read_state(run.resume_from).step
 
 
 def prepare_critic(run: Run) -> tuple[float, int]:

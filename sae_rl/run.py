@@ -19,6 +19,7 @@ from sae_rl.algo import with_vocabulary
 from sae_rl.analysis.samples_page import write_samples_page
 from sae_rl.clock import Clock
 from sae_rl.config import Config, RewardsConfig, as_tree
+from sae_rl.data.sampler import PromptSampler
 from sae_rl.driver import Run, prepare_critic, train
 from sae_rl.errors import ConfigError
 from sae_rl.evaluation.evaluate import evaluate
@@ -82,8 +83,9 @@ def run_critic_pretraining(config: Config) -> Path:
         )
     if not config.learner.critic_pretraining.num_prompts:
         raise ConfigError([f"{key}.num_prompts = 0: pre-training needs prompts, at least 2"])
-    if folder.exists():
-        raise ConfigError([f"output_dir = {config.output_dir} holds a critic already; choose another output_dir"])
+    for found, what in ((folder, "a critic"), (checkpoint.newest(config.output_dir / "checkpoints"), "a run")):
+        if found is not None and found.exists():
+            raise ConfigError([f"output_dir = {config.output_dir} holds {what} already; choose another output_dir"])
     prepare_output(config)
     with assembled(config, pretraining_roles(config), None) as run:
         explained_variance, num_responses = prepare_critic(run)
@@ -105,9 +107,9 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
     tokenizer = load_tokenizer(config.model.path)
     resolved = with_delimiters(config, tokenizer)
     sampler, heldout = load_task(config, tokenizer)
+    first_step = continued(sampler, resume_from) if resume_from else 0
     clock = Clock()
     with contextlib.ExitStack() as stack:
-        first_step = checkpoint.read_state(resume_from).step if resume_from else 0
         records = stack.enter_context(Records(config, config.output_dir, first_step, resumed=resume_from is not None))
         write_config(config, records)
         records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
@@ -128,6 +130,16 @@ def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> It
             clock=clock,
             resume_from=resume_from,
         )
+
+
+def continued(sampler: PromptSampler, resume_from: Path) -> int:
+    """Sets the sampler behind a checkpoint. Returns the steps that are done. Raises ConfigError if it is of other prompts."""
+    try:
+        state = checkpoint.read_state(resume_from)
+        sampler.load_state(state.sampler)
+    except ValueError as error:
+        raise ConfigError([f"cannot resume from {resume_from}: {error}"]) from error
+    return state.step
 
 
 def run_evaluation(config: Config) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ..conftest import CommandLine, Outcome
+from .refused import assert_refused
 
 HUB = ("model.path=nobody/nothing", "model.context_tokens=1024")
 ROW = {"prompt": "I0 D+3", "reward_model": {"ground_truth": "1"}, "extra_info": {"index": "a"}}
@@ -30,26 +31,6 @@ class EveryNth:
     def __call__(self, batch, scores):
         raise NotImplementedError
 """
-
-
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray is never started: an attempt would end with exit code 1."""
-
-    def refuse(*args: Any, **options: Any) -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr("ray.init", refuse)
-
-
-def assert_refused(outcome: Outcome, *fragments: str, lines: int = 1) -> None:
-    assert outcome.code == 2, outcome
-    assert "Traceback" not in outcome.stdout + outcome.stderr
-    assert len(outcome.lines) == lines, outcome.stderr
-    for line in outcome.lines:
-        assert line.startswith("error: "), line
-    for fragment in fragments:
-        assert fragment in outcome.stderr, outcome.stderr
 
 
 # What is typed: what the answer must hold, namely the key, what was found, and what is allowed.
@@ -196,25 +177,6 @@ def test_all_wrong_values_are_named_at_once(sae_rl: CommandLine) -> None:
     assert_refused(sae_rl("train", *HUB, "steps=x", "seed=y"), "steps: found 'x'", "seed: found 'y'", lines=2)
 
 
-@pytest.fixture
-def train(sae_rl: CommandLine, tiny_model: Path) -> Callable[..., Outcome]:
-    """``sae-rl train`` with a model that is there, and small settings."""
-    small = ["rollout.prompts_per_step=2", "rollout.group_size=2", "learner.critic_pretraining.num_prompts=2"]
-    small += [
-        "learner.policy.num_mini_batches=1",
-        "learner.critic.num_mini_batches=1",
-        "rollout.max_response_tokens=64",
-    ]
-    small += ["task.train.num_prompts=4", "task.evaluation.num_prompts=2", "logger=off", "steps=2"]
-
-    def call(*overrides: str) -> Outcome:
-        files = "task=dapo_math" in overrides
-        sizes = small[:-5] + small[-2:] if files else small
-        return sae_rl("train", f"model.path={tiny_model}", "output_dir=out", *sizes, *overrides)
-
-    return call
-
-
 def write_rows(folder: Path, *rows: object) -> Path:
     file = folder / "rows.jsonl"
     file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
@@ -311,28 +273,6 @@ def test_prompts_that_are_too_long(train: Callable[..., Outcome]) -> None:
     assert_refused(
         train("task.max_prompt_tokens=8"), "task.train", "max_prompt_tokens = 8", "25 tokens", "'drop'", lines=2
     )
-
-
-def test_an_output_folder_that_cannot_be_written(train: Callable[..., Outcome], tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    outcome = train(f"output_dir={tmp_path}/file/run")
-    assert_refused(outcome, f"output_dir = {tmp_path}/file/run", "cannot write", "Not a directory")
-
-
-def make_checkpoint(folder: Path, step: int) -> None:
-    (folder / f"step_{step:06d}").mkdir(parents=True)
-    (folder / f"step_{step:06d}" / "driver.json").write_text(json.dumps({"step": step, "sampler": {}}))
-
-
-def test_nothing_is_left_to_train(train: Callable[..., Outcome], tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "out" / "checkpoints", 2)
-    (tmp_path / "out" / "checkpoints" / "step_000002" / "hf").mkdir()
-    assert_refused(train("steps=2"), "steps = 2", "step_000002", "raise steps")
-
-
-def test_a_new_run_over_an_old_one(train: Callable[..., Outcome], tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "out" / "checkpoints", 1)
-    assert_refused(train("resume=false"), "output_dir = out", "step_000001", "resume=true")
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from typing import Any, cast
 
 import torch
 
+from sae_rl import checkpoint
 from sae_rl.clock import Clock
 from sae_rl.compose import load_config
 from sae_rl.config import Config
-from sae_rl.data.sampler import Sampler
+from sae_rl.data.sampler import PromptSampler, Sampler
 from sae_rl.driver import Run
 from sae_rl.protocols import Metrics
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
@@ -275,10 +276,14 @@ def make_run(
     resume_from: Path | None = None,
     heldout: list[Prompt] | None = None,
     verifier: str = "exact",
+    sampler: PromptSampler | None = None,
 ) -> Run:
+    sampler = sampler or Sampler(make_prompts(verifier=verifier), config.seed)
+    if resume_from is not None:
+        sampler.load_state(checkpoint.read_state(resume_from).sampler)
     return Run(
         config=config,
-        sampler=Sampler(make_prompts(verifier=verifier), config.seed),
+        sampler=sampler,
         heldout=heldout or [],
         workers=workers,
         rewards=cast(RewardPool, ScriptedRewards(workers.log)),

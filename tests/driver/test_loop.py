@@ -252,14 +252,6 @@ def test_every_prompt_comes_once_an_epoch(tmp_path: Path) -> None:
     assert sorted(asked) == sorted(prompt.id for prompt in make_prompts(NUM_PROMPTS))
 
 
-def test_other_data_cannot_be_resumed_on(tmp_path: Path) -> None:
-    trained(tmp_path, "steps=2")
-    newest = checkpoint.newest(tmp_path / "checkpoints")
-    run = make_run(make_config(tmp_path, "steps=4", "seed=101"), ScriptedWorkers(), resume_from=newest)
-    with pytest.raises(ValueError, match="seed"):
-        train(run)
-
-
 def test_without_a_critic_nothing_of_a_critic_is_asked(tmp_path: Path) -> None:
     workers = trained(tmp_path, "algorithm=grpo", "learner.critic_pretraining.num_prompts=4", "steps=1")
     assert not workers.asked("set_critic_lr", "update_critic", "values")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,7 @@ def sampler(seed: int) -> PromptSampler:
 
 def run_in(folder: Path, workers: ScriptedWorkers, *overrides: str, resume_from: Path | None = None) -> Run:
     config = make_config(folder, f"steps={STEPS}", "rollout.prompts_per_step=3", *overrides)
-    return replace(make_run(config, workers, resume_from), sampler=sampler(config.seed))
+    return make_run(config, workers, resume_from, sampler=sampler(config.seed))
 
 
 def generated(workers: ScriptedWorkers) -> list[tuple[str, list[str]]]:
