@@ -38,21 +38,24 @@ def train(arguments: list[str]) -> None:
 
 
 def sweep(overrides: list[str]) -> None:
-    """Hydra's multirun: every combination in turn, each in a folder of its own."""
+    """Hydra's multirun: every combination in turn, each in a folder of its own inside output_dir, named after what varies."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
+    from omegaconf import DictConfig, OmegaConf
 
     from sae_rl.compose import CONF, check_sweep, validate
     from sae_rl.run import run_training
 
-    check_sweep(overrides)
+    fixed = check_sweep(overrides)
 
     def job(tree: DictConfig) -> None:
-        tree.output_dir = HydraConfig.get().runtime.output_dir
+        folder = HydraConfig.get().runtime.output_dir
+        OmegaConf.resolve(tree)  # paths below output_dir, such as a base model's, are those of the sweep
+        tree.output_dir = folder
         run_training(validate(tree))
 
-    sys.argv = ["sae-rl", "--multirun", *overrides]
+    names = f"hydra.job.config.override_dirname.exclude_keys={fixed}"
+    sys.argv = ["sae-rl", "--multirun", *overrides, names]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -46,17 +46,41 @@ def load_evaluation_config(overrides: Sequence[str]) -> Config:
     return validate(tree)
 
 
-def check_sweep(overrides: Sequence[str]) -> None:
-    """Raises ConfigError if any job of a sweep would be refused, before the first one starts."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [str(override.input_line)]
-        for override in parsed
-    ]
-    for job in itertools.product(*choices):
+def check_sweep(overrides: Sequence[str]) -> list[str]:
+    """Composes every job of a sweep, before the first one starts.
+
+    Returns:
+        The keys that do not vary.
+
+    Raises:
+        ConfigError: any of the jobs would be refused.
+    """
+    parsed = _parse(overrides)
+    for job in itertools.product(*map(_tried, parsed)):
         validate(compose_tree(job))
+    return [override.key_or_group for override in parsed if not override.is_sweep_override()]
+
+
+def _tried(override: Override) -> list[str]:
+    """What the jobs of a sweep put in its place."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if isinstance(chosen := override.value(), Glob):  # which Hydra itself can only expand while it sweeps
+        values = chosen.filter(options_of(override.key_or_group))
+    else:
+        values = list(override.sweep_string_iterator())
+    return [f"{override.get_key_element()}={value}" for value in values]
+
+
+def options_of(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError([f"cannot read an override: {_first_line(error)}"]) from error
 
 
 def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
@@ -65,10 +89,7 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
     Raises:
         ConfigError: an override that cannot be read, or that names no group, option or key.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError([f"cannot read an override: {_first_line(error)}"]) from error
+    parsed = _parse(overrides)
     # Files in folders named base are what options share, and no choice.
     groups = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir() and folder.name != "base"}
     choices = [override for override in parsed if _group_of(override) in groups]
@@ -134,7 +155,7 @@ def _check_choice(override: Override) -> str | None:
     option = override.value()
     if override.is_delete() or override.is_sweep_override():
         return None
-    options = [file.stem for file in (CONF / override.key_or_group).glob("*.yaml")]
+    options = options_of(override.key_or_group)
     if str(option) in options:
         return None
     return f"{override.input_line}: no such option, {nearest(str(option), options)}"

@@ -286,13 +286,26 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(
 ) -> None:
     configs: list[Config] = []
     monkeypatch.setattr("sae_rl.run.run_training", configs.append)
-    swept = sae_rl("train", flag, *MODEL, "algorithm=sae,gae", "seed=0,1", "name=sweep")
+    swept = sae_rl("train", flag, *MODEL, "algorithm=sae,gae", "seed=0,1", "name=sweep", "steps=3")
     assert (swept.code, swept.stderr) == (0, "")
     found = [(as_tree(config)["algorithm"]["estimator"]["name"], config.seed) for config in configs]
     assert found == [("sae", 0), ("sae", 1), ("gae", 0), ("gae", 1)]
-    assert len({config.output_dir for config in configs}) == 4
-    for config in configs:
-        assert (tmp_path / "outputs/sweep") in (tmp_path / config.output_dir).parents
+    folders = [config.output_dir for config in configs]
+    assert folders == [tmp_path / f"outputs/sweep/algorithm={a},seed={s}" for a in ("sae", "gae") for s in (0, 1)]
+
+
+def test_a_sweep_of_the_demo_starts_from_its_base_model_and_writes_where_it_is_told(
+    sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
+) -> None:
+    configs: list[Config] = []
+    monkeypatch.setattr("sae_rl.run.run_training", configs.append)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "base").symlink_to(tiny_model)
+    swept = sae_rl("train", "-m", "experiment=demo", "algorithm=glob(*ae)", "output_dir=mine")
+    assert (swept.code, swept.stderr) == (0, "")
+    folders = [tmp_path / f"mine/algorithm={name}" for name in ("gae", "length_adaptive_gae", "sae")]
+    assert [config.output_dir for config in configs] == folders
+    assert {config.model.path for config in configs} == {"mine/base"}
 
 
 @pytest.mark.parametrize(
