@@ -25,14 +25,15 @@ class Layout:
     id: str = "id"
     reward: str = "reward"
     task: str = "task"
+    named: frozenset[str] = frozenset()  # columns that a user chose: a row must have one, whatever it is
     gold: Callable[[str], str] | None = None  # takes the answer that counts out of the column; None: all of it
 
     def with_columns(self, columns: Mapping[str, str | None]) -> Layout:
         """Columns of other names; None: as they are."""
-        names = {field.name for field in fields(self)} - {"gold"}
+        names = {field.name for field in fields(self)} - {"named", "gold"}
         assert columns.keys() <= names, f"a layout has the columns {names}"
         given: dict[str, Any] = {name: column for name, column in columns.items() if column is not None}
-        return replace(self, **given)
+        return replace(self, named=frozenset(given), **given)
 
 
 def gsm8k_gold(answer: str) -> str:

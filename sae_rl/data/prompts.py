@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_rl.data.files import File, Record, read_records
 from sae_rl.data.puzzles import PuzzleProcess, Puzzles
+from sae_rl.data.rows import listed
 from sae_rl.data.shaping import Shape
 from sae_rl.data.task import Split, Task
 from sae_rl.types import Prompt
@@ -78,6 +79,7 @@ def load_prompts(
     if overlong not in ("error", "drop", "cut"):
         raise ValueError(f"overlong: found {overlong!r}, allowed are 'error', 'drop' and 'cut'")
     problems: list[str] = []
+    limit = source.num_prompts if isinstance(source, File) else None
     if isinstance(source, Problems):
         name, records = source.task.name, _problems(source)
     elif isinstance(source, Gym):
@@ -85,13 +87,16 @@ def load_prompts(
         name, records = source.puzzles.task, _puzzles(source, process)
     else:
         name = source.path
-        records, problems = read_records(source, check_reward)
+        # Of prompts that may be dropped nobody knows yet how many must be read.
+        records, problems = read_records(source, check_reward, None if overlong == "drop" else limit)
     prompts, unread = _tokenized(records, tokenizer)
     fitting, too_long = _fitting(name, prompts, max_prompt_tokens, overlong, tokenizer)
-    problems += [f"{name}: {line}" for line in unread] + too_long
+    problems += listed(f"{name}: {len(unread)} of {len(records)} prompts cannot be read", unread) + too_long
     if problems:
         raise ValueError("\n".join(problems))
-    return fitting[: source.num_prompts] if isinstance(source, File) and source.num_prompts else fitting
+    if limit is not None and len(fitting) < limit:
+        logger.warning("%s: num_prompts = %d, but it has %d", name, limit, len(fitting))
+    return fitting[:limit]
 
 
 def _problems(source: Problems) -> list[Record]:
@@ -136,12 +141,12 @@ def _tokenized(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) ->
     for record in records:
         try:
             text, token_ids = prompt_token_ids(record.prompt, tokenizer)
-        except TemplateError as error:
-            problems.append(f"{record.where}: the tokenizer's chat template refuses the messages: {error}")
-            continue
         except NoChatTemplateError as error:
-            problems.append(f"{record.where}: {error}")
-            break  # all others are the same
+            return [], [f"{record.where}: {error}"]  # all others are the same
+        except Exception as error:  # a template is a program that came with the model
+            said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            problems.append(f"{record.where}: the tokenizer's chat template refuses the messages: {said}")
+            continue
         prompt = Prompt(
             id=record.id,
             text=text,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,14 +20,20 @@ class BrokenRow(ValueError):
 
 
 def parse_rows(
-    path: str, parse: Callable[[Row, str], T], split: str | None = None, subset: str | None = None
+    path: str,
+    parse: Callable[[Row, str], T | None],
+    split: str | None = None,
+    subset: str | None = None,
+    limit: int | None = None,
 ) -> tuple[list[T], list[str]]:
-    """``parse(row, where)`` of every row that is good; it reports what is wrong by raising `BrokenRow`.
+    """``parse(row, where)`` of every row that is good; it reports what is wrong by raising `BrokenRow`, and leaves a row
+    out with None.
 
     Args:
         path: a JSONL or parquet file, a folder of ``datasets.save_to_disk``, or a name on the Hugging Face hub.
         split: of a Hugging Face data set that has several.
         subset: of one on the hub that has several.
+        limit: the first so many are enough, and what lies behind them is not read; None: all.
 
     Returns:
         What was parsed, and what is wrong: lines that name every broken row, empty if none is.
@@ -43,16 +49,21 @@ def parse_rows(
         try:
             if isinstance(row, BrokenRow):
                 raise row
-            parsed.append(parse(row, where))
+            if (made := parse(row, where)) is not None:
+                parsed.append(made)
         except BrokenRow as error:
             broken.append(f"{where}: {error}")
+        if len(parsed) == limit:
+            break
     if num_rows == 0:
         raise ValueError(f"{path}: it holds no rows")
-    if not broken:
-        return parsed, []
-    more = [f"... and {len(broken) - MAX_REPORTED} more"] if len(broken) > MAX_REPORTED else []
-    lines = [f"  {line}" for line in (*broken[:MAX_REPORTED], *more)]
-    return parsed, [f"{path}: {len(broken)} of {num_rows} rows are broken", *lines]
+    return parsed, listed(f"{path}: {len(broken)} of {num_rows} rows are broken", broken)
+
+
+def listed(title: str, problems: Sequence[str]) -> list[str]:
+    """The lines of a message: none without a problem, and not thousands with thousands."""
+    more = [f"... and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
+    return [title, *(f"  {line}" for line in (*problems[:MAX_REPORTED], *more))] if problems else []
 
 
 def _rows(path: str, split: str | None, subset: str | None) -> Rows:
@@ -96,6 +107,10 @@ def _json_row(line: bytes) -> Row | BrokenRow:
         return BrokenRow(f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}")
     except json.JSONDecodeError as error:
         return BrokenRow(f"not JSON: {error.msg} at column {error.colno}")
+    except ValueError as error:  # a number of thousands of digits
+        return BrokenRow(f"not read: {error}")
+    except RecursionError:
+        return BrokenRow("not read: its brackets are nested too deeply")
     return row if isinstance(row, dict) else BrokenRow(f"must be an object, found {shown(row)}")
 
 
@@ -110,11 +125,22 @@ def _parquet_rows(file: Path) -> Rows:
         raise ValueError(f"{file}: not a parquet file, or one that was cut: {error}") from error
     try:
         for chunk in table.iter_batches():
-            for row in chunk.to_pylist():
+            for row in _python_rows(chunk):
                 number += 1
                 yield f"row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: cannot be read behind row {number}; it may have been cut: {error}") from error
+
+
+def _python_rows(chunk: Any) -> Iterator[Row | BrokenRow]:
+    try:
+        yield from chunk.to_pylist()
+    except UnicodeDecodeError:  # somewhere: which row is it?
+        for index in range(chunk.num_rows):
+            try:
+                yield chunk.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield BrokenRow(f"not UTF-8: {error.object[:60]!r}")
 
 
 def _saved_rows(folder: str, split: str | None) -> Rows:

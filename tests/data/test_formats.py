@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from sae_rl.data.files import File
 from sae_rl.data.layouts import LAYOUTS, LayoutName
-from sae_rl.data.prompts import load_prompts
+from sae_rl.data.prompts import Overlong, load_prompts
 from sae_rl.data.shaping import Shape
 from sae_rl.data.tokenizer import build_tokenizer
 
@@ -152,7 +152,8 @@ def test_messages_that_the_chat_template_refuses(tmp_path: Path) -> None:
     ]
     lines = unreadable(File(**write(tmp_path, "jsonl", *rows))).splitlines()
     assert lines[1] == "  line 3: no column 'prompt': found 'answer'"
-    assert lines[2].endswith("line 2: the tokenizer's chat template refuses the messages: no tools here")
+    assert lines[2].endswith("rows.jsonl: 1 of 2 prompts cannot be read")
+    assert lines[3] == "  line 2: the tokenizer's chat template refuses the messages: no tools here"
 
 
 def test_a_parquet_file_that_was_cut(tmp_path: Path) -> None:
@@ -209,6 +210,19 @@ def test_the_first_so_many(tmp_path: Path) -> None:
     rows = [{"prompt": "one", "answer": str(i)} for i in range(5)]
     prompts = load_prompts(File(**write(tmp_path, "jsonl", *rows), num_prompts=2), TOKENIZER, 10)
     assert [prompt.answer for prompt in prompts] == ["0", "1"]
+
+
+@pytest.mark.parametrize("overlong", ["error", "drop", "cut"])
+def test_nobody_is_troubled_by_rows_behind_the_first_so_many(overlong: Overlong, tmp_path: Path) -> None:
+    texts = ["one", "one " * 30, "two", "plus"] if overlong == "drop" else ["one", "two", "one " * 30, "plus"]
+    source = File(**write(tmp_path, "jsonl", *({"prompt": text, "answer": "1"} for text in texts)), num_prompts=2)
+    assert [prompt.text for prompt in load_prompts(source, TOKENIZER, 10, overlong)] == ["one", "two"]
+
+
+def test_fewer_than_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = File(**write(tmp_path, "jsonl", TEXT), num_prompts=2)
+    assert len(load_prompts(source, TOKENIZER, 10)) == 1
+    assert caplog.messages == [f"{source.path}: num_prompts = 2, but it has 1"]
 
 
 TEXT, SYSTEM = {"prompt": "one", "answer": "1"}, "two"
