@@ -43,9 +43,10 @@ def sweep(overrides: list[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf
 
-    from sae_rl.compose import CONF, check_sweep, validate
+    from sae_rl.compose import CONF, check_sweep, validate, with_additions
     from sae_rl.run import run_training
 
+    overrides = with_additions(overrides)
     fixed = check_sweep(overrides)
 
     def job(tree: DictConfig) -> None:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from sae_rl.config import Config
-from sae_rl.config_checks import check
+from sae_rl.config_checks import check, check_evaluation
 from sae_rl.errors import ConfigError
 from sae_rl.plugins import describe, nearest
 from sae_rl.section import Section
 
 T = TypeVar("T", bound=Section)
+FREE = {"knobs", "levels", "parts", "verifiers"}  # mappings whose keys a user chooses, or another library
 
 PACKAGE = Path(__file__).parent
 # In a wheel conf/ lies inside the package, in a checkout beside it.
@@ -39,11 +40,10 @@ def load_config(overrides: Sequence[str], name: str = "train") -> Config:
 
 
 def load_evaluation_config(overrides: Sequence[str]) -> Config:
-    """The same for an evaluation, which reads no training prompts: their file need not be named. Raises ConfigError."""
+    """The same for an evaluation, which needs no training prompts, and no learners that fit them. Raises ConfigError."""
     tree = compose_tree(overrides)
-    if OmegaConf.missing_keys(tree.task.train):
-        tree.task.train = tree.task.evaluation
-    return validate(tree)
+    _leave_out(tree, "train")
+    return _checked(tree, check_evaluation)
 
 
 def check_sweep(overrides: Sequence[str]) -> list[str]:
@@ -83,12 +83,25 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         raise ConfigError([f"cannot read an override: {_first_line(error)}"]) from error
 
 
+def with_additions(overrides: Sequence[str]) -> list[str]:
+    """Overrides with Hydra's ``++`` before keys of free mappings: what these may hold is not in conf/, but checked later.
+
+    Raises:
+        ConfigError: an override that cannot be read.
+    """
+    return [
+        f"++{line}" if override.type is OverrideType.CHANGE and set(override.key_or_group.split(".")) & FREE else line
+        for line, override in zip(overrides, _parse(overrides), strict=True)
+    ]
+
+
 def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
     """What Hydra makes of the overrides, unresolved.
 
     Raises:
         ConfigError: an override that cannot be read, or that names no group, option or key.
     """
+    overrides = with_additions(overrides)
     parsed = _parse(overrides)
     # Files in folders named base are what options share, and no choice.
     groups = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir() and folder.name != "base"}
@@ -114,8 +127,20 @@ def validate(tree: DictConfig) -> Config:
     Raises:
         ConfigError: every problem that was found.
     """
+    if not tree.evaluation.every_steps:
+        _leave_out(tree, "evaluation")
+    return _checked(tree, check)
+
+
+def _leave_out(tree: DictConfig, source: str) -> None:
+    """A source that is not used need not be described."""
+    if OmegaConf.missing_keys(tree.task[source] or {}):
+        tree.task[source] = None
+
+
+def _checked(tree: DictConfig, checks: Callable[[Config], list[str]]) -> Config:
     config = build(Config, tree)
-    if problems := check(config):
+    if problems := checks(config):
         raise ConfigError(problems)
     return config
 

@@ -7,43 +7,72 @@ from typing import Literal
 from sae_rl.config import Config
 from sae_rl.source_config import problems_of_task
 
+LearnerRole = Literal["policy", "critic"]
+
 
 def check(config: Config) -> list[str]:
-    """Problems between fields, each with the keys to change; empty when there are none."""
-    problems = [
+    """What is wrong between fields with a run, each with the keys to change; empty when nothing is."""
+    return [
         *problems_of_task(config.task),
+        *_check_sources(config),
         *_check_batches(config),
         *_check_sampling(config),
-        *_check_workers(config),
+        *_check_engines(config),
+        *_check_learners(config),
         *_check_dynamic_sampling(config),
         *_check_schedule(config),
         *_check_partial_rollouts(config),
         *_check_colocation(config),
+        *_check_context(config, _learner_roles(config)),
     ]
-    try:
-        context = config.model.read_context_tokens()
-        wanted = config.task.max_prompt_tokens + config.rollout.max_response_tokens
-        if wanted > context:
-            problems.append(
-                f"task.max_prompt_tokens ({config.task.max_prompt_tokens}) + rollout.max_response_tokens "
-                f"({config.rollout.max_response_tokens}) = {wanted} tokens, but the model at {config.model.path} takes "
-                f"{context}; shorten one of them"
-            )
-        sharing = config.learner.sequence_parallel_size
-        for role in _learner_roles(config):
-            budget = getattr(config.learner, role).micro_batch_tokens
-            if budget * sharing < wanted:
-                shared = f" x learner.sequence_parallel_size ({sharing})" if sharing > 1 else ""
-                problems.append(
-                    f"learner.{role}.micro_batch_tokens ({budget}){shared} is below one full prompt + response ({wanted} "
-                    "tokens)"
-                )
-    except ValueError as error:
-        problems.append(str(error))
+
+
+def check_evaluation(config: Config) -> list[str]:
+    """The same of an evaluation, which has no learners."""
+    problems = [*problems_of_task(config.task), *_check_engines(config), *_check_context(config, [])]
+    if config.task.evaluation is None:
+        problems.append("task.evaluation = null: it says what is evaluated")
     return problems
 
 
-def _learner_roles(config: Config) -> list[Literal["policy", "critic"]]:
+def _check_sources(config: Config) -> list[str]:
+    problems = []
+    if config.task.train is None:
+        problems.append("task.train = null: a run needs prompts to train on")
+    if config.task.evaluation is None and config.evaluation.every_steps:
+        problems.append(
+            f"task.evaluation = null, but evaluation.every_steps = {config.evaluation.every_steps}: set it to 0, or say what "
+            "is evaluated"
+        )
+    return problems
+
+
+def _check_context(config: Config, learners: list[LearnerRole]) -> list[str]:
+    """Whether prompts and responses fit into the model, and into the passes of those who learn from them."""
+    try:
+        context = config.model.read_context_tokens()
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    wanted = config.task.max_prompt_tokens + config.rollout.max_response_tokens
+    if wanted > context:
+        problems.append(
+            f"task.max_prompt_tokens ({config.task.max_prompt_tokens}) + rollout.max_response_tokens "
+            f"({config.rollout.max_response_tokens}) = {wanted} tokens, but the model at {config.model.path} takes "
+            f"{context}; shorten one of them"
+        )
+    sharing = config.learner.sequence_parallel_size
+    for role in learners:
+        budget = getattr(config.learner, role).micro_batch_tokens
+        if budget * sharing < wanted:
+            shared = f" x learner.sequence_parallel_size ({sharing})" if sharing > 1 else ""
+            problems.append(
+                f"learner.{role}.micro_batch_tokens ({budget}){shared} is below one full prompt + response ({wanted} tokens)"
+            )
+    return problems
+
+
+def _learner_roles(config: Config) -> list[LearnerRole]:
     return ["policy", "critic"] if config.algorithm.needs_critic else ["policy"]
 
 
@@ -112,6 +141,11 @@ def _check_schedule(config: Config) -> list[str]:
         problems.append(
             f"schedule.max_staleness = {schedule.max_staleness}: with schedule.mode = {schedule.mode} it is {allowed}"
         )
+    if schedule.mode == "synchronous" and schedule.weight_updates == "in_flight":
+        problems.append(
+            "schedule.weight_updates = in_flight: with schedule.mode = synchronous no response is under way when weights are "
+            "sent; use drained, or schedule=overlapped"
+        )
     if schedule.scoring_parts > 1 and (schedule.mode == "overlapped" or config.rollout.dynamic_sampling.mode != "none"):
         problems.append(
             f"schedule.scoring_parts = {schedule.scoring_parts}: scoring beside sampling needs schedule=synchronous, and "
@@ -170,19 +204,41 @@ def _check_partial_rollouts(config: Config) -> list[str]:
     return problems
 
 
-def _check_workers(config: Config) -> list[str]:
+def _check_engines(config: Config) -> list[str]:
     problems = []
-    needed = {"rollout": True, "policy": True, "critic": config.algorithm.needs_critic}
-    needed["reference"] = config.needs_reference_workers
+    if config.cluster.rollout.num_workers < 1:
+        problems.append("cluster.rollout.num_workers = 0, but at least one engine must sample")
+    if config.cluster.device == "cpu" and config.rollout.tensor_parallel_size > 1:
+        problems.append(
+            f"rollout.tensor_parallel_size = {config.rollout.tensor_parallel_size}: on cluster.device=cpu use 1"
+        )
+    if config.cluster.device == "cpu" and config.rollout.kv_cache_gb is None:
+        problems.append(
+            "rollout.kv_cache_gb = null: on cluster.device=cpu state the size of the KV cache, for example 1"
+        )
+    return problems
+
+
+def _check_learners(config: Config) -> list[str]:
+    problems = []
+    needed = {"policy": True, "critic": config.algorithm.needs_critic, "reference": config.needs_reference_workers}
     sharing = config.learner.sequence_parallel_size
     for role, is_needed in needed.items():
         count = getattr(config.cluster, role).num_workers
         if is_needed and count < 1:
             problems.append(f"cluster.{role}.num_workers = 0, but this algorithm needs at least one {role} worker")
-        elif is_needed and role != "rollout" and count % sharing:
+        elif is_needed and count % sharing:
             problems.append(
                 f"cluster.{role}.num_workers = {count} cannot be divided by learner.sequence_parallel_size = {sharing}"
             )
+    for role in _learner_roles(config):
+        learner = getattr(config.learner, role)
+        for key, stage in (("offload_optimizer", 1), ("offload_parameters", 3)):
+            if getattr(learner, key) and learner.zero_stage < stage:
+                problems.append(
+                    f"learner.{role}.{key} = true needs learner.{role}.zero_stage of at least {stage}, found "
+                    f"{learner.zero_stage}"
+                )
     if config.model.logprobs == "cut_cross_entropy" and (config.cluster.device, config.model.precision) != (
         "cuda",
         "bfloat16",
@@ -195,13 +251,5 @@ def _check_workers(config: Config) -> list[str]:
         problems.append(
             f"learner.sequence_parallel_size = {sharing}: model.attention=eager cannot share rows; use sdpa or "
             "flash_attention_2"
-        )
-    if config.cluster.device == "cpu" and config.rollout.tensor_parallel_size > 1:
-        problems.append(
-            f"rollout.tensor_parallel_size = {config.rollout.tensor_parallel_size}: on cluster.device=cpu use 1"
-        )
-    if config.cluster.device == "cpu" and config.rollout.kv_cache_gb is None:
-        problems.append(
-            "rollout.kv_cache_gb = null: on cluster.device=cpu state the size of the KV cache, for example 1"
         )
     return problems

@@ -18,7 +18,7 @@ def train_replay(run: Run) -> None:
         ValueError: a file cannot be read.
     """
     files = recorded_files(run.config.replay, run.config.steps)
-    run.records.note(f"replaying {run.config.steps} of the steps recorded in {run.config.replay}; no engine samples")
+    run.records.note(f"replaying {run.config.steps} of the steps recorded in {run.config.replay}; nothing is evaluated")
     first = restore(run)
     run.clock.lap()
     for step in range(first, run.config.steps):

@@ -50,7 +50,9 @@ def run_training(config: Config) -> None:
     prepare_output(config)
     resume_from, told = find_checkpoint(config), []
     if config.algorithm.needs_critic and config.learner.critic_pretraining.checkpoint is not None:
-        told = [critic_files.describe(config)]
+        told.append(critic_files.describe(config))
+    if config.evaluation.every_steps == 0 and config.replay is None:
+        told.append("nothing is evaluated: evaluation.every_steps = 0")
     roles = [role for role in roles_of(config) if role != "rollout" or config.replay is None]
     with assembled(config, roles, resume_from) as run:
         for text in told:

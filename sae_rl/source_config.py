@@ -195,8 +195,8 @@ MixtureSource.model_rebuild()
 
 
 class TaskConfig(Section):
-    train: AnySource
-    evaluation: AnySource
+    train: AnySource | None  # null: of an evaluation
+    evaluation: AnySource | None  # null: nothing is evaluated
     max_prompt_tokens: Positive
     overlong_prompts: Literal["error", "drop", "cut"]  # cut: keep the end
 
@@ -206,9 +206,9 @@ def problems_of_task(task: TaskConfig) -> list[str]:
     problems = [
         f"{where}.weight = {source.weight:g}: only a part of a mixture has a weight; leave it out"
         for where, source in (("task.train", task.train), ("task.evaluation", task.evaluation))
-        if source.weight is not None
+        if source is not None and source.weight is not None
     ]
-    evaluated: dict[str, Source] = {"task.evaluation": task.evaluation}
+    evaluated: dict[str, Source | None] = {"task.evaluation": task.evaluation}
     if isinstance(task.evaluation, MixtureSource):
         evaluated |= {f"task.evaluation.parts.{name}": part for name, part in task.evaluation.parts.items()}
     problems += [

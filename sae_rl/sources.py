@@ -37,20 +37,23 @@ from sae_rl.types import Prompt
 
 
 def load_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSampler, list[Prompt]]:
-    """What a run draws its prompts from, and the prompts that it is evaluated on.
+    """What a run draws its prompts from, and the prompts that it is evaluated on: none if it never is.
 
     Raises:
         ConfigError: everything that is wrong with the files and the keys of both sources.
     """
     with _Loader(config, tokenizer) as loader:
+        assert config.task.train is not None, "checked with the configuration"
         sampler = loader.sampler(config.task.train, "task.train", config.seed)
-        heldout = loader.heldout(config.task.evaluation)
+        evaluated = config.task.evaluation if config.evaluation.every_steps else None
+        heldout = [] if evaluated is None else loader.heldout(evaluated)
     assert sampler is not None, "without a sampler there was a problem"
     return sampler, heldout
 
 
 def load_heldout(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The prompts of ``task.evaluation``. Raises ConfigError as `load_task`."""
+    assert config.task.evaluation is not None, "checked with the configuration"
     with _Loader(config, tokenizer) as loader:
         return loader.heldout(config.task.evaluation)
 

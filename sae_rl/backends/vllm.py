@@ -87,9 +87,9 @@ class RolloutEngine:
             # By its class, as vLLM replaces the name "uni" on a CPU: a worker in a process of its own would be waited for by
             # spinning, on a core that others need.
             options["distributed_executor_backend"] = UniProcExecutor
-        if device == "cpu":
-            assert rollout.kv_cache_gb is not None, "checked with the configuration"
+        if rollout.kv_cache_gb is not None:  # on a CPU it is, as was checked with the configuration
             options["kv_cache_memory_bytes"] = int(rollout.kv_cache_gb * 2**30)
+        if device == "cpu":
             # vLLM rewinds a seeded generator after a partial prefill, which torch's CPU generators cannot do: the engine
             # dies of it. Without chunks a prefill is never partial.
             options["enable_chunked_prefill"] = False

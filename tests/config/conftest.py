@@ -26,6 +26,7 @@ def train(sae_rl: CommandLine, tiny_model: Path) -> Callable[..., Outcome]:
     """``sae-rl train`` with a model that is there, and small settings."""
     small = ["rollout.prompts_per_step=2", "rollout.group_size=2", "learner.critic_pretraining.num_prompts=2"]
     small += [
+        "evaluation.every_steps=2",
         "learner.policy.num_mini_batches=1",
         "learner.critic.num_mini_batches=1",
         "rollout.max_response_tokens=64",

@@ -104,6 +104,18 @@ CONFIGURATION = {
         ["rollout.repetition_penalty = 1.1", "does not know of a penalty", "evaluation.repetition_penalty"],
     ),
     "truncation by top_k": (["rollout.top_k=20"], ["rollout.top_k = 20", "top_k = 0"]),
+    "an optimizer that nothing can offload": (
+        ["learner.critic.offload_optimizer=true"],
+        ["learner.critic.offload_optimizer = true", "learner.critic.zero_stage of at least 1, found 0"],
+    ),
+    "parameters that nothing can offload": (
+        ["learner.policy.offload_parameters=true", "learner.policy.zero_stage=2"],
+        ["learner.policy.offload_parameters = true", "learner.policy.zero_stage of at least 3, found 2"],
+    ),
+    "new weights for no responses": (
+        ["schedule.weight_updates=in_flight"],
+        ["schedule.weight_updates = in_flight", "schedule=overlapped"],
+    ),
     "truncation by min_p": (["rollout.min_p=0.1"], ["rollout.min_p = 0.1", "min_p = 0.0"]),
     "temperature 0": (["rollout.temperature=0"], ["rollout.temperature", "found 0", "greater than 0"]),
     "a group of one without a critic": (

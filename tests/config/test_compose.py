@@ -10,9 +10,10 @@ import yaml
 from pydantic import ValidationError
 
 from sae_rl.algo import ESTIMATORS, SEGMENTERS
-from sae_rl.compose import CONF, check_sweep, load_config, load_evaluation_config
+from sae_rl.compose import CONF, load_config, load_evaluation_config
 from sae_rl.config import Config, as_tree
 from sae_rl.config_checks import check
+from sae_rl.data.shaping import REASONING_GYM_TEMPLATE
 from sae_rl.errors import ConfigError
 from sae_rl.types import Batch, Prompt, Rollout, Scores
 
@@ -188,13 +189,48 @@ def test_as_tree_is_what_it_was_read_from(overrides: tuple[str, ...]) -> None:
 def test_an_evaluation_needs_no_training_file() -> None:
     model = ["model.path=nobody/nothing", "model.context_tokens=8192"]
     config = load_evaluation_config([*model, "task=file", HELD_OUT_FILE])
-    assert config.task.train == config.task.evaluation and config.task.evaluation.path == "/no/heldout.parquet"
+    assert config.task.train is None and config.task.evaluation.path == "/no/heldout.parquet"
     assert load_evaluation_config([*model, "task=file", *FILES]).task.train.path == "/no/train.parquet"
     assert load_evaluation_config([*model, "task=level"]).task.train.name == "level"
     with pytest.raises(ConfigError, match=r"task\.evaluation\.path has no value"):
         load_evaluation_config([*model, "task=file"])
     with pytest.raises(ConfigError, match=r"task\.train\.path has no value"):
         load_config([*model, "task=file", HELD_OUT_FILE])
+
+
+def test_reasoning_gym_has_one_template() -> None:
+    assert load_config([*MODEL, "task=reasoning_gym"]).task.train.template == REASONING_GYM_TEMPLATE
+
+
+def test_an_evaluation_samples_at_the_temperature_of_training() -> None:
+    assert load_config([*MODEL, "rollout.temperature=0.6"]).evaluation.temperature == 0.6
+    assert load_config([*MODEL, "rollout.temperature=0.6", "evaluation.temperature=1"]).evaluation.temperature == 1.0
+
+
+def test_an_evaluation_needs_no_learner_that_fits() -> None:
+    wanted = ["algorithm=grpo", "rollout.group_size=1", "rollout.prompts_per_step=3", "cluster.policy.num_workers=0"]
+    model = [MODEL[0], "model.context_tokens=9000"]
+    config = load_evaluation_config([*model, "rollout.max_response_tokens=8192", *wanted])
+    assert config.learner.policy.micro_batch_tokens < config.rollout.max_response_tokens
+    with pytest.raises(ConfigError) as error:
+        load_evaluation_config([*MODEL, "rollout.max_response_tokens=8192", "cluster.rollout.num_workers=0", *wanted])
+    assert [line.split(" ")[0] for line in str(error.value).splitlines()] == [
+        "cluster.rollout.num_workers",
+        "task.max_prompt_tokens",
+    ]
+
+
+def test_a_run_that_is_never_evaluated_needs_no_prompts_for_it() -> None:
+    assert load_config([*MODEL, "task=file", FILES[0], "task.max_prompt_tokens=9"]).task.evaluation is None
+    evaluated = ["evaluation.every_steps=5", "task.max_prompt_tokens=9", *MODEL]
+    with pytest.raises(ConfigError, match=r"task\.evaluation\.path has no value"):
+        load_config([*evaluated, "task=file", FILES[0]])
+    with pytest.raises(ConfigError, match=r"task\.evaluation = null, but evaluation.every_steps = 5: set it to 0"):
+        load_config([*evaluated, "task.evaluation=null"])
+    with pytest.raises(ConfigError, match=r"task\.train = null: a run needs prompts"):
+        load_config([*MODEL, "task.train=null"])
+    with pytest.raises(ConfigError, match=r"task\.evaluation = null: it says what is evaluated"):
+        load_evaluation_config([*MODEL, "task.evaluation=null"])
 
 
 def test_overrides_work_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,57 +314,3 @@ def test_train_print_shows_the_resolved_configuration(sae_rl: CommandLine) -> No
     tree = yaml.safe_load(shown.stdout)
     assert (tree["seed"], tree["output_dir"]) == (7, "outputs/mine")
     assert Config.model_validate(tree) == load_config([*MODEL, "seed=7", "name=mine"])
-
-
-@pytest.mark.parametrize("flag", ["-m", "--multirun"])
-def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(
-    flag: str, sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    configs: list[Config] = []
-    monkeypatch.setattr("sae_rl.run.run_training", configs.append)
-    swept = sae_rl("train", flag, *MODEL, "algorithm=sae,gae", "seed=0,1", "name=sweep", "steps=3")
-    assert (swept.code, swept.stderr) == (0, "")
-    found = [(as_tree(config)["algorithm"]["estimator"]["name"], config.seed) for config in configs]
-    assert found == [("sae", 0), ("sae", 1), ("gae", 0), ("gae", 1)]
-    folders = [config.output_dir for config in configs]
-    assert folders == [tmp_path / f"outputs/sweep/algorithm={a},seed={s}" for a in ("sae", "gae") for s in (0, 1)]
-
-
-def test_a_sweep_of_the_demo_starts_from_its_base_model_and_writes_where_it_is_told(
-    sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
-) -> None:
-    configs: list[Config] = []
-    monkeypatch.setattr("sae_rl.run.run_training", configs.append)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "base").symlink_to(tiny_model)
-    swept = sae_rl("train", "-m", "experiment=demo", "algorithm=glob(*ae)", "output_dir=mine")
-    assert (swept.code, swept.stderr) == (0, "")
-    folders = [tmp_path / f"mine/algorithm={name}" for name in ("gae", "length_adaptive_gae", "sae")]
-    assert [config.output_dir for config in configs] == folders
-    assert {config.model.path for config in configs} == {"mine/base"}
-
-
-@pytest.mark.parametrize(
-    ("override", "fragments"),
-    [
-        ("algorithm=sae,gea", ("algorithm=gea", "did you mean 'gae'?")),
-        ("algorithm.estimator.lamb=0.5,0.9", ("algorithm.estimator.lamb", "did you mean 'lam'?")),
-        ("algorithm.estimator.lam=0.5,1.5", ("lam = 1.5", "[0, 1]")),
-        ("algorithm/segmenter=random,fixd_length", ("fixd_length", "did you mean 'fixed_length'?")),
-    ],
-)
-def test_a_sweep_with_a_mistake_does_not_begin(
-    override: str, fragments: tuple[str, ...], sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs: list[Config] = []
-    monkeypatch.setattr("sae_rl.run.run_training", runs.append)
-    outcome = sae_rl("train", "-m", *MODEL, override)
-    assert (outcome.code, runs) == (2, [])
-    for fragment in fragments:
-        assert fragment in outcome.stderr
-
-
-def test_check_sweep_takes_a_good_sweep() -> None:
-    check_sweep([*MODEL, "algorithm=sae,gae", "rollout.group_size=4,8"])
-    with pytest.raises(ConfigError, match="did you mean 'group_size'"):
-        check_sweep([*MODEL, "rollout.group_sze=4,8"])

@@ -29,6 +29,7 @@ def write(file: Path, *rows: dict[str, Any] | str) -> str:
 
 def configure(model: Path, train: dict[str, Any], evaluation: dict[str, Any], *overrides: str, **task: Any) -> Config:
     small = ["rollout.prompts_per_step=2", "rollout.max_response_tokens=64", "learner.critic_pretraining.num_prompts=0"]
+    small += ["evaluation.every_steps=1"]
     tree = as_tree(load_config([f"model.path={model}", *small, *overrides]))
     tree["task"] = {
         "max_prompt_tokens": 400,
@@ -178,6 +179,14 @@ def test_everything_that_is_wrong_in_any_source_is_said_at_once(tiny_model: Path
     assert len(lines) == len(expected), lines
     for line, beginning in zip(lines, expected, strict=True):
         assert line.startswith(beginning), line
+
+
+def test_what_is_never_evaluated_is_not_read(tiny_model: Path, tmp_path: Path) -> None:
+    missing = {**FILE, "path": str(tmp_path / "none.jsonl")}
+    tokenizer = load_tokenizer(str(tiny_model))
+    assert load_task(configure(tiny_model, LEVEL, missing, "evaluation.every_steps=0"), tokenizer)[1] == []
+    with pytest.raises(ConfigError, match=r"task\.evaluation: .*none\.jsonl: there is no such file"):
+        load_task(configure(tiny_model, LEVEL, missing), tokenizer)
 
 
 def test_a_mixture_has_its_parts_in_its_prompts(tiny_model: Path, tmp_path: Path) -> None:

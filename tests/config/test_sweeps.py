@@ -1,0 +1,103 @@
+"""Sweeps, and keys that conf/ does not have: each job is what the command line says, in a folder of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae_rl.compose import check_sweep, load_config
+from sae_rl.config import Config, as_tree
+from sae_rl.errors import ConfigError
+
+from ..conftest import CommandLine
+
+MODEL = ("model.path=nobody/nothing", "model.context_tokens=1024")
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(
+    flag: str, sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    configs: list[Config] = []
+    monkeypatch.setattr("sae_rl.run.run_training", configs.append)
+    swept = sae_rl("train", flag, *MODEL, "algorithm=sae,gae", "seed=0,1", "name=sweep", "steps=3")
+    assert (swept.code, swept.stderr) == (0, "")
+    found = [(as_tree(config)["algorithm"]["estimator"]["name"], config.seed) for config in configs]
+    assert found == [("sae", 0), ("sae", 1), ("gae", 0), ("gae", 1)]
+    folders = [config.output_dir for config in configs]
+    assert folders == [tmp_path / f"outputs/sweep/algorithm={a},seed={s}" for a in ("sae", "gae") for s in (0, 1)]
+
+
+def test_a_sweep_of_the_demo_starts_from_its_base_model_and_writes_where_it_is_told(
+    sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
+) -> None:
+    configs: list[Config] = []
+    monkeypatch.setattr("sae_rl.run.run_training", configs.append)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "base").symlink_to(tiny_model)
+    swept = sae_rl("train", "-m", "experiment=demo", "algorithm=glob(*ae)", "output_dir=mine")
+    assert (swept.code, swept.stderr) == (0, "")
+    folders = [tmp_path / f"mine/algorithm={name}" for name in ("gae", "length_adaptive_gae", "sae")]
+    assert [config.output_dir for config in configs] == folders
+    assert {config.model.path for config in configs} == {"mine/base"}
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("algorithm=sae,gea", ("algorithm=gea", "did you mean 'gae'?")),
+        ("algorithm.estimator.lamb=0.5,0.9", ("algorithm.estimator.lamb", "did you mean 'lam'?")),
+        ("algorithm.estimator.lam=0.5,1.5", ("lam = 1.5", "[0, 1]")),
+        ("algorithm/segmenter=random,fixd_length", ("fixd_length", "did you mean 'fixed_length'?")),
+    ],
+)
+def test_a_sweep_with_a_mistake_does_not_begin(
+    override: str, fragments: tuple[str, ...], sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[Config] = []
+    monkeypatch.setattr("sae_rl.run.run_training", runs.append)
+    outcome = sae_rl("train", "-m", *MODEL, override)
+    assert (outcome.code, runs) == (2, [])
+    for fragment in fragments:
+        assert fragment in outcome.stderr
+
+
+def test_check_sweep_takes_a_good_sweep() -> None:
+    check_sweep([*MODEL, "algorithm=sae,gae", "rollout.group_size=4,8"])
+    with pytest.raises(ConfigError, match="did you mean 'group_size'"):
+        check_sweep([*MODEL, "rollout.group_sze=4,8"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["task.train.knobs={need: 3}"],
+        ["task.train.knobs.need=3"],
+        ["task=reasoning_gym", "task.train.knobs={min_terms: 3}", "task.train.levels.num_digits=1"],
+        ["task=reasoning_gym", "task.train.template='Q: {prompt}'", "task.evaluation.levels={num_terms: 1}"],
+        ["rewards.verifiers={strict: {name: math, boxed_only: true}}", "task.train.reward=strict"],
+        [
+            "task=mixture",
+            "task.train.parts={more: {name: level, num_prompts: 5}}",
+            "task.train.parts.gsm8k.path=a.jsonl",
+        ],
+        ["task=mixture", "~task.train.parts.gsm8k", "task.train.parts.chains.knobs.min_terms=3"],
+    ],
+)
+def test_free_mappings_are_set_on_the_command_line_like_other_keys(
+    overrides: list[str], sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [override.removeprefix("~").partition("=") for override in overrides if "." in override]
+    tree = as_tree(load_config([*MODEL, *overrides]))
+    for key, _, value in keys:
+        found: Any = tree
+        *path, last = key.split(".")
+        for part in path:
+            found = found[part]
+        assert last in found if value else last not in found
+    swept: list[Config] = []
+    monkeypatch.setattr("sae_rl.run.run_training", swept.append)
+    assert sae_rl("train", "-m", *MODEL, *overrides, "seed=0,1").code == 0
+    assert [config.task for config in swept] == [load_config([*MODEL, *overrides]).task] * 2
