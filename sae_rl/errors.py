@@ -10,3 +10,10 @@ class ConfigError(ValueError):
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
+
+
+class BadKeys(ValueError):
+    """What is wrong with the keys of a source, a line for each; a line begins with the key."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))

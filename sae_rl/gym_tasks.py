@@ -11,16 +11,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from sae_rl.errors import BadKeys
 from sae_rl.plugins import describe, nearest
 
 OWN_KEYS = ("seed", "size")  # of every task's configuration; a source has keys of its own for them
-
-
-class BadKeys(ValueError):
-    """What is wrong with the keys of a source, a line for each; a line begins with the key."""
-
-    def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
 
 
 def make_dataset(task: str, knobs: Mapping[str, Any], *, seed: int, size: int) -> Any:

@@ -20,8 +20,7 @@ from sae_rl.data.puzzles import PuzzleProcess, Puzzles
 from sae_rl.data.sampler import PromptSampler, Sampler
 from sae_rl.data.shaping import Shape
 from sae_rl.data.tasks import make_task
-from sae_rl.errors import ConfigError
-from sae_rl.gym_tasks import BadKeys
+from sae_rl.errors import BadKeys, ConfigError
 from sae_rl.rewards import check_deadline, resolve
 from sae_rl.seeds import derive_seed
 from sae_rl.source_config import (

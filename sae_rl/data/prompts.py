@@ -11,10 +11,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sae_rl.data.files import File, Record, read_records
-from sae_rl.data.puzzles import PuzzleProcess, Puzzles
+from sae_rl.data.puzzles import MAX_BARREN_DRAWS, PuzzleProcess, Puzzles
 from sae_rl.data.rows import listed
 from sae_rl.data.shaping import Shape
 from sae_rl.data.task import Split, Task
+from sae_rl.errors import BadKeys
 from sae_rl.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -24,17 +25,16 @@ Overlong = Literal["error", "drop", "cut"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problems:
-    """A source: ``num_prompts`` problems of a procedural task, from number ``first`` on."""
+    """A source: the first ``num_prompts`` different problems of a procedural task."""
 
     task: Task
     num_prompts: int
     split: Split = "train"
     seed: int = 0
-    first: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_prompts < 1 or self.first < 0:
-            raise ValueError(f"problems need num_prompts >= 1 and first >= 0, found {self.num_prompts}, {self.first}")
+        if self.num_prompts < 1:
+            raise ValueError(f"problems need num_prompts >= 1, found {self.num_prompts}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,18 +101,22 @@ def load_prompts(
 
 def _problems(source: Problems) -> list[Record]:
     task, split, seed = source.task, source.split, source.seed
-    return [
-        Record(
-            id=(id_ := f"{task.name}/{split}/{seed}/{index}"),
-            prompt=problem.prompt,
-            answer=problem.answer,
-            reward=task.reward,
-            task=task.name,
-            where=id_,
+    found: dict[str, Record] = {}  # by prompt
+    index = barren = 0
+    while len(found) < source.num_prompts:
+        problem = task.problem(seed, split, index)
+        name = f"{task.name}/{split}/{seed}/{index}"
+        record = Record(
+            id=name, prompt=problem.prompt, answer=problem.answer, reward=task.reward, task=task.name, where=name
         )
-        for index in range(source.first, source.first + source.num_prompts)
-        for problem in (task.problem(seed, split, index),)
-    ]
+        barren = 0 if found.setdefault(problem.prompt, record) is record else barren + 1
+        if barren == MAX_BARREN_DRAWS:
+            raise BadKeys(
+                f"num_prompts = {source.num_prompts}: with these knobs {task.name} has {len(found)} different problems in "
+                f"split {split}, or hardly more; lower num_prompts, or choose knobs that allow more"
+            )
+        index += 1
+    return list(found.values())
 
 
 def _puzzles(source: Gym, process: PuzzleProcess) -> list[Record]:

@@ -25,7 +25,8 @@ from typing import Any, TextIO
 import sae_rl
 from sae_rl import lossless_json
 from sae_rl.data.task import Problem, Split, split_of
-from sae_rl.gym_tasks import BadKeys, knobs_at, make_dataset
+from sae_rl.errors import BadKeys
+from sae_rl.gym_tasks import knobs_at, make_dataset
 from sae_rl.seeds import derive_seed
 
 CHUNK = 500  # problems of one data set of reasoning-gym, of which there are as many as are needed

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
+from sae_rl.errors import BadKeys
+
 T = TypeVar("T")
 Split = Literal["train", "held_out"]
 HELD_OUT_SHARE = 8  # one problem in so many belongs to the held-out split
+MAX_DRAWS = 10_000  # for one problem of a split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,13 +59,17 @@ def split_of(key: str) -> Split:
 def draw_from_split(
     draw: Callable[[random.Random], T], key: Callable[[T], str], seed: int, split: Split, index: int
 ) -> T:
-    """Draws until the problem belongs to ``split``."""
+    """Draws until the problem belongs to ``split``. Raises BadKeys if hardly any does."""
     if split not in ("train", "held_out"):
         raise ValueError(f"split: found {split!r}, allowed are 'train' and 'held_out'")
     if index < 0:
         raise ValueError(f"index: found {index}, allowed are numbers from 0")
     rng = random.Random(f"{seed}/{split}/{index}")
-    while True:
+    for _ in range(MAX_DRAWS):
         problem = draw(rng)
         if split_of(key(problem)) == split:
             return problem
+    raise BadKeys(
+        f"knobs: {MAX_DRAWS} draws in a row gave no problem of split {split}, so there are very few problems; choose knobs "
+        "that allow more"
+    )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from sae_rl.data.countdown import Countdown
 from sae_rl.data.level import Level
 from sae_rl.data.task import Task
+from sae_rl.plugins import describe
 
-TASKS: dict[str, Callable[..., Task]] = {"countdown": Countdown, "level": Level}
+TASKS: dict[str, type[Any]] = {"countdown": Countdown, "level": Level}
 
 
 def knobs_of(name: str) -> list[str]:
@@ -19,8 +22,10 @@ def knobs_of(name: str) -> list[str]:
 
 
 def make_task(name: str, knobs: Mapping[str, Any]) -> Task:
-    """The task with these knobs. Raises ValueError if it refuses one."""
+    """The task with these knobs of its own. Raises ValueError if it refuses one, or if one is of the wrong type."""
+    assert knobs.keys() <= set(knobs_of(name)), "pydantic would ignore what it does not know"
     try:
-        return TASKS[name](**knobs)
-    except TypeError as error:
-        raise ValueError(f"knobs = {dict(knobs)}: {error}") from error
+        task: Task = TypeAdapter(TASKS[name]).validate_python(dict(knobs))
+    except ValidationError as error:
+        raise ValueError("; ".join(describe(error))) from None
+    return task

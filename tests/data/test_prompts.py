@@ -12,8 +12,9 @@ from sae_rl.data.layouts import LAYOUTS
 from sae_rl.data.level import Level
 from sae_rl.data.prompts import Problems, load_prompts
 from sae_rl.data.task import Task
-from sae_rl.data.tasks import TASKS
+from sae_rl.data.tasks import TASKS, make_task
 from sae_rl.data.tokenizer import build_tokenizer
+from sae_rl.errors import BadKeys
 from sae_rl.rewards import READY
 
 TOKENIZER = build_tokenizer(["one", "two", "plus", "?", "user", "assistant"])
@@ -163,8 +164,7 @@ def test_every_task_keeps_the_contract(make: type[Task]) -> None:
     tokenizer = build_tokenizer(task.words())
     prompts = load_prompts(Problems(task=task, num_prompts=50), tokenizer, 100)
     assert len({prompt.id for prompt in prompts}) == 50
-    later = load_prompts(Problems(task=task, num_prompts=10, first=40), tokenizer, 100)
-    assert later == prompts[40:]
+    assert load_prompts(Problems(task=task, num_prompts=10), tokenizer, 100) == prompts[:10]
     assert not {p.text for p in prompts} & {
         p.text for p in load_prompts(Problems(task=task, num_prompts=50, split="held_out"), tokenizer, 100)
     }
@@ -176,3 +176,26 @@ def test_every_task_keeps_the_contract(make: type[Task]) -> None:
 def test_problems_are_checked() -> None:
     with pytest.raises(ValueError, match="num_prompts >= 1"):
         Problems(task=Level(), num_prompts=0)
+
+
+def test_a_source_holds_each_problem_once() -> None:
+    task = Level(num_steps=1, need=1, min_drift=1, max_drift=3)
+    tokenizer = build_tokenizer(task.words())
+    drawn = load_prompts(Problems(task=task, num_prompts=4), tokenizer, 100)
+    assert len({prompt.text for prompt in drawn}) == 4
+    with pytest.raises(
+        BadKeys, match=r"num_prompts = 400: with these knobs level has \d different problems in split train"
+    ):
+        load_prompts(Problems(task=task, num_prompts=400), tokenizer, 100)
+
+
+def test_a_split_that_no_problem_belongs_to_is_said() -> None:
+    task = Level(num_steps=1, need=1, min_drift=2, max_drift=2)
+    with pytest.raises(BadKeys, match=r"knobs: 10000 draws in a row gave no problem of split held_out"):
+        load_prompts(Problems(task=task, num_prompts=1, split="held_out"), build_tokenizer(task.words()), 100)
+
+
+def test_knobs_are_checked_for_their_types() -> None:
+    assert make_task("level", {"actions": [-1, 1]}) == Level(actions=(-1, 1))
+    with pytest.raises(ValueError, match=r"num_steps: found 2.5: input should be a valid integer"):
+        make_task("level", {"num_steps": 2.5, "need": 1})

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from sae_rl import lossless_json
 from sae_rl.data.puzzles import PuzzleProcess, Puzzles, draw_problems
 from sae_rl.data.task import Problem, split_of
-from sae_rl.gym_tasks import BadKeys, knobs_at, make_dataset, task_names
+from sae_rl.errors import BadKeys
+from sae_rl.gym_tasks import knobs_at, make_dataset, task_names
 from sae_rl.rewards.reasoning_gym import COMPARED_AS_TEXT, ReasoningGym
 from sae_rl.rewards.verdict import Sample
 
