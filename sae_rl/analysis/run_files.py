@@ -30,7 +30,7 @@ class Evaluated:
 
     @property
     def interval(self) -> str:
-        return f"[{show(self.success_low)}, {show(self.success_high)}]"
+        return f"[{show(self.success_low)}, {show(self.success_high)}]" if math.isfinite(self.success_low) else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ SUBSETS_OF_A_PROMPT = (64, 4096)
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over prompts, or a ratio of two, with its 95 % bootstrap interval; nan where there is nothing to divide by."""
+    """A mean over prompts, or a ratio of two, with its 95 % interval; nan where there is nothing to say."""
 
     value: float
     low: float
@@ -159,7 +159,8 @@ def estimates(numerators: Floats, denominators: Floats, level: float = 0.95, see
     """``sum_p numerators[p, i] / sum_p denominators[p, i]`` for each i, with percentile intervals from resampling prompts.
 
     Every statistic sees the same resamples, so that their intervals can be compared. A resample that leaves nothing to
-    divide by does not count.
+    divide by does not count. Where all prompts agree on 0 or on 1, resamples agree too and say nothing: the interval is the
+    exact one of a proportion (Clopper and Pearson, 1934). One prompt that is neither has none.
 
     Args:
         numerators, denominators: (P, statistics); a denominator of ones makes a mean.
@@ -174,10 +175,17 @@ def estimates(numerators: Floats, denominators: Floats, level: float = 0.95, see
     values = _ratios(*np.split(both.sum(axis=0)[None], 2, axis=1))[0]
     resampled = _ratios(*np.split(sums, 2, axis=1))
     found = []
-    for value, column in zip(values.tolist(), resampled.T, strict=True):
+    for value, column, counted in zip(values.tolist(), resampled.T, denominators.T, strict=True):
         defined = column[~np.isnan(column)]
-        ends = [math.nan, math.nan] if not defined.size else np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
-        found.append(Estimate(value, float(ends[0]), float(ends[1])))
+        tail, num_counted = (1 - level) / 2, int(np.count_nonzero(counted))
+        if value in (0.0, 1.0) and set(counted.tolist()) <= {0.0, 1.0} and np.ptp(defined) == 0:
+            far = tail ** (1 / num_counted)  # the chance that so many agree is `tail`
+            low, high = (0.0, 1 - far) if value == 0 else (far, 1.0)
+        elif not defined.size or num_counted == 1:
+            low = high = math.nan
+        else:
+            low, high = np.quantile(defined, [tail, 1 - tail]).tolist()
+        found.append(Estimate(value, low, high))
     return found
 
 
