@@ -9,8 +9,8 @@ INSTALLED := .venv/.installed
 TYPED := $(filter-out sae_rl/backends sae_rl/workers sae_rl/run.py sae_rl/demo.py sae_rl/warm_start.py sae_rl/base_model.py, \
          $(wildcard sae_rl/*.py) sae_rl/algo sae_rl/analysis sae_rl/data sae_rl/evaluation sae_rl/rewards sae_rl/sandbox)
 
-# Tests that start no engine, a file at a time in each of two processes.
-TWO_AT_A_TIME := -m "not slow" --numprocesses 2 --dist loadfile
+# A file at a time in each of two processes, for tests that start no engine.
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast check format docs exactness setup bench-iteration bench-advantage bench-learner bench-rollout bench-verifiers clean
@@ -23,11 +23,11 @@ demo: $(INSTALLED)  ## a small model learns a verifiable task with SAE on this m
 
 test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 30 minutes on two cores
 	@echo "Running every test, with the real Ray, vLLM and DeepSpeed: about 30 minutes on two cores."
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "not alone" $(TWO_AT_A_TIME)
+	$(BIN)/python -m pytest -m alone
 
-test-fast: $(INSTALLED)  ## the tests that start no engine; about four minutes
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME)
+test-fast: $(INSTALLED)  ## the tests that start no engine; about three minutes
+	$(BIN)/python -m pytest -m "not alone and not slow" $(TWO_AT_A_TIME)
 
 check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check .

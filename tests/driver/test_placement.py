@@ -209,7 +209,7 @@ def assert_missing(experiment: str, found: int) -> None:
         check_resources(placed(paper(experiment)), ray_nodes())
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_papers_runs_are_reserved_on_a_real_ray(cluster: Any) -> None:
     spare = cluster.add_node(7)
     assert_missing("paper_4b", found=7)
@@ -230,7 +230,7 @@ def test_the_papers_runs_are_reserved_on_a_real_ray(cluster: Any) -> None:
     assert_reserved("paper_14b", num_nodes=4)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_what_others_hold_is_waited_for_and_then_said(cluster: Any) -> None:
     from ray.util import remove_placement_group
 
@@ -244,7 +244,7 @@ def test_what_others_hold_is_waited_for_and_then_said(cluster: Any) -> None:
     remove_placement_group(again)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_command_line_asks_the_real_ray(
     sae_rl: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

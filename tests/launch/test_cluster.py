@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S, JOB_TIMEOUT_S, END_TIMEOUT_S = 120, 400, 30  # generous: the machine may be busy

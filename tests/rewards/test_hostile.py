@@ -26,7 +26,7 @@ from sae_rl.sandbox.processes import adopt_orphans
 from .hostile import FUNCTIONS, HOSTILE
 from .test_pool import make_pool, rollout, score
 
-pytestmark = pytest.mark.slow  # it looks at all processes of the machine
+pytestmark = pytest.mark.alone  # it looks at all processes of the machine
 TIME_S = 1.5
 ENDS_S = 5.0  # what starting and ending a sandbox may take beyond that, several at a time on a busy machine
 NUM_PROCESSES = 4

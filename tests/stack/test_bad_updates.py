@@ -15,7 +15,7 @@ from sae_rl.workers.session import start_learners
 from tests.stack.conftest import Configure, for_learners
 from tests.stack.test_layouts import learners_weights, rollouts_of_many_lengths
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 
 @pytest.mark.usefixtures("shared_ray")

@@ -19,7 +19,7 @@ from tests.exactness import Exactness, largest_difference
 from tests.stack.conftest import Configure, for_learners
 from tests.stack.padded import ENTROPY_COEF, VALUE_CLIP, Expected, expected_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 
 def rollouts_of_many_lengths() -> Batch:

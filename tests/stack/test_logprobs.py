@@ -17,7 +17,7 @@ from sae_rl.workers.crew import Crew
 from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import Configure, sampled
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 
 def worst_difference(crew: Crew, prompts: list[Prompt], temperature: float) -> tuple[float, Batch]:

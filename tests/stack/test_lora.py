@@ -18,7 +18,7 @@ from sae_rl.workers.session import start_learners
 from tests.stack.conftest import Configure, for_learners, overrides, run
 from tests.stack.test_layouts import learners_weights, rollouts_of_many_lengths
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 LORA = ["learner.lora.rank=4", "learner.lora.alpha=8", "learner.policy.optimizer.lr=0.05"]
 KL = ["algorithm.token_rewards.kl_coef=0.05", "algorithm.policy_loss.kl_coef=0.1"]
 

@@ -20,7 +20,7 @@ from sae_rl.workers.group import WorkerError
 from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import Configure, sampled
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 TWO_ENGINES = [
     "algorithm=grpo",
     "cluster.rollout.num_workers=2",

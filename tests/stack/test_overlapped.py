@@ -18,7 +18,7 @@ from sae_rl.types import Batch, Sampling, Targets
 from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import Configure, sampled, train_rows, trained
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 STEPS = 4
 
 

@@ -13,7 +13,7 @@ from sae_rl.records import read_jsonl
 from sae_rl.rollout_table import read_rollouts, rollout_files
 from tests.stack.conftest import overrides, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 ZERO_3 = "learner.critic.zero_stage=3"
 PRETRAINING = ["learner.critic_pretraining.num_prompts=8", "learner.critic_pretraining.max_epochs=2"]
 

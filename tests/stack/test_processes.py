@@ -21,7 +21,7 @@ from sae_rl.workers.group import WorkerError, WorkerGroup
 from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import Configure, sampled
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 
 def engine_of(worker: object) -> str:

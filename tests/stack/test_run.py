@@ -32,7 +32,7 @@ from sae_rl.records import read_jsonl
 from sae_rl.rollout_table import read_rollouts, rollout_files
 from tests.stack.conftest import ROOT, command, overrides, run, train_rows, trained
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 KL = ["algorithm.token_rewards.kl_coef=0.05", "algorithm.policy_loss.kl_coef=0.1"]
 
 
