@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as CheckTimeout
 from dataclasses import dataclass
 from types import TracebackType
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired
 
-from sae_rl.rewards import check as in_process
 from sae_rl.rewards import resolve
+from sae_rl.rewards.check import OUT_OF_MEMORY
+from sae_rl.rewards.processes import Processes
 from sae_rl.rewards.verdict import Failed, Sample, Verdict, Verifier
 from sae_rl.sandbox.isolation import open_folder
 from sae_rl.types import Rollout
@@ -52,7 +52,7 @@ class Check:
     """One under way."""
 
     name: str
-    future: Future[Verdict]
+    future: Future[Verdict | Failed]
 
 
 class RewardPool:
@@ -78,21 +78,14 @@ class RewardPool:
     ) -> None:
         self._deadline_s, self._memory_gb = deadline_s, memory_gb
         self._failed_score, self._max_failed_fraction = failed_score, max_failed_fraction
-        self._configured, self._resolved = verifiers, dict[str, Verifier]()
+        self._configured = verifiers
+        self._pickled = {name: pickled(name, verifier) for name, verifier in verifiers.items()}
         self._folder = tempfile.TemporaryDirectory(
             prefix="sae_rl_rewards_", dir=open_folder(), ignore_cleanup_errors=True
         )
         os.chmod(self._folder.name, 0o711)  # programs in the sandbox are run by others
-        # Not forked from here: the driver has threads of Ray and torch, whose locks a fork would copy as they stand. The
-        # server that forks has imported and parsed what checks need, so that a killed process is replaced in milliseconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([in_process.__name__, "sae_rl.rewards.warm"])
-        self._pool = ProcessPool(
-            max_workers=num_processes,
-            context=context,
-            initializer=in_process.start,
-            initargs=(self._folder.name, int(memory_gb * GB)),
-        )
+        start = (self._folder.name, int(memory_gb * GB), tuple(self._pickled.values()))
+        self._processes = Processes(num_processes, deadline_s, start)
 
     def __enter__(self) -> RewardPool:
         return self
@@ -100,28 +93,21 @@ class RewardPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.stop()
-        self._pool.join()
+        self._processes.stop()
         self._folder.cleanup()
 
     def submit(self, rollouts: Sequence[Rollout]) -> list[Check]:
         """Starts r(x, y) of every rollout, as soon as a process is free."""
+        futures = self._processes.ask([(self._verifier(each.prompt.reward), sample_of(each)) for each in rollouts])
         return [
-            Check(
-                f"{rollout.prompt.reward} on prompt {rollout.prompt.id}",
-                self._pool.schedule(
-                    in_process.check,
-                    args=(self._verifier(rollout.prompt.reward), sample_of(rollout)),
-                    timeout=self._deadline_s,
-                ),
-            )
-            for rollout in rollouts
+            Check(f"{rollout.prompt.reward} on prompt {rollout.prompt.id}", future)
+            for rollout, future in zip(rollouts, futures, strict=True)
         ]
 
-    def _verifier(self, name: str) -> Verifier:
-        if name not in self._resolved:
-            self._resolved[name] = resolve(name, self._configured)
-        return self._resolved[name]
+    def _verifier(self, name: str) -> bytes:
+        if name not in self._pickled:
+            self._pickled[name] = pickled(name, resolve(name, self._configured))
+        return self._pickled[name]
 
     def collect(self, checks: Sequence[Check]) -> Rewards:
         """Waits for checks; outcomes in their order.
@@ -138,16 +124,31 @@ class RewardPool:
         return rewards
 
     def _outcome(self, check: Check) -> Verdict | Failed:
+        self._processes.wait(check.future)
         try:
-            return check.future.result()
-        except CheckTimeout:
+            outcome = check.future.result()
+        except TimeoutError:  # pebble's: what a verifier raises stays in its process
             return Failed(f"{check.name}: no answer within rewards.deadline_s = {self._deadline_s:g} s")
         except ProcessExpired as error:
+            if error.exitcode == OUT_OF_MEMORY:
+                return Failed(f"{check.name}: it needs more than rewards.memory_gb = {self._memory_gb:g}")
             return Failed(f"{check.name}: its process died ({error})")
-        except MemoryError:
-            return Failed(f"{check.name}: it needs more than rewards.memory_gb = {self._memory_gb:g}")
-        except Exception as error:  # a verifier is the user's code: whatever it raises is a failed check
-            return Failed(f"{check.name}: {type(error).__name__}: {error}")
+        return outcome if isinstance(outcome, Verdict) else Failed(f"{check.name}: {outcome.why}")
+
+
+def pickled(name: str, verifier: Verifier) -> bytes:
+    """As it is sent to the processes.
+
+    Raises:
+        ValueError: it cannot be sent.
+    """
+    try:
+        return pickle.dumps(verifier)
+    except Exception as error:  # the user's class
+        raise ValueError(
+            f"reward {name!r} cannot be sent to another process: {type(error).__name__}: {error}; let a verifier hold "
+            "nothing but its knobs, and make the rest when it is called"
+        ) from None
 
 
 def sample_of(rollout: Rollout) -> Sample:

@@ -16,12 +16,15 @@ from sae_rl.rewards.pool import RewardPool, Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Prompt, Rollout
 
+from .verifiers import Unreadable, Unsendable
+
 DEADLINE_S = 1.0
+CONFIGURED = {"unreadable": Unreadable(), "unsendable": Unsendable()}
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
 def rollout(verifier: str, index: int | str, response: str = "yes", answer: str = "yes") -> Rollout:
-    name = verifier if verifier in READY else f"{__package__}.verifiers:{verifier}"
+    name = verifier if verifier in READY or verifier in CONFIGURED else f"{__package__}.verifiers:{verifier}"
     return Rollout(
         prompt=Prompt(id=f"p{index}", text="q", token_ids=(1,), answer=answer, task="t", reward=name),
         sample=0,
@@ -91,6 +94,45 @@ def test_a_verifier_that_hangs_raises_or_dies_fails_alone() -> None:
     assert again.scores == [1.0, 0.0]
     assert (again.failures, again.failed_fraction) == ([], 0.0)
     assert took_s < 60, "a check that hangs is killed at its deadline"
+
+
+# What odd verifiers raise or return, and what is said of it.
+ODD = {
+    "status": "Status: 503: busy",
+    "coded": "Coded: code 7",
+    "mute": "Mute: (its message cannot be read: AttributeError)",
+    "locked": "Locked: locked",
+    "leaves": "SystemExit: 0",
+    "wordy": "ValueError: aaaaa",
+    "half": "ValueError: half a character: ?",
+    "late": "TimeoutError: the judge was late",
+    "listing": "ValueError: returned a Verdict with why = ['equal'], which is not text",
+    "unreadable": "ValueError: invalid literal for int() with base 10: 'no number'",
+}
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_no_exception_of_a_verifier_reaches_other_checks() -> None:
+    with make_pool(num_processes=2, verifiers={"unreadable": CONFIGURED["unreadable"]}) as pool:
+        started = time.monotonic()
+        asked = [name for odd in ODD for name in (odd, "fine")]
+        rewards = score(pool, [*(rollout(name, i) for i, name in enumerate(asked)), rollout("subclass", "last")])
+        took_s = time.monotonic() - started
+        assert score(pool, [rollout("fine", 0)]).scores == [1.0]
+    assert rewards.scores == [0.0, 1.0] * len(ODD) + [1.0]
+    for (name, said), why in zip(ODD.items(), rewards.failures, strict=True):
+        assert f"{name} on prompt p" in why and why.partition(": ")[2].startswith(said)
+        assert len(why) < 1200
+    last = rewards.outcomes[-1]
+    assert last == Verdict(1.0, "equal", "yes") and isinstance(last, Verdict) and type(last.why) is str
+    assert took_s < 30
+
+
+def test_a_verifier_that_cannot_be_sent_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"reward 'unsendable' cannot be sent to another process: TypeError: cannot pickle"
+    ):
+        make_pool(verifiers={"unsendable": CONFIGURED["unsendable"]})
 
 
 @pytest.mark.usefixtures("no_process_left")
