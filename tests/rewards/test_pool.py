@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +18,7 @@ from sae_rl.rewards.pool import RewardPool, Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Prompt, Rollout
 
-from .verifiers import Unreadable, Unsendable
+from .verifiers import Deadly, Unreadable, Unsendable
 
 DEADLINE_S = 1.0
 CONFIGURED = {"unreadable": Unreadable(), "unsendable": Unsendable()}
@@ -54,12 +56,14 @@ def score(pool: RewardPool, rollouts: list[Rollout]) -> Rewards:
 
 
 def children() -> dict[int, str]:
-    """Without Python's own helpers of multiprocessing, which live as long as this process."""
+    """Without Python's own helpers of multiprocessing, which live as long as this process; but with what they forked."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found[process.pid] = " ".join(process.cmdline())
-    return {pid: command for pid, command in found.items() if not any(helper in command for helper in HELPERS)}
+            command = " ".join(process.cmdline())
+            if process.ppid() != os.getpid() or not any(helper in command for helper in HELPERS):
+                found[process.pid] = command
+    return found
 
 
 @pytest.fixture
@@ -158,3 +162,47 @@ def test_an_error_of_ours_leaves_no_process_either() -> None:
     with pytest.raises(ZeroDivisionError), make_pool(num_processes=2) as pool:
         score(pool, [rollout("fine", 0)])
         raise ZeroDivisionError
+
+
+def reward_processes(before: dict[int, str]) -> list[int]:
+    return [pid for pid in children() if pid not in before]
+
+
+@pytest.mark.usefixtures("no_process_left")
+@pytest.mark.parametrize("wait_s", [0.0, 0.1, 1.0])  # before, while and after its death is noticed
+def test_a_process_killed_while_it_waits_is_replaced(wait_s: float, caplog: pytest.LogCaptureFixture) -> None:
+    """As the kernel does when memory is short, most likely during an update."""
+    before = children()
+    with make_pool(num_processes=2) as pool:
+        for _ in range(3):
+            assert score(pool, [rollout("fine", i) for i in range(4)]).scores == [1.0] * 4
+            os.kill(reward_processes(before)[0], signal.SIGKILL)
+            time.sleep(wait_s)
+        assert score(pool, [rollout("fine", i) for i in range(40)]).scores == [1.0] * 40
+    if wait_s == 1.0:
+        assert "reward processes stopped working" in caplog.text and "do 4 checks again" in caplog.text
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_what_was_not_answered_is_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    """All processes go at once, with the server that forks them, while most checks wait for one."""
+    before = children()
+    with make_pool(num_processes=2, deadline_s=5.0) as pool:
+        assert score(pool, [rollout("fine", 0)]).scores == [1.0]
+        checks = pool.submit([rollout("slow", i) for i in range(20)])
+        time.sleep(0.3)
+        for pid in reward_processes(before):
+            os.kill(pid, signal.SIGKILL)
+        rewards = pool.collect(checks)
+        assert score(pool, [rollout("fine", 0)]).scores == [1.0]
+    assert len(rewards.failures) <= 2, "those that ran in them"
+    assert all("its process died" in why for why in rewards.failures)
+    assert rewards.scores.count(1.0) >= 18
+
+
+def test_processes_that_cannot_start_end_the_run() -> None:
+    with (
+        make_pool(verifiers={"deadly": Deadly()}) as pool,
+        pytest.raises(RuntimeError, match=r"4 times in a row .* rewards.memory_gb"),
+    ):
+        score(pool, [rollout("fine", 0)])

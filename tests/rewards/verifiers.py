@@ -24,6 +24,11 @@ def hang(prompt: str, response: str, answer: str) -> float:
     return 1.0
 
 
+def slow(prompt: str, response: str, answer: str) -> float:
+    time.sleep(0.1)
+    return 1.0
+
+
 def crash(prompt: str, response: str, answer: str) -> float:
     raise KeyError("no such thing")
 
@@ -124,6 +129,17 @@ class Unreadable:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return int, ("no number",)
+
+    def __call__(self, sample: Sample) -> Verdict:
+        return Verdict(1.0, "")
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """A verifier that ends the process that wants to rebuild it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os._exit, (1,)
 
     def __call__(self, sample: Sample) -> Verdict:
         return Verdict(1.0, "")
