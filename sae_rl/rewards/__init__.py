@@ -20,7 +20,7 @@ from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.reasoning_gym import ReasoningGym
 from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
 from sae_rl.rewards.text import Exact
-from sae_rl.rewards.verdict import Verifier
+from sae_rl.rewards.verdict import Timed, Verifier
 from sae_rl.rewards.weighted import Weighted
 
 VERIFIERS: dict[str, type[Any]] = {
@@ -74,9 +74,6 @@ def resolve(name: str, configured: Mapping[str, Verifier]) -> Verifier:
     raise ValueError(f"reward: found {name!r}, allowed: {', '.join(names)}, or package.module:function{hint}")
 
 
-ENDING_S = 2.0  # for a program in the sandbox to be gone
-
-
 def parts_of(verifier: Verifier) -> Iterator[Verifier]:
     """What a verifier is made of, itself included."""
     yield verifier
@@ -86,12 +83,14 @@ def parts_of(verifier: Verifier) -> Iterator[Verifier]:
 
 
 def check_deadline(name: str, verifier: Verifier, deadline_s: float) -> None:
-    """Raises ValueError if programs may run so long that the check would fail instead of saying that they are too slow."""
-    longest_s = sum(part.total_s + ENDING_S for part in parts_of(verifier) if isinstance(part, Code))
+    """Raises ValueError if its own time limits are longer, so that a check would fail before it can say what is late."""
+    limits = [part.longest() for part in parts_of(verifier) if isinstance(part, Timed)]
+    longest_s = sum(limit.seconds for limit in limits)
     if longest_s > deadline_s:
+        told = " and ".join(f"{limit.seconds:g} s by {limit.knobs}" for limit in limits)
         raise ValueError(
-            f"reward {name!r} runs programs for up to {longest_s:g} s (total_s, and {ENDING_S:g} s to end them), but "
-            f"rewards.deadline_s = {deadline_s:g}: raise it, or lower total_s in rewards.verifiers"
+            f"reward {name!r} may take {longest_s:g} s ({told}), but rewards.deadline_s = {deadline_s:g}: raise it, or "
+            "lower these in rewards.verifiers"
         )
 
 

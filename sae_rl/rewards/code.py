@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, cast
 
-from sae_rl.rewards.verdict import Sample, Verdict
+from sae_rl.rewards.verdict import Longest, Sample, Verdict
 from sae_rl.sandbox.inside import Answer
 from sae_rl.sandbox.isolation import chosen
 from sae_rl.sandbox.limits import Limits
@@ -19,6 +19,7 @@ from sae_rl.sandbox.programs import Ended, Sandbox
 FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)```", re.DOTALL)
 PYTHON = {"", "python", "python3", "py"}
 SHOWN_CHARACTERS = 80
+ENDING_S = 2.0  # for a program in the sandbox to be gone
 CACHED_TESTS = 256
 
 
@@ -65,6 +66,9 @@ class Code:
         return Limits(
             time_s=self.time_s, memory_mb=self.memory_mb, num_processes=self.num_processes, output_kb=self.output_kb
         )
+
+    def longest(self) -> Longest:
+        return Longest(self.total_s + ENDING_S, f"total_s, and {ENDING_S:g} s to end the programs")
 
     def warnings(self) -> list[str]:
         """What a program could do here besides what it should.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from sae_rl.rewards.verdict import Sample, Verdict
+from sae_rl.rewards.verdict import Longest, Sample, Verdict
 
 if TYPE_CHECKING:
     import httpx
@@ -29,12 +29,12 @@ class Http:
     """Posts ``{"prompt", "response", "answer"}`` as JSON, and reads ``{"score", "why"?, "answer"?}``.
 
     A connection that fails, a late reply and a status of 500 and more are tried again, after ``backoff_s``, twice that, and
-    so on. All that has to fit into ``rewards.deadline_s``.
+    so on. All that has to fit into ``rewards.deadline_s``, and with these knobs fits into 10 s.
     """
 
     url: str
-    timeout_s: float = 10.0  # of one request
-    retries: int = 3  # after the first
+    timeout_s: float = 3.0  # of one request
+    retries: int = 2  # after the first
     backoff_s: float = 0.25
 
     def __post_init__(self) -> None:
@@ -46,6 +46,10 @@ class Http:
             raise ValueError(f"Http.retries = {self.retries}, but it must be at least 0")
         if not math.isfinite(self.backoff_s) or self.backoff_s < 0:
             raise ValueError(f"Http.backoff_s = {self.backoff_s}, but it must be finite and at least 0")
+
+    def longest(self) -> Longest:
+        waits_s = self.backoff_s * (2**self.retries - 1)
+        return Longest((self.retries + 1) * self.timeout_s + waits_s, "timeout_s, retries and backoff_s")
 
     def __call__(self, sample: Sample) -> Verdict:
         """The verdict of the reply.

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import regex  # type: ignore[import-untyped]
 
-from sae_rl.rewards.verdict import Sample, Verdict
+from sae_rl.rewards.verdict import Longest, Sample, Verdict
 
 # First words of the Unicode names of letters.
 SCRIPTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -60,6 +60,9 @@ class Format:
             regex.compile(self.pattern)
         except regex.error as error:
             raise ValueError(f"Format.pattern = {self.pattern!r} is no regular expression: {error}") from None
+
+    def longest(self) -> Longest:
+        return Longest(self.timeout_s, "timeout_s")
 
     def __call__(self, sample: Sample) -> Verdict:
         """Raises TimeoutError if the expression takes too long."""

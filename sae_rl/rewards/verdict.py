@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,3 +40,17 @@ class Verifier(Protocol):
     def __call__(self, sample: Sample) -> Verdict:
         """Raises whatever stops it from judging: that is a failed check."""
         ...
+
+
+class Longest(NamedTuple):
+    """The longest that a check may take by a verifier's own time limits."""
+
+    seconds: float
+    knobs: str  # that it comes from
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """A verifier with time limits of its own: beyond them it says what was late, if ``rewards.deadline_s`` lets it."""
+
+    def longest(self) -> Longest: ...

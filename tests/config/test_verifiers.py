@@ -10,7 +10,7 @@ import pytest
 
 from sae_rl.compose import load_config
 from sae_rl.errors import ConfigError
-from sae_rl.rewards import READY, VERIFIERS, resolve
+from sae_rl.rewards import READY, VERIFIERS, check_deadline, resolve
 from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.functions import Function
@@ -115,3 +115,32 @@ def test_what_a_run_cannot_prevent_is_said_before_it_starts(tmp_path: Path, monk
     monkeypatch.setattr("sae_rl.rewards.code.chosen", refuse)
     with pytest.raises(ConfigError, match=r"rewards.verifiers: the code sandbox cannot run here \(nothing is"):
         verifier_warnings(config, [prompt])
+
+
+@pytest.mark.parametrize(
+    ("verifier", "told"),
+    [
+        (Code(), "10 s by total_s, and 2 s to end the programs"),
+        (Http("http://a"), "9.75 s by timeout_s, retries and backoff_s"),
+        (Http("http://a", timeout_s=1.0, retries=0), "1 s by timeout_s, retries and backoff_s"),
+        (Format(pattern="a", timeout_s=2.0), "2 s by timeout_s"),
+        (Weighted((Format(pattern="a"), Math(), Code()), (1, 1, 1)), "11 s (1 s by timeout_s and 10 s by total_s"),
+    ],
+)
+def test_time_limits_of_a_verifier_fit_into_the_deadline(verifier: Any, told: str) -> None:
+    """A check that is killed at the deadline cannot say what was late."""
+    check_deadline("mine", verifier, 11.0)
+    with pytest.raises(ValueError) as error:
+        check_deadline("mine", verifier, 0.9)
+    for part in (
+        "reward 'mine' may take",
+        told,
+        "rewards.deadline_s = 0.9: raise it, or lower these in rewards.verifiers",
+    ):
+        assert part in str(error.value)
+
+
+def test_defaults_fit_into_the_default_deadline(tmp_path: Path) -> None:
+    deadline_s = load(tmp_path, "{name: math}").rewards.deadline_s
+    for name, verifier in {**READY, "http": Http("http://a"), "format": Format(pattern="a")}.items():
+        check_deadline(name, verifier, deadline_s)

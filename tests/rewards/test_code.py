@@ -161,7 +161,7 @@ def test_knobs() -> None:
 def test_the_deadline_leaves_time_to_say_that_a_program_is_slow() -> None:
     check_deadline("mine", Code(total_s=8.0), 10.0)
     both = Weighted((Code(), Code()), (1.0, 1.0))
-    with pytest.raises(ValueError, match=r"'both' runs programs for up to 20 s .* rewards.deadline_s = 10"):
+    with pytest.raises(ValueError, match=r"'both' may take 20 s \(10 s by total_s, .* rewards.deadline_s = 10"):
         check_deadline("both", both, 10.0)
 
 

@@ -15,13 +15,18 @@ import torch
 
 from sae_rl.rewards import READY
 from sae_rl.rewards.pool import RewardPool, Rewards
+from sae_rl.rewards.rules import Format
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Prompt, Rollout
 
 from .verifiers import Deadly, Unreadable, Unsendable
 
 DEADLINE_S = 1.0
-CONFIGURED = {"unreadable": Unreadable(), "unsendable": Unsendable()}
+CONFIGURED = {
+    "unreadable": Unreadable(),
+    "unsendable": Unsendable(),
+    "pattern": Format(pattern=r"(a|aa|a?a)+b", timeout_s=0.2),
+}
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
@@ -130,6 +135,15 @@ def test_no_exception_of_a_verifier_reaches_other_checks() -> None:
     last = rewards.outcomes[-1]
     assert last == Verdict(1.0, "equal", "yes") and isinstance(last, Verdict) and type(last.why) is str
     assert took_s < 30
+
+
+@pytest.mark.usefixtures("no_process_left")
+def test_a_verifier_that_is_late_by_its_own_limit_says_so() -> None:
+    with make_pool(deadline_s=5.0, verifiers={"pattern": CONFIGURED["pattern"]}) as pool:
+        (why,) = score(pool, [rollout("pattern", 0, response="a" * 60 + "cb")]).failures
+    assert (
+        "pattern on prompt p0: TimeoutError: format: '(a|aa|a?a)+b' found no end within Format.timeout_s = 0.2" in why
+    )
 
 
 def test_a_verifier_that_cannot_be_sent_is_refused() -> None:
