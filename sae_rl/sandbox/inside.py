@@ -26,6 +26,8 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 4
 LANDLOCK_VERSION, LANDLOCK_PATH_BENEATH = 1, 1
 # By version of Landlock, the newest first: all accesses to files that it knows.
 FILE_ACCESSES = ((3, 0x7FFF), (2, 0x3FFF), (1, 0x1FFF))
+SCOPED_SINCE = 6  # version that can also keep signals and abstract sockets within
+SCOPES = 0x1 | 0x2
 READ = 0x1 | 0x4 | 0x8  # execute, read files, list folders
 FILES_ONLY = 0x1 | 0x2 | 0x4 | 0x4000  # of these accesses, those that a file has too: execute, write, read, truncate
 MEGABYTE = 2**20
@@ -82,12 +84,12 @@ def checked(returned: int, what: str) -> int:
 
 
 def restrict_files(libc: Any, readable: list[str], writable: list[str]) -> bool:
-    """Leaves nothing but these of the file system, by Landlock; whether this kernel has it."""
+    """Leaves nothing but these of the file system, and signals to nobody else, by Landlock; whether this kernel has it."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, LANDLOCK_VERSION)
     if version < 1:
         return False
     handled = next(accesses for oldest, accesses in FILE_ACCESSES if version >= oldest)
-    rules = struct.pack("Q", handled)
+    rules = struct.pack("QQQ", handled, 0, SCOPES) if version >= SCOPED_SINCE else struct.pack("Q", handled)
     ruleset = checked(libc.syscall(LANDLOCK_CREATE_RULESET, rules, len(rules), 0), "create Landlock rules")
     for path, accesses in [(path, READ) for path in readable] + [(path, handled) for path in writable]:
         opened = os.open(path, os.O_PATH)

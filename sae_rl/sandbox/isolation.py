@@ -43,11 +43,17 @@ class Isolation:
         if self.how != "limits":
             return []
         open_ways = []
-        if not has_landlock():
+        if not has_landlock() and self.as_root:
             open_ways += ["read every file that is readable for all, data sets with answers among them"]
             open_ways += ["write wherever everybody may write"]
+        elif not has_landlock():
+            open_ways += [
+                "read and write every file of the user who runs this, data sets with answers and keys among them"
+            ]
+            open_ways += ["read and write the memory of that user's processes, this one among them"]
         if filter_here() is None:
             open_ways += ["use the network", "signal and read other processes of their user"]
+            open_ways += ["change modes and times of their user's files"]
         held = "limits" + (" and Landlock" if has_landlock() else "") + (" and seccomp" if filter_here() else "")
         can = f" They can {', '.join(open_ways)}." if open_ways else ""
         why = self.why_not_more or "others were not asked for"

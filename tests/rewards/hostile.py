@@ -110,6 +110,17 @@ for base, _, files in os.walk('/'):
     for f in files:
         try: os.remove(os.path.join(base, f))
         except OSError: pass""",
+    "changes what is known of a file of others": """
+import os
+path = '@OUTSIDE@/kept'
+def by_descriptor(change, *arguments): change(os.open(path, os.O_RDONLY), *arguments)
+for change in (
+    lambda: os.chmod(path, 0), lambda: by_descriptor(os.fchmod, 0), lambda: os.utime(path, (0, 0)),
+    lambda: by_descriptor(os.utime, (0, 0)), lambda: os.setxattr(path, 'user.x', b'1'),
+    lambda: by_descriptor(os.setxattr, 'user.x', b'1'), lambda: os.truncate(path, 0), lambda: os.chmod('@OUTSIDE@', 0),
+):
+    try: change()
+    except OSError: pass""",
     "moves a file of others": "import os; os.rename('@OUTSIDE@/kept', '@OUTSIDE@/moved')",
     "links out of its folder": """
 import os
@@ -203,6 +214,22 @@ for pid in (@PID@, os.getppid(), 1, -1, 0):
     except OSError: pass
 print('x')""",
     "stops whoever checks": "import os, signal\nos.kill(@PID@, signal.SIGSTOP)",
+    "signals the checker through a socket": """
+import fcntl, os, signal, socket, struct
+def owned(f): fcntl.fcntl(f, fcntl.F_SETOWN, @PID@)
+def owned_ex(f): fcntl.fcntl(f, 15, struct.pack('ii', 1, @PID@))
+def owned_by_ioctl(f): fcntl.ioctl(f, 0x8901, struct.pack('i', @PID@))
+def owned_by_group(f): fcntl.ioctl(f, 0x8902, struct.pack('i', @PID@))
+for own in (owned, owned_ex, owned_by_ioctl, owned_by_group):
+    for number in (signal.SIGKILL, None):
+        r, w = socket.socketpair()
+        try: own(r)
+        except OSError: pass
+        try: fcntl.fcntl(r, 10, number or 0)
+        except OSError: pass
+        fcntl.fcntl(r, fcntl.F_SETFL, fcntl.fcntl(r, fcntl.F_GETFL) | os.O_ASYNC)
+        w.send(b'x')
+print('x')""",
     "lowers the checker's limits": "import resource; resource.prlimit(@PID@, resource.RLIMIT_NOFILE, (0, 0))",
     # the kernel
     "makes namespaces": """

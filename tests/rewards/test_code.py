@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,21 @@ from sae_rl.rewards.code import Code, different, program_of, read_tests, same_va
 from sae_rl.rewards.verdict import Sample, Verdict
 from sae_rl.rewards.weighted import Weighted
 from sae_rl.sandbox.isolation import Isolation
-from sae_rl.sandbox.system_calls import CLONE, CLONE3, PRLIMIT, REFUSED, SOCKETPAIR
+from sae_rl.sandbox.system_calls import (
+    ALLOW,
+    CLONE,
+    CLONE3,
+    EQUAL,
+    FCNTL,
+    IOCTL,
+    LOAD,
+    MACHINES,
+    PRLIMIT,
+    REFUSED,
+    RETURN,
+    SOCKETPAIR,
+    assembled,
+)
 
 ADD = {"inputs": ["1 2\n", "3 4\n", "5 6\n"], "outputs": ["3\n", "7\n", "11\n"]}
 FIRST = {"fn_name": "first", "inputs": [[[3, 1]], [[5]], [[]]], "outputs": [3, 5, None]}
@@ -175,7 +190,10 @@ def test_what_is_not_isolated_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sae_rl.sandbox.isolation.has_landlock", lambda: False)
     monkeypatch.setattr("sae_rl.sandbox.isolation.filter_here", lambda: None)
     (said,) = weak.warnings()
-    assert "only limits hold them. They can read every file" in said and "use the network" in said
+    assert "only limits hold them. They can read and write every file of the user" in said
+    assert "the memory of that user's processes" in said and "use the network" in said
+    (said,) = Isolation("limits", as_root=True).warnings()
+    assert "They can read every file that is readable for all" in said and "memory" not in said
 
 
 def test_the_numbers_of_system_calls_are_those_of_the_kernel() -> None:
@@ -184,15 +202,60 @@ def test_the_numbers_of_system_calls_are_those_of_the_kernel() -> None:
         1: ("/usr/include/asm-generic/unistd.h",),
     }
     others = {"clone": CLONE, "clone3": CLONE3, "socketpair": SOCKETPAIR, "prlimit64": PRLIMIT}
+    others |= {"fcntl": FCNTL, "ioctl": IOCTL}
     for column, paths in headers.items():
         text = next((Path(path).read_text() for path in paths if Path(path).exists()), None)
         if text is None:
             pytest.skip("the kernel's headers are not installed")
         numbers = {name: int(n) for name, n in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)", text)}
         for name, call in (REFUSED | others).items():
-            if name in numbers:  # older headers lack the newest calls
+            if name in numbers:  # older headers lack the newest calls, aarch64 the oldest
                 assert numbers[name] == call[column], name
+            else:
+                assert call[column] is None or call[column] > 420, name
         assert len(REFUSED.keys() & numbers.keys()) > 40
+
+
+def answered(code: bytes, architecture: int, number: int, *arguments: int) -> int:
+    """What the kernel would make of a call: runs the filter, one instruction after the other."""
+    data = struct.pack("IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    at, held = 0, 0
+    while True:
+        operation, true, false, k = struct.unpack_from("HBBI", code, 8 * at)
+        at += 1
+        if operation == LOAD:
+            (held,) = struct.unpack_from("I", data, k)
+        elif operation == RETURN:
+            return int(k)
+        else:
+            at += true if (held == k if operation == EQUAL else held & k) else false
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_filter_refuses_these_calls_and_no_others(machine: str) -> None:
+    architecture, column = MACHINES[machine]
+    code = assembled(architecture, column)
+
+    def is_allowed(number: int, *arguments: int) -> bool:
+        return answered(code, architecture, number, *arguments) == ALLOW
+
+    by_argument = {
+        CLONE: ((0x11, 0x1200011), (0x10000011, 0x20000)),  # SIGCHLD, with thread ids; namespaces of users, of mounts
+        SOCKETPAIR: ((1,), (2, 10)),
+        PRLIMIT: ((0,), (1, 4711)),
+        CLONE3: ((), (0,)),
+    }
+    for call, (allowed, refused) in by_argument.items():
+        assert [is_allowed(call[column], value) for value in (*allowed, *refused)] == [True] * len(allowed) + [
+            False
+        ] * len(refused), call
+    for command in range(0, 1100):
+        assert is_allowed(FCNTL[column], 3, command) == (command not in (8, 10, 15)), command
+    assert [is_allowed(IOCTL[column], 3, c) for c in (0x5401, 0x5421, 0x8901, 0x8902)] == [True, True, False, False]
+    whole = {numbers[column] for numbers in REFUSED.values()}
+    assert {n for n in range(600) if not is_allowed(n)} == whole - {None} | {CLONE3[column], SOCKETPAIR[column]}
+    other = next(each for each, _ in MACHINES.values() if each != architecture)
+    assert answered(code, other, 0) != ALLOW and answered(code, architecture, 0x40000000) != ALLOW
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs programs as somebody else")
