@@ -16,10 +16,12 @@ from sae_rl.rewards import resolve
 from sae_rl.rewards.check import OUT_OF_MEMORY
 from sae_rl.rewards.processes import Processes
 from sae_rl.rewards.verdict import Failed, Sample, Verdict, Verifier
+from sae_rl.sandbox.folders import remove
 from sae_rl.sandbox.isolation import open_folder
 from sae_rl.types import Rollout
 
 GB = 10**9
+REMOVE_S = 60.0  # for all temporary files
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +82,9 @@ class RewardPool:
         self._failed_score, self._max_failed_fraction = failed_score, max_failed_fraction
         self._configured = verifiers
         self._pickled = {name: pickled(name, verifier) for name, verifier in verifiers.items()}
-        self._folder = tempfile.TemporaryDirectory(
-            prefix="sae_rl_rewards_", dir=open_folder(), ignore_cleanup_errors=True
-        )
-        os.chmod(self._folder.name, 0o711)  # programs in the sandbox are run by others
-        start = (self._folder.name, int(memory_gb * GB), tuple(self._pickled.values()))
+        self._folder = tempfile.mkdtemp(prefix="sae_rl_rewards_", dir=open_folder())
+        os.chmod(self._folder, 0o711)  # programs in the sandbox are run by others
+        start = (self._folder, int(memory_gb * GB), tuple(self._pickled.values()))
         self._processes = Processes(num_processes, deadline_s, start)
 
     def __enter__(self) -> RewardPool:
@@ -94,7 +94,7 @@ class RewardPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._processes.stop()
-        self._folder.cleanup()
+        remove(self._folder, REMOVE_S)
 
     def submit(self, rollouts: Sequence[Rollout]) -> list[Check]:
         """Starts r(x, y) of every rollout, as soon as a process is free."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from sae_rl.sandbox.folders import temporary_folder
 from sae_rl.sandbox.inside import Options
 from sae_rl.sandbox.isolation import INSIDE, PROGRAM, Isolation, open_folder, user_id
 from sae_rl.sandbox.limits import Limits
@@ -23,6 +24,7 @@ from sae_rl.sandbox.system_calls import filter_here
 
 SHOWN_BYTES = 2000  # of stderr
 KB, MB = 1024, 2**20
+REMOVE_S = 2.0  # for its folder; what stays then goes with the folder that holds all temporary files of a run
 ESCAPED = 6  # bytes that JSON may need for one
 # Not in the sandbox: the settings of whoever started the run.
 ENVIRONMENT = {
@@ -58,19 +60,20 @@ class Sandbox:
         self._source, self._limits, self._isolation, self._function = source, limits, isolation, function
 
     def __enter__(self) -> Self:
-        self._held = tempfile.TemporaryDirectory(prefix="sandbox_", dir=open_folder(), ignore_cleanup_errors=True)
-        self._folder = Path(self._held.name)
-        self._folder.chmod(0o755)
-        program = self._folder / PROGRAM
-        program.write_text(self._source, encoding="utf-8", errors="replace")
-        program.chmod(0o644)
-        shutil.copyfile(INSIDE, self._folder / INSIDE.name)  # where whoever runs it may read it
+        with contextlib.ExitStack() as stack:
+            self._folder = Path(stack.enter_context(temporary_folder("sandbox_", open_folder(), REMOVE_S)))
+            self._folder.chmod(0o755)
+            program = self._folder / PROGRAM
+            program.write_text(self._source, encoding="utf-8", errors="replace")
+            program.chmod(0o644)
+            shutil.copyfile(INSIDE, self._folder / INSIDE.name)  # where whoever runs it may read it
+            self._held = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._held.cleanup()
+        self._held.close()
 
     def run(self, inputs: Sequence[Any], total_s: float, stop_early: bool = False) -> Ended:
         """Runs the program with all inputs, to its end or to a limit.
@@ -135,7 +138,7 @@ class Sandbox:
         if self._isolation.how != "limits":
             yield "/tmp"  # of its own file system
             return
-        with tempfile.TemporaryDirectory(dir=self._folder, ignore_cleanup_errors=True) as scratch:
+        with temporary_folder("scratch_", str(self._folder), REMOVE_S) as scratch:
             if self._isolation.as_root:
                 os.chown(scratch, user_id(), user_id())
             yield scratch

@@ -81,6 +81,28 @@ for i in range(10 ** 6):
     "many files": """
 import os
 for i in range(10 ** 7): open(f'{os.environ["TMPDIR"]}/f{i}', 'w').close()""",
+    "deep folders": """
+import os
+os.chdir(os.environ['TMPDIR'])
+for i in range(1500): os.mkdir('d'); os.chdir('d')
+print('x')""",
+    "paths that are too long": """
+import os
+os.chdir(os.environ['TMPDIR'])
+for i in range(4):
+    if os.fork() == 0:
+        os.mkdir(str(i)); os.chdir(str(i))
+        for _ in range(100): os.mkdir('d' * 255); os.chdir('d' * 255); open('f', 'w').close()
+        os._exit(0)
+for _ in range(4): os.wait()
+print('x')""",
+    "folders that cannot be entered": """
+import os
+os.chdir(os.environ['TMPDIR'])
+os.makedirs('a/b/c'); open('a/b/c/file', 'w').close(); os.symlink('/', 'a/b/root')
+os.umask(0o777)
+os.mkdir('closed'); os.mkdir('a/b/closed'); os.mkdir('.removing_0')
+print('x')""",
     "many open files": "import os\nheld = []\nwhile True: held.append(os.open('/dev/null', os.O_RDONLY))",
     "raises its own limits": """
 import resource

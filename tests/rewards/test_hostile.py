@@ -9,6 +9,7 @@ import re
 import secrets
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -79,12 +80,14 @@ def test_one_way_works() -> None:
 def around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Surroundings]:
     secret = f"secret-{secrets.token_hex(8)}"
     monkeypatch.setenv("SAE_RL_SECRET", secret)
-    outside, answers = tmp_path / "outside", tmp_path / "answers.txt"
+    outside, answers, temporary = tmp_path / "outside", tmp_path / "answers.txt", tmp_path / "temporary"
     outside.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     (outside / "kept").write_text("kept")
     answers.write_text(secret)
-    for path in (*(p for p in tmp_path.parents if p.stat().st_uid == os.geteuid()), tmp_path, outside):
-        path.chmod(path.stat().st_mode | (0o777 if path == outside else 0o055))
+    for path in (*(p for p in tmp_path.parents if p.stat().st_uid == os.geteuid()), tmp_path, outside, temporary):
+        path.chmod(path.stat().st_mode | (0o055 if path not in (outside, temporary) else 0o777))
     asked: list[object] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -112,6 +115,7 @@ def nothing_left(around: Surroundings) -> Iterator[None]:
     assert sorted(os.listdir(around.outside.parent)) == before[1]
     assert os.listdir(around.outside) == ["kept"] and (around.outside / "kept").read_text() == "kept"
     assert around.known() == known
+    assert os.listdir(tempfile.gettempdir()) == []
     assert not any(path.exists() for path in LEFT_BEHIND)
     assert around.asked == [], "a program reached a server"
 
@@ -169,6 +173,11 @@ def test_hostile_programs_get_nothing_and_delay_nobody(way: How, around: Surroun
     assert took_s < len(programs) / NUM_PROCESSES * (TIME_S + 1.0) + 10, "nobody waits longer than for the time limits"
 
 
+@pytest.mark.parametrize("name", [name for name in HOSTILE if "folders" in name or "paths" in name])
+def test_folders_of_any_shape_are_removed(name: str, way: How, around: Surroundings) -> None:
+    assert "found 'x'" in check_here(HOSTILE[name], way, around).why
+
+
 @pytest.mark.parametrize("name", [name for name in HOSTILE if "environment" in name or "checker" in name])
 def test_the_process_that_checks_gives_nothing_away(name: str, way: How, around: Surroundings) -> None:
     """Here that is this process, which knows the secret and has it in its environment."""
@@ -210,6 +219,7 @@ WITHOUT_RIGHTS = [
     *("reads its parent's environment", "reads the checker's environment", "reads the checker's memory"),
     *("asks a server", "kills whoever checks", "stops whoever checks", "lowers the checker's limits", "daemon"),
     *("fork bomb", "makes namespaces", "debugs the checker", "changes its own checker"),
+    *("deep folders", "paths that are too long", "folders that cannot be entered"),
     *("signals the checker through a socket", "changes what is known of a file of others"),
 ]
 
@@ -227,6 +237,7 @@ def test_started_by_a_user_without_rights(around: Surroundings) -> None:
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "SAE_RL_SECRET": around.secret,
         "PATH": os.environ["PATH"],
+        "TMPDIR": tempfile.gettempdir(),
     }
     done = subprocess.run(
         ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-B", "-c", AS_NOBODY],
