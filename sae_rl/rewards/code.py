@@ -8,6 +8,7 @@ import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from keyword import iskeyword
 from typing import Any, Literal, cast
 
 from sae_rl.rewards.verdict import Longest, Sample, Verdict
@@ -20,7 +21,7 @@ FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)```", re.DOTALL)
 PYTHON = {"", "python", "python3", "py"}
 SHOWN_CHARACTERS = 80
 ENDING_S = 2.0  # for a program in the sandbox to be gone
-CACHED_TESTS = 256
+CACHED_TESTS = 4  # problems; tests may have megabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,19 +145,33 @@ def read_tests(answer: str) -> Tests:
     form = 'code: the answer must be JSON {"inputs": [...], "outputs": [...]}, with "fn_name" for a function'
     try:
         read = json.loads(answer)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{form}; found {shown(answer)}: {error}") from None
     if not isinstance(read, dict) or not {"inputs", "outputs"} <= read.keys() <= {"inputs", "outputs", "fn_name"}:
         raise ValueError(f"{form}; found {shown(answer)}")
     inputs, outputs, function = read["inputs"], read["outputs"], read.get("fn_name")
     if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs or len(inputs) != len(outputs):
         raise ValueError(f"{form}, as many outputs as inputs and at least one; found {shown(answer)}")
+    if function is not None and not (isinstance(function, str) and function.isidentifier() and not iskeyword(function)):
+        raise ValueError(
+            f'code: "fn_name" must be the name of a function or of a method of Solution; found {function!r}'
+        )
     kind = list if function is not None else str
     for i, given in enumerate(inputs):
         if not isinstance(given, kind) or (kind is str and not isinstance(outputs[i], str)):
             wanted = "a list of arguments" if function is not None else "text, and so must its output be"
             raise ValueError(f"code: input {i + 1} must be {wanted}; found {shown(json.dumps(given))}")
+        if not _is_finite(outputs[i]):
+            raise ValueError(f"code: output {i + 1} is or holds Infinity or NaN, which nothing equals")
     return Tests(inputs, outputs, function)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def program_of(response: str) -> str | None:

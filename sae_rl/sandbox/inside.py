@@ -187,12 +187,12 @@ def run_function(source: str, name: str, inputs: list[Any], answers: TextIO) -> 
     """
     module: dict[str, Any] = {"__name__": "program"}
     exec(compile(source, "program.py", "exec"), module)
-    owner = module if name in module else vars(module["Solution"]) if "Solution" in module else {}
-    if name not in owner:
+    is_method = name not in module
+    if is_method and not hasattr(module.get("Solution"), name):
         raise NameError(f"the program defines no function {name!r}")
     for arguments in inputs:
         try:
-            function = module[name] if owner is module else getattr(module["Solution"](), name)
+            function = getattr(module["Solution"](), name) if is_method else module[name]
             answer = json.dumps({"returned": function(*arguments)})
         except Exception as error:  # this call failed, others may not
             answer = json.dumps({"raised": f"{type(error).__name__}: {error}"[:200]})

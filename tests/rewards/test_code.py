@@ -7,6 +7,7 @@ import os
 import re
 import struct
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ def test_functions() -> None:
     assert check("def first(x): return x[0] if x else None", FIRST).score == 1.0
     assert check("class Solution:\n    def first(self, x): return x[0] if x else None", FIRST).score == 1.0
     assert check("print('noise')\ndef first(x):\n    print(x)\n    return x[0] if x else None", FIRST).score == 1.0
+    inherited = "class Base:\n    def first(self, x): return x[0] if x else None\nclass Solution(Base): pass"
+    assert check(inherited, FIRST).score == 1.0
     verdict = check("def first(x): return x[0]", FIRST, partial=True)
     assert verdict == Verdict(2 / 3, "2 of 3 tests pass; test 3: it raised 'IndexError: list index out of range'")
     assert "defines no function 'first'" in check("def last(x): return x[-1]", FIRST).why
@@ -160,11 +163,40 @@ def test_which_program_counts() -> None:
         '{"inputs": ["1"], "outputs": [1]}',
         '{"inputs": ["1"], "outputs": [1], "fn_name": "f"}',
         '{"inputs": ["1"], "outputs": ["1"], "asserts": []}',
+        '{"inputs": [[1]], "outputs": [1], "fn_name": 5}',
+        '{"inputs": [[1]], "outputs": [1], "fn_name": ""}',
+        '{"inputs": [[1]], "outputs": [1], "fn_name": "Solution.f"}',
+        '{"inputs": [[1]], "outputs": [1], "fn_name": "class"}',
+        '{"inputs": [[1]], "outputs": [Infinity], "fn_name": "f"}',
+        '{"inputs": [[1]], "outputs": [{"a": [1, NaN]}], "fn_name": "f"}',
+        '{"inputs": [[1]], "outputs": [1e999], "fn_name": "f"}',
+        '{"inputs": ' + "[" * 100000 + "]" * 100000 + ', "outputs": [1], "fn_name": "f"}',
     ],
 )
 def test_answers_that_hold_no_tests(answer: str) -> None:
     with pytest.raises(ValueError, match="code: "):
         read_tests(answer)
+
+
+def test_what_may_be_given_is_more_than_what_may_be_expected() -> None:
+    tests = {"fn_name": "f", "inputs": [[float("inf")]], "outputs": [True]}
+    assert check("def f(x): return x > 10 ** 400", tests).score == 1.0
+    assert read_tests('{"inputs": ["x"], "outputs": ["inf"]}').outputs == ["inf"]  # a script may print it
+
+
+def test_large_tests_do_not_fill_the_process() -> None:
+    """Of many problems, only the last are kept; a megabyte of text is several of parsed lists."""
+    lengths = "1 " * 250_000
+
+    def grown_mb(first: int, last: int) -> float:
+        tracemalloc.start()
+        for i in range(first, last):
+            read_tests(json.dumps({"inputs": [f"{i} {lengths}"], "outputs": ["3"]}))
+        current, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return current / 1e6
+
+    assert grown_mb(0, 24) < 8 * 1.1
 
 
 def test_knobs() -> None:

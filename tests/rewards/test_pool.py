@@ -138,6 +138,15 @@ def test_no_exception_of_a_verifier_reaches_other_checks() -> None:
 
 
 @pytest.mark.usefixtures("no_process_left")
+def test_a_process_that_ran_out_of_memory_is_replaced() -> None:
+    """What filled it would stay, and fail every check to come."""
+    with make_pool(deadline_s=10.0) as pool:
+        outcomes = [score(pool, [rollout("hoard", i)]) for i in range(4)]
+    assert [rewards.scores for rewards in outcomes] == [[1.0], [0.0], [1.0], [0.0]]
+    assert "it needs more than rewards.memory_gb = 0.5" in outcomes[1].failures[0]
+
+
+@pytest.mark.usefixtures("no_process_left")
 def test_a_verifier_that_is_late_by_its_own_limit_says_so() -> None:
     with make_pool(deadline_s=5.0, verifiers={"pattern": CONFIGURED["pattern"]}) as pool:
         (why,) = score(pool, [rollout("pattern", 0, response="a" * 60 + "cb")]).failures

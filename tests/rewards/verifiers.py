@@ -49,6 +49,14 @@ def swell(prompt: str, response: str, answer: str) -> float:
     return float(len(bytearray(4 * 10**9)))
 
 
+HELD: list[bytearray] = []
+
+
+def hoard(prompt: str, response: str, answer: str) -> float:
+    HELD.append(bytearray(3 * 10**8))
+    return 1.0
+
+
 class Status(Exception):
     """With arguments that are not those of its message, so that it cannot be rebuilt from a pickle: a TypeError."""
 
