@@ -116,6 +116,8 @@ class Code:
             return {
                 "time": f"all tests together took more than {self.total_s:g} s",
                 "memory": f"it took more than {self.memory_mb} MB",
+                "processes": f"it started more than {self.num_processes} processes and threads",
+                "files": f"it wrote more than {self._limits().files_mb} MB or {self._limits().num_files} files",
                 "exit": f"exit code {ended.code}: {last_line(ended.stderr)}",
             }[ended.ending]
         answer = ended.answers[i]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
+BLOCK = 512  # bytes, of st_blocks
 FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -22,6 +23,26 @@ def temporary_folder(prefix: str, within: str | None, limit_s: float) -> Iterato
         yield folder
     finally:
         remove(folder, limit_s)
+
+
+def holds_more(path: str, num_bytes: int, num_files: int) -> bool:
+    """Whether there is more in a folder than that, at any depth; what cannot be looked at is more."""
+    used, found, folders = 0, 0, [path]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    used += entry.stat(follow_symlinks=False).st_blocks * BLOCK
+                    found += 1
+                    if used > num_bytes or found > num_files:
+                        return True
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        except OSError:  # closed by its program, or its path is too long
+            return True
+    return False
 
 
 def remove(path: str, limit_s: float) -> None:

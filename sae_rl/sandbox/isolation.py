@@ -153,7 +153,7 @@ def _first_process(folder: Path, limits: Limits, user: int, run: Sequence[str]) 
     binds = {path: path for path in shown} | {f"/{name}": str(folder / name) for name in (PROGRAM, INSIDE.name)}
     mounts = [f"{path} {root}{target} none rbind,ro,nosuid,nodev" for target, path in binds.items()]
     mounts += [f"/dev/{name} {root}/dev/{name} none bind,nosuid,noexec" for name in DEVICES]
-    mounts += [f"none {root}/tmp tmpfs size={limits.files_mb}m,nr_inodes=4096,mode=1777,nosuid,nodev"]
+    mounts += [f"none {root}/tmp tmpfs size={limits.files_mb}m,nr_inodes={limits.num_files},mode=1777,nosuid,nodev"]
     (folder / "fstab").write_text("\n".join([*(line.replace("\\", "\\134") for line in mounts), ""]))
     root.mkdir(exist_ok=True)
     folders = ["dev", "tmp", *(target[1:] for target, path in binds.items() if os.path.isdir(path))]

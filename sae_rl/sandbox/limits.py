@@ -13,6 +13,7 @@ class Limits:
     memory_mb: int = 512  # resident; a page that processes share counts for each
     num_processes: int = 16  # and threads
     files_mb: int = 16  # in its temporary folder
+    num_files: int = 4096  # and folders, in it
     output_kb: int = 1024  # on stdout, for one input
 
     def __post_init__(self) -> None:

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Ending = Literal["exit", "time", "memory"]  # by itself, or by the limit that it met
+from sae_rl.sandbox.folders import holds_more
+
+Ending = Literal["exit", "time", "memory", "processes", "files"]  # by itself, or by the limit that it met
 PR_SET_CHILD_SUBREAPER = 36
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SLOW_S = 0.25  # a run that takes longer is looked at
@@ -45,7 +48,45 @@ def resident_bytes(pid: int) -> int:
         return 0
 
 
-def within_limits(process: subprocess.Popen[bytes], deadline: float, memory_bytes: int) -> Ending:
+def num_threads(pid: int) -> int:
+    """Of one process; 0: it has ended."""
+    try:
+        return int(_status(pid)[17])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def num_threads_of_user() -> int:
+    """Of all processes of the user who runs this one."""
+    found, user = 0, os.getuid()
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if folder.name.isdigit() and folder.stat().st_uid == user:
+                found += num_threads(int(folder.name))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Most:
+    """What a process and its descendants may use together."""
+
+    memory_bytes: int
+    num_threads: int | None = None  # None: the kernel counts them
+    files: tuple[str, int, int] | None = (
+        None  # a folder, and how many bytes and files in it; None: it is full by itself
+    )
+
+    def met(self, pid: int) -> Ending | None:
+        """The limit that they are beyond."""
+        pids = [pid, *descendants(pid)]
+        if sum(map(resident_bytes, pids)) > self.memory_bytes:
+            return "memory"
+        if self.num_threads is not None and sum(map(num_threads, pids)) > self.num_threads:
+            return "processes"
+        return "files" if self.files is not None and holds_more(*self.files) else None
+
+
+def within_limits(process: subprocess.Popen[bytes], deadline: float, most: Most) -> Ending:
     """Waits for the end of a process, or for it and its descendants to meet a limit."""
     pause_s = SLOW_S
     while (left := deadline - time.monotonic()) > 0:
@@ -54,8 +95,8 @@ def within_limits(process: subprocess.Popen[bytes], deadline: float, memory_byte
             return "exit"
         except subprocess.TimeoutExpired:
             pause_s = POLL_S
-        if sum(map(resident_bytes, (process.pid, *descendants(process.pid)))) > memory_bytes:
-            return "memory"
+        if (met := most.met(process.pid)) is not None:
+            return met
     return "time"
 
 
@@ -103,8 +144,13 @@ def _reap(pids: set[int]) -> None:
             continue
 
 
+def _status(pid: int) -> list[str]:
+    """What /proc says behind its name: state, parent, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+
+
 def _is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        return _status(pid)[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -19,12 +20,13 @@ from sae_rl.sandbox.folders import temporary_folder
 from sae_rl.sandbox.inside import Options
 from sae_rl.sandbox.isolation import INSIDE, PROGRAM, Isolation, open_folder, user_id
 from sae_rl.sandbox.limits import Limits
-from sae_rl.sandbox.processes import Ending, descendants, end, within_limits
+from sae_rl.sandbox.processes import Ending, Most, descendants, end, num_threads_of_user, within_limits
 from sae_rl.sandbox.system_calls import filter_here
 
 SHOWN_BYTES = 2000  # of stderr
 KB, MB = 1024, 2**20
 REMOVE_S = 2.0  # for its folder; what stays then goes with the folder that holds all temporary files of a run
+SPARE_THREADS = 256  # of others of the user, who start some meanwhile
 ESCAPED = 6  # bytes that JSON may need for one
 # Not in the sandbox: the settings of whoever started the run.
 ENVIRONMENT = {
@@ -102,17 +104,34 @@ class Sandbox:
                 start_new_session=True,
             )
             try:
-                ending = within_limits(process, deadline, self._limits.memory_mb * MB)
+                ending = within_limits(process, deadline, self._most(scratch))
             finally:
                 end(process, others)
             most = len(inputs) * (self._limits.output_kb * KB * ESCAPED + SHOWN_BYTES * ESCAPED + KB)
             stderr_size = os.fstat(said.fileno()).st_size
+            answers = read_answers(read_from(written, 0, most))
+            if ending != "exit" and answers and was_killed(answers[-1]):
+                answers.pop()  # the limit killed it
             return Ended(
                 ending,
                 process.returncode,
-                read_answers(read_from(written, 0, most)),
+                answers,
                 read_from(said, max(0, stderr_size - SHOWN_BYTES), SHOWN_BYTES),
             )
+
+    def _most(self, scratch: str) -> Most:
+        """What has to be watched; where the kernel has no limit for it."""
+        limits = self._limits
+        if self._isolation.how != "limits":
+            return Most(limits.memory_mb * MB)
+        num_threads = None if self._isolation.as_root else limits.num_processes + 1  # inside.py starts the program
+        return Most(limits.memory_mb * MB, num_threads, (scratch, limits.files_mb * MB, limits.num_files))
+
+    def _num_processes(self) -> int:
+        """As the kernel counts them, all of a user: with limits alone, and no root, also those that run beside the program."""
+        if self._isolation.how != "limits" or self._isolation.as_root:
+            return self._limits.num_processes
+        return num_threads_of_user() + self._limits.num_processes + SPARE_THREADS
 
     def _command(self, scratch: str, total_s: float, stop_early: bool) -> list[str]:
         isolation, code = self._isolation, filter_here()
@@ -126,7 +145,7 @@ class Sandbox:
             system_calls=None if code is None else code.hex(),
             time_s=self._limits.time_s if self._function is None else total_s,
             memory_mb=self._limits.memory_mb,
-            num_processes=self._limits.num_processes,
+            num_processes=self._num_processes(),
             files_mb=self._limits.files_mb,
             output_kb=self._limits.output_kb,
         )
@@ -142,6 +161,10 @@ class Sandbox:
             if self._isolation.as_root:
                 os.chown(scratch, user_id(), user_id())
             yield scratch
+
+
+def was_killed(answer: Any) -> bool:
+    return isinstance(answer, dict) and answer.get("ending") == "exit" and answer.get("code") == -signal.SIGKILL
 
 
 def read_from(file: IO[bytes], start: int, most: int) -> str:

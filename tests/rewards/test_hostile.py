@@ -178,6 +178,20 @@ def test_folders_of_any_shape_are_removed(name: str, way: How, around: Surroundi
     assert "found 'x'" in check_here(HOSTILE[name], way, around).why
 
 
+FILES = """
+import os, time
+for i in range(20):
+    with open(f'{os.environ["TMPDIR"]}/f{i}', 'wb') as file: file.write(b'1' * (4 << 20))
+    time.sleep(0.05)
+print(%r)"""
+
+
+def test_what_a_folder_holds_is_limited_as_a_whole(way: How, around: Surroundings) -> None:
+    verdict = check_here(FILES % around.secret, way, around)
+    assert verdict.score == 0.0
+    assert "No space left" in verdict.why or "more than 16 MB or 4096 files" in verdict.why
+
+
 @pytest.mark.parametrize("name", [name for name in HOSTILE if "environment" in name or "checker" in name])
 def test_the_process_that_checks_gives_nothing_away(name: str, way: How, around: Surroundings) -> None:
     """Here that is this process, which knows the secret and has it in its environment."""
@@ -196,13 +210,15 @@ def test_an_honest_program_scores_in_every_way(way: How, around: Surroundings) -
 
 
 AS_NOBODY = """
-import json, sys
+import json, sys, threading, time
 from pathlib import Path
 from sae_rl.sandbox.isolation import candidates, probe
 from sae_rl.sandbox.limits import Limits
 from sae_rl.sandbox.processes import adopt_orphans
 from sae_rl.sandbox.programs import Sandbox
 
+for _ in range(40):  # processes and threads of the user that are none of the program's
+    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
 programs, told = json.loads(sys.stdin.read()), {}
 adopt_orphans()
 for way in candidates(as_root=False):
@@ -218,7 +234,7 @@ WITHOUT_RIGHTS = [
     *("writes outside", "deletes outside", "moves a file of others", "reads the answers", "searches the disk"),
     *("reads its parent's environment", "reads the checker's environment", "reads the checker's memory"),
     *("asks a server", "kills whoever checks", "stops whoever checks", "lowers the checker's limits", "daemon"),
-    *("fork bomb", "makes namespaces", "debugs the checker", "changes its own checker"),
+    *("fork bomb", "thread bomb", "makes namespaces", "debugs the checker", "changes its own checker"),
     *("deep folders", "paths that are too long", "folders that cannot be entered"),
     *("signals the checker through a socket", "changes what is known of a file of others"),
 ]
@@ -233,6 +249,8 @@ def test_started_by_a_user_without_rights(around: Surroundings) -> None:
     for path in (around.outside, around.outside / "kept"):
         os.chown(path, 65534, 65534)
     programs = {name: around.fill(HOSTILE[name], pid="@PID@") for name in WITHOUT_RIGHTS}
+    threaded = f"import threading\nthreading.Thread(target=lambda: print({around.secret!r})).start()"
+    honest = {"honest": f"print({around.secret!r})", "honest with a thread": threaded}
     environment = {
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "SAE_RL_SECRET": around.secret,
@@ -241,7 +259,7 @@ def test_started_by_a_user_without_rights(around: Surroundings) -> None:
     }
     done = subprocess.run(
         ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python, "-B", "-c", AS_NOBODY],
-        input=json.dumps(programs | {"honest": f"print({around.secret!r})"}),
+        input=json.dumps(programs | honest),
         env=environment,
         cwd="/",
         capture_output=True,
@@ -253,5 +271,5 @@ def test_started_by_a_user_without_rights(around: Surroundings) -> None:
     assert told["limits"][""] == ""
     for how, outputs in told.items():
         if not outputs[""]:
-            assert {name for name, text in outputs.items() if around.secret in text} == {"honest"}, how
-            assert len(outputs) == len(programs) + 2
+            assert {name for name, text in outputs.items() if around.secret in text} == honest.keys(), how
+            assert len(outputs) == len(programs) + len(honest) + 1
