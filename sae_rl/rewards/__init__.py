@@ -22,6 +22,7 @@ from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
 from sae_rl.rewards.text import Exact
 from sae_rl.rewards.verdict import Timed, Verifier
 from sae_rl.rewards.weighted import Weighted
+from sae_rl.sandbox.isolation import Asked, Isolation, chosen
 
 VERIFIERS: dict[str, type[Any]] = {
     "math": Math,
@@ -92,6 +93,15 @@ def check_deadline(name: str, verifier: Verifier, deadline_s: float) -> None:
             f"reward {name!r} may take {longest_s:g} s ({told}), but rewards.deadline_s = {deadline_s:g}: raise it, or "
             "lower these in rewards.verifiers"
         )
+
+
+def isolations_of(verifier: Verifier) -> dict[Asked, Isolation]:
+    """How its programs run here, for processes that must not choose by themselves.
+
+    Raises:
+        OSError: they cannot run here.
+    """
+    return {part.isolation: chosen(part.isolation) for part in parts_of(verifier) if isinstance(part, Code)}
 
 
 def warnings_of(verifiers: Iterable[Verifier]) -> list[str]:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable
 
 from sae_rl.rewards.verdict import Failed, Sample, Verdict, Verifier
+from sae_rl.sandbox.isolation import CHOSEN, Asked, Isolation
 from sae_rl.sandbox.processes import adopt_orphans
 
 OUT_OF_MEMORY = (
@@ -37,22 +38,26 @@ def start(folder: str, num_bytes: int, verifiers: Iterable[bytes]) -> None:
             pickle.loads(each)
 
 
-def check(verifier: bytes, sample: Sample) -> Verdict | Failed:
-    """The verdict of a pickled verifier, or why there is none.
+def check(asked: bytes, sample: Sample) -> Verdict | Failed:
+    """The verdict, or why there is none.
 
     Nothing but our own types and plain text leaves this process, and no exception: those of others may not be rebuilt where
     they are read. A process that has run out of memory ends, since what filled it may stay.
+
+    Args:
+        asked: pickled, the verifier and how the programs that it may run are isolated.
     """
     try:
-        return judged(verifier, sample)
+        return judged(asked, sample)
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
 
 
-def judged(verifier: bytes, sample: Sample) -> Verdict | Failed:
+def judged(asked: bytes, sample: Sample) -> Verdict | Failed:
     try:
-        found: Verifier = pickle.loads(verifier)
-        return checked(found(sample))
+        found: tuple[Verifier, dict[Asked, Isolation]] = pickle.loads(asked)
+        CHOSEN.update(found[1])
+        return checked(found[0](sample))
     except MemoryError:
         raise
     except BaseException as error:  # a verifier is the user's code: whatever it raises is a failed check

@@ -12,12 +12,12 @@ from types import TracebackType
 
 from pebble import ProcessExpired
 
-from sae_rl.rewards import resolve
+from sae_rl.rewards import isolations_of, resolve
 from sae_rl.rewards.check import OUT_OF_MEMORY
 from sae_rl.rewards.processes import Processes
 from sae_rl.rewards.verdict import Failed, Sample, Verdict, Verifier
 from sae_rl.sandbox.folders import remove
-from sae_rl.sandbox.isolation import open_folder
+from sae_rl.sandbox.isolation import Asked, Isolation, open_folder
 from sae_rl.types import Rollout
 
 GB = 10**9
@@ -81,10 +81,11 @@ class RewardPool:
         self._deadline_s, self._memory_gb = deadline_s, memory_gb
         self._failed_score, self._max_failed_fraction = failed_score, max_failed_fraction
         self._configured = verifiers
-        self._pickled = {name: pickled(name, verifier) for name, verifier in verifiers.items()}
+        self._pickled = dict[str, bytes]()
+        alone = tuple(pickled(name, verifier) for name, verifier in verifiers.items())
         self._folder = tempfile.mkdtemp(prefix="sae_rl_rewards_", dir=open_folder())
         os.chmod(self._folder, 0o711)  # programs in the sandbox are run by others
-        start = (self._folder, int(memory_gb * GB), tuple(self._pickled.values()))
+        start = (self._folder, int(memory_gb * GB), alone)
         self._processes = Processes(num_processes, deadline_s, start)
 
     def __enter__(self) -> RewardPool:
@@ -106,7 +107,8 @@ class RewardPool:
 
     def _verifier(self, name: str) -> bytes:
         if name not in self._pickled:
-            self._pickled[name] = pickled(name, resolve(name, self._configured))
+            verifier = resolve(name, self._configured)
+            self._pickled[name] = pickled(name, (verifier, isolations_of(verifier)))
         return self._pickled[name]
 
     def collect(self, checks: Sequence[Check]) -> Rewards:
@@ -136,14 +138,14 @@ class RewardPool:
         return outcome if isinstance(outcome, Verdict) else Failed(f"{check.name}: {outcome.why}")
 
 
-def pickled(name: str, verifier: Verifier) -> bytes:
-    """As it is sent to the processes.
+def pickled(name: str, sent: Verifier | tuple[Verifier, dict[Asked, Isolation]]) -> bytes:
+    """As a verifier is sent to the processes, by itself or with what was chosen for it here.
 
     Raises:
         ValueError: it cannot be sent.
     """
     try:
-        return pickle.dumps(verifier)
+        return pickle.dumps(sent)
     except Exception as error:  # the user's class
         raise ValueError(
             f"reward {name!r} cannot be sent to another process: {type(error).__name__}: {error}; let a verifier hold "

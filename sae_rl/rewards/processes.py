@@ -21,7 +21,7 @@ LOOK_S = 0.5  # between looks at whether the processes still work
 STUCK_S = 60.0  # beyond the deadline, without any check that ends: for processes to start and to be killed
 MAX_STARTS = 3  # in a row without any check that ends
 
-Question = tuple[bytes, Sample]  # a pickled verifier, and what it is asked
+Question = tuple[bytes, Sample]  # what `check.check` is given
 
 
 class Processes:

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -20,9 +19,11 @@ from sae_rl.sandbox.limits import Limits
 from sae_rl.sandbox.system_calls import filter_here
 
 How = Literal["bubblewrap", "unshare", "limits"]
+Asked = How | Literal["auto"]
 INSIDE = Path(__file__).with_name("inside.py")
 PROGRAM = "program.py"
 PYTHONS = ("/usr/bin/python3", "/usr/local/bin/python3")
+CHOSEN: dict[Asked, Isolation] = {}  # of this process, or of the one that it checks for
 # What Python and the tools that start it need to see.
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("null", "zero", "full", "random", "urandom")
@@ -200,13 +201,18 @@ def _bubblewrap(folder: Path, limits: Limits, user: int, run: Sequence[str]) -> 
     return [*command, "--", *drop, *run]
 
 
-@cache
-def chosen(how: How | Literal["auto"]) -> Isolation:
-    """The strongest isolation that works here, or the one that is asked for; it has been tried.
+def chosen(how: Asked) -> Isolation:
+    """The strongest isolation that works here, or the one that is asked for; it has been tried once.
 
     Raises:
         OSError: it does not work, or none does.
     """
+    if how not in CHOSEN:
+        CHOSEN[how] = _choose(how)
+    return CHOSEN[how]
+
+
+def _choose(how: Asked) -> Isolation:
     refused: list[str] = []
     for isolation in candidates(os.geteuid() == 0):
         if how in ("auto", isolation.how):

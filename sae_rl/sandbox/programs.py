@@ -128,7 +128,7 @@ class Sandbox:
         return Most(limits.memory_mb * MB, num_threads, (scratch, limits.files_mb * MB, limits.num_files))
 
     def _num_processes(self) -> int:
-        """As the kernel counts them, all of a user: with limits alone, and no root, also those that run beside the program."""
+        """As the kernel counts them, all of a user: with limits alone, and no root, also those beside the program."""
         if self._isolation.how != "limits" or self._isolation.as_root:
             return self._limits.num_processes
         return num_threads_of_user() + self._limits.num_processes + SPARE_THREADS

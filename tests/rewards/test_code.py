@@ -8,6 +8,7 @@ import re
 import struct
 import tempfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sae_rl.rewards import check_deadline, warnings_of
 from sae_rl.rewards.code import Code, different, program_of, read_tests, same_value
 from sae_rl.rewards.verdict import Sample, Verdict
 from sae_rl.rewards.weighted import Weighted
-from sae_rl.sandbox.isolation import Isolation
+from sae_rl.sandbox.isolation import CHOSEN, Isolation
 from sae_rl.sandbox.system_calls import (
     ALLOW,
     CLONE,
@@ -33,6 +34,8 @@ from sae_rl.sandbox.system_calls import (
     SOCKETPAIR,
     assembled,
 )
+
+from .test_pool import make_pool, rollout, score
 
 ADD = {"inputs": ["1 2\n", "3 4\n", "5 6\n"], "outputs": ["3\n", "7\n", "11\n"]}
 FIRST = {"fn_name": "first", "inputs": [[[3, 1]], [[5]], [[]]], "outputs": [3, 5, None]}
@@ -288,6 +291,18 @@ def test_the_filter_refuses_these_calls_and_no_others(machine: str) -> None:
     assert {n for n in range(600) if not is_allowed(n)} == whole - {None} | {CLONE3[column], SOCKETPAIR[column]}
     other = next(each for each, _ in MACHINES.values() if each != architecture)
     assert answered(code, other, 0) != ALLOW and answered(code, architecture, 0x40000000) != ALLOW
+
+
+def test_reward_processes_use_what_the_driver_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And said in the first lines of the run; another choice of a process would be silent."""
+    monkeypatch.setitem(CHOSEN, "auto", Isolation("limits", as_root=os.geteuid() == 0))
+    where = "```python\nimport os\nprint(os.path.basename(os.environ['HOME']))\n```"
+    for verifier in ("code", "both"):
+        verifiers = {"both": Weighted((Weighted((Code(),), (1.0,)),), (1.0,))}
+        with make_pool(deadline_s=20.0, memory_gb=2.0, verifiers=verifiers) as pool:
+            asked = replace(rollout("code", 0, where, json.dumps(ADD)).prompt, reward=verifier)
+            (outcome,) = score(pool, [replace(rollout("code", 0, where), prompt=asked)]).outcomes
+        assert "found 'scratch_" in outcome.why
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs programs as somebody else")
