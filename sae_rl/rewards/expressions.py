@@ -17,8 +17,9 @@ from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy,
 from latex2sympy2_extended.logic import And
 from latex2sympy2_extended.sets import FiniteSet
 from math_verify import verify
+from sympy.printing.str import StrPrinter
 
-from sae_rl.rewards.numbers import Number, read, same, significant, tidy
+from sae_rl.rewards.numbers import Number, read, same, significant, tidy, written
 
 MAX_CHARS = 2000  # of an expression
 MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
@@ -284,12 +285,22 @@ def close(wanted: Any, got: Any, digits: int) -> bool:
     return bool(size < NOTHING or abs(wanted - got) <= size * sympy.Float(10) ** -digits)
 
 
+class Printer(StrPrinter):
+    """Prints integers of any size."""
+
+    def _print_Integer(self, found: sympy.Integer) -> str:
+        return written(int(found.p))
+
+    def _print_Rational(self, found: sympy.Rational) -> str:
+        return f"{written(int(found.p))}/{written(int(found.q))}"
+
+
 def canonical(found: Any) -> str:
     """The same text for the same expression, as far as multiplying out tells."""
     if isinstance(found, sympy.Eq) and isinstance(found.lhs, sympy.Symbol):
         return canonical(found.rhs)
     if isinstance(found, sympy.MatrixBase):
-        return str(sympy.ImmutableMatrix(found).applyfunc(sympy.expand))
+        return str(Printer().doprint(sympy.ImmutableMatrix(found).applyfunc(sympy.expand)))
     if isinstance(found, FiniteSet | sympy.FiniteSet):
         return "{" + ", ".join(sorted(canonical(member) for member in found.args)) + "}"
     if is_formula(found) and found.count_ops() <= MAX_OPERATIONS:
@@ -299,4 +310,4 @@ def canonical(found: Any) -> str:
         found = found.doit()
         powers = [abs(power.exp) for power in found.atoms(sympy.Pow) if power.exp.is_Integer]
         found = sympy.expand(found) if all(power <= 10 for power in powers) else found
-    return str(found)
+    return str(Printer().doprint(found))

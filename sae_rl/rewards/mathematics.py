@@ -24,7 +24,7 @@ WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 .,'’&/-]*")
 IN_BRACKETS = re.compile(r"\([^()]+\)")
 NAMED = re.compile(r"((?:\\(?:text|mathrm)\s*\{[^{}]*\}|\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?)(?:\s*\(\w+\))?)\s*=\s*([^=]+)")
 CLOCK = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
-NUMERAL = re.compile(r"(\d[0-9A-Za-z]*)\s*_\s*(?:\{\s*(?:\\text\{)?(\d+|two|eight|sixteen)\}?\s*\}|(\d+))")
+NUMERAL = re.compile(r"(\d[0-9A-Za-z]*)\s*_\s*(?:\{\s*(?:\\text\{)?(\d{1,2}|two|eight|sixteen)\}?\s*\}|(\d{1,2}))")
 BASES = {"two": 2, "eight": 8, "sixteen": 16}
 
 

@@ -155,6 +155,11 @@ def significant(decimal: str) -> int:
     return len(re.sub("[., ]", "", decimal).strip("0"))
 
 
+def written(number: int) -> str:
+    """All its digits. Python's own conversion stops at 4,300 of them; decimals have no such limit."""
+    return str(Decimal(number))
+
+
 def same(left: Number, right: Number, precision: int) -> bool:
     """Whether both are one number: exactly, or one is a decimal of at least ``precision`` digits that the other, in as many
     digits, is rounded or cut off to. A percentage is also its number without the sign.
@@ -191,7 +196,7 @@ def shortened(value: Fraction, digits: int) -> tuple[Fraction, Fraction]:
     """In that many significant digits: rounded, and cut off."""
     if not value:
         return value, value
-    exponent = len(str(abs(value.numerator))) - len(str(value.denominator))
+    exponent = Decimal(value.numerator).adjusted() - Decimal(value.denominator).adjusted()
     exponent -= abs(value) < Fraction(10) ** exponent
     unit = Fraction(10) ** (exponent - digits + 1)
     sign, whole = (1 if value > 0 else -1), abs(value) / unit

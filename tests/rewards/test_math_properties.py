@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sae_rl.rewards import READY
+from sae_rl.rewards.numbers import written
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.verdict import Sample
 
@@ -174,3 +175,29 @@ def test_what_sympy_cannot_evaluate_is_wrong_and_no_failed_check(text: str) -> N
 def test_what_others_do_to_decimals_changes_nothing() -> None:
     with decimal.localcontext(decimal.Context(prec=3)):
         assert READY["math"](Sample(prompt="", response=r"\boxed{1.41421356}", answer=r"\sqrt{2}")).score == 1.0
+
+
+@few
+@given(
+    st.integers(2, 3000),
+    st.integers(2, 3000),
+    st.sampled_from(["{}", "x", "(1, 2)", "\\{{{}, 1\\}}", "0.5", "x = {}", "\\pi"]),
+)
+def test_numbers_of_thousands_of_digits_are_judged(base: int, exponent: int, other: str) -> None:
+    """Python prints integers of up to 4,300 digits."""
+    power, divided = f"{base}^{{{exponent}}}", f"\\frac{{{base}^{{{exponent + 1}}}}}{{{base}}}"
+    judge = READY["math"]
+    same = judge(Sample(prompt="", response=f"\\boxed{{{divided}}}", answer=power))
+    assert (same.score, same.answer) == (1.0, written(base**exponent))
+    for response, answer in ((power, other.format(7)), (other.format(7), power)):
+        assert judge(Sample(prompt="", response=f"\\boxed{{{response}}}", answer=answer)).score == 0.0
+
+
+@few
+@given(st.integers(-(10**5000), 10**5000))
+def test_all_digits_are_written(number: int) -> None:
+    sign, digits = ("-" if number < 0 else ""), written(number).lstrip("-")
+    assert written(number) == sign + digits
+    assert sum(
+        int(digits[max(0, i - 1000) : i]) * 10 ** (len(digits) - i) for i in range(len(digits), 0, -1000)
+    ) == abs(number)

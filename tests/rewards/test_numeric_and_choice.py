@@ -41,6 +41,7 @@ def said(verifier: Verifier, response: str, answer: str) -> Verdict:
         (r"6 \boxed{}", "6", 0.0),
         (r"\boxed{1e-9}", "0", 0.0),
         (r"\boxed{1/0}", "0", 0.0),
+        (r"\boxed{5_{" + "1" * 5000 + "}}", "5", 0.0),
     ],
 )
 def test_numeric(response: str, answer: str, score: float) -> None:
