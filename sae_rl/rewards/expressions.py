@@ -6,24 +6,23 @@ an exception inside its comparison for "not equal". What is of two kinds, and un
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
 import sympy
-from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
+from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, _Latex2Sympy, normalize_latex
 from latex2sympy2_extended.logic import And
 from latex2sympy2_extended.sets import FiniteSet
 from math_verify import verify
 from sympy.printing.str import StrPrinter
 
 from sae_rl.rewards.numbers import Number, read, same, significant, tidy, written
+from sae_rl.rewards.sizes import TooLarge, check_size
 
 MAX_CHARS = 2000  # of an expression
 MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
-MAX_DIGITS = 20_000  # of a number that a power or a factorial stands for
 MAX_OPERATIONS = 100  # of an expression that is expanded for its canonical text
 WORKING_DIGITS, AGREEING_DIGITS = 100, 80  # of numbers that are compared
 NOTHING = sympy.Float("1e-150")  # what is left of zero after rounding
@@ -47,8 +46,16 @@ REPLACED = (
 )
 
 
-class TooLarge(ValueError):
-    """A power or factorial that nobody could write out."""
+class Parser(_Latex2Sympy):  # type: ignore[misc]
+    """Latex2sympy, but no number is written out while it reads."""
+
+    def convert_binom(self, binom: Any) -> Any:
+        return sympy.binomial(self.convert_expr(binom.upper), self.convert_expr(binom.lower), evaluate=False)
+
+    def handle_gcd_lcm(self, name: str, numbers: list[Any]) -> Any:
+        for number in numbers:
+            check_size(number)
+        return super().handle_gcd_lcm(name, numbers)
 
 
 def parsed(text: str) -> Any:
@@ -87,11 +94,9 @@ def depth(text: str) -> int:
 
 def latex(text: str) -> Any:
     try:
-        found = latex2sympy(
-            normalize_latex(text, config=LATEX), is_real=True, convert_degrees=False, normalization_config=None
-        )
+        found = Parser(is_real=True).parse(normalize_latex(text, config=LATEX))
         return with_imaginary_unit(found) if isinstance(found, sympy.Basic | sympy.MatrixBase) else None
-    except MemoryError:
+    except (MemoryError, TooLarge):
         raise
     except Exception:  # the parser raises whatever it happens to trip over; the text is the model's
         return None
@@ -113,23 +118,6 @@ def with_imaginary_unit(found: Any) -> Any:
 
 def symbols_of(found: Any) -> set[sympy.Symbol]:
     return {symbol for symbol in found.free_symbols if isinstance(symbol, sympy.Symbol)}
-
-
-def check_size(found: Any) -> None:
-    """Raises TooLarge if evaluation would have to write out a number of more than MAX_DIGITS digits."""
-    for node in sympy.postorder_traversal(found):
-        if isinstance(node, sympy.Pow) and node.exp.is_number and node.exp.is_extended_real:
-            exponent = abs(float(node.exp.evalf(5)))
-            base = abs(complex(node.base.evalf(5))) if node.base.is_number and node.base.is_finite else 10.0
-            large = exponent * abs(math.log10(base)) if base else 0.0
-        elif (
-            isinstance(node, sympy.factorial | sympy.gamma) and node.args[0].is_extended_real and node.args[0].is_number
-        ):
-            large = 5 * abs(float(node.args[0].evalf(5)))
-        else:
-            continue
-        if not large <= MAX_DIGITS:
-            raise TooLarge(f"it holds a number of more than {MAX_DIGITS:,} digits")
 
 
 def equal(gold: Any, found: Any, precision: int) -> bool:

@@ -64,6 +64,8 @@ class Meaning:
     def _parsed(self) -> Any:
         import sympy
 
+        from sae_rl.rewards.sizes import TooLarge
+
         if self.number is not None:
             plain = sympy.Rational(self.number.plain.numerator, self.number.plain.denominator)
             return sympy.Float(plain, max(15, self.number.digits)) if self.number.digits else plain
@@ -71,7 +73,7 @@ class Meaning:
             return None
         try:
             return expressions().parsed(self.text)
-        except expressions().TooLarge as error:
+        except TooLarge as error:
             self.problem = str(error)
             return None
 
@@ -80,7 +82,7 @@ class Meaning:
         known = (
             self.number is not None or self.words or self.base or self.text.isdecimal() or len(self.text) > MAX_CHARS
         )
-        return bool(self.text) and bool(known or self.expression is not None or self.problem)
+        return bool(self.text) and bool(known or self.expression is not None)
 
     @property
     def canonical(self) -> str:
@@ -128,7 +130,7 @@ def golds(answer: str) -> tuple[Meaning, ...]:
     """The right answers: one, or those of a JSON list of texts.
 
     Raises:
-        ValueError: one of them is neither mathematics nor words.
+        ValueError: one of them is neither mathematics nor words, or too large to be compared.
     """
     return tuple(map(_gold, _alternatives(answer)))
 
@@ -140,7 +142,12 @@ def _gold(answer: str) -> Meaning:
         final = final_answer(answer)
         found = meaning(final.text) if not final.problem else Meaning("")
     if not found.says_something:
-        raise ValueError(f"math: the answer {shown(answer)!r} is not a number, an expression, a set or words")
+        problem = (
+            f"cannot be compared: {found.problem}"
+            if found.problem
+            else "is not a number, an expression, a set or words"
+        )
+        raise ValueError(f"math: the answer {shown(answer)!r} {problem}")
     return found
 
 

@@ -195,7 +195,7 @@ def test_too_little_memory_is_a_failed_check_even_in_the_parser(monkeypatch: pyt
     def swell(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(expressions, "latex2sympy", swell)
+    monkeypatch.setattr(expressions.Parser, "parse", swell)
     with pytest.raises(MemoryError):
         Math()(Sample(prompt="", response=r"\boxed{\sqrt{8642}}", answer="4"))
 
@@ -203,6 +203,12 @@ def test_too_little_memory_is_a_failed_check_even_in_the_parser(monkeypatch: pyt
 @pytest.mark.parametrize("answer", ["", " ", r"\frac{1}{", "???", r"\boxed{}", '["1", ""]', "0/0", "}{"])
 def test_a_right_answer_that_is_none_is_a_failed_check(answer: str) -> None:
     with pytest.raises(ValueError, match=r"math: the answer .* is not a number, an expression, a set or words"):
+        Math()(Sample(prompt="", response=r"\boxed{1}", answer=answer))
+
+
+@pytest.mark.parametrize("answer", ["9^{9^9}", r"\frac{1}{9^{9^9}}", '["1", "2^{70000}"]', r"e^{e^{e^{e^{e}}}}"])
+def test_a_right_answer_that_is_too_large_is_a_failed_check(answer: str) -> None:
+    with pytest.raises(ValueError, match=r"math: the answer '[^']*' cannot be compared: .* more than 20,000 digits"):
         Math()(Sample(prompt="", response=r"\boxed{1}", answer=answer))
 
 

@@ -1,0 +1,113 @@
+"""How large the numbers in an expression are, told before anything evaluates it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+from sympy.functions.elementary.hyperbolic import HyperbolicFunction
+from sympy.functions.elementary.trigonometric import TrigonometricFunction
+
+MAX_DIGITS = 20_000  # of a number that powers, factorials and products stand for
+SOME_DIGITS = 5  # what is needed to tell how large a number is
+ANY_VARIABLE = 10.0  # what a variable stands for as long as it has no value
+Values = Mapping[Any, Any]  # of variables
+
+
+class TooLarge(ValueError):
+    """A power or factorial that nobody could write out."""
+
+
+def check_size(found: Any) -> None:
+    """Raises TooLarge if evaluation would have to write out a number of more than MAX_DIGITS digits."""
+    if not digits(found, {}) <= MAX_DIGITS:
+        raise TooLarge(f"it holds a number of more than {MAX_DIGITS:,} digits")
+
+
+def digits(found: Any, at: Values) -> float:
+    """An upper bound of the digits before or behind the point of any part of an expression, multiplied out or not.
+
+    2^2024 and 2^-2024 have 609. Beyond MAX_DIGITS it may be anything that is larger.
+    """
+    if isinstance(found, sympy.MatrixBase):
+        return max((digits(entry, at) for entry in found.flat()), default=0.0)
+    if not found.args:
+        return abs(log10(at.get(found, ANY_VARIABLE) if isinstance(found, sympy.Symbol) else found))
+    if isinstance(found, sympy.Pow | sympy.exp):
+        return of_power(*found.as_base_exp(), at)
+    if isinstance(found, sympy.Sum | sympy.Product):
+        return of_series(found, at)
+    parts = [digits(arg, at) for arg in found.args]
+    if isinstance(found, sympy.Add) or not isinstance(found, sympy.Expr):
+        return max(parts) + math.log10(len(parts))
+    return sum(parts) + (of_function(found, at) if max(parts) <= MAX_DIGITS else 0.0)
+
+
+def log10(number: Any) -> float:
+    """Of the absolute value, or for a quotient of integers the sum of both; 0 for what is no number or has none."""
+    if isinstance(number, sympy.Rational):
+        return math.log10(abs(int(number.p)) or 1) + math.log10(int(number.q))
+    if isinstance(number, sympy.Float):
+        return float(sympy.log(abs(number), 10)) if number else 0.0
+    if isinstance(number, sympy.NumberSymbol | float):
+        return math.log10(abs(float(number)) or 1.0)
+    return 0.0
+
+
+def of_power(base: Any, exponent: Any, at: Values) -> float:
+    """At least those of the base: what a root hides counts too."""
+    parts = digits(base, at), 0.0 if exponent.is_Integer else digits(exponent, at)
+    if max(parts) > MAX_DIGITS:
+        return max(parts)
+    size = parts[0]
+    if isinstance(base, sympy.Add) and base.is_number:  # what is left when its terms cancel
+        size = max(size, abs(log10(rough(base, at))))
+    turn = 0.0 if exponent.is_real else math.pi / math.log(10)  # z^i is as large as the angle of z makes it
+    return parts[1] + (size + turn) * max(1.0, magnitude(exponent, at)) if size + turn else parts[1]
+
+
+def of_series(found: Any, at: Values) -> float:
+    """A sum or a product, at the ends of its limits."""
+    count = 1.0
+    inner = dict(at)
+    for variable, *ends in found.limits:
+        sizes = [digits(end, at) for end in ends]
+        if max(sizes, default=0.0) > MAX_DIGITS:
+            return max(sizes)
+        finite = [magnitude(end, at) for end in ends if end.is_finite]
+        inner[variable] = max(finite, default=ANY_VARIABLE)
+        count *= 1.0 + sum(finite)
+    terms = digits(found.function, inner)
+    return terms * count if isinstance(found, sympy.Product) else terms + math.log10(count)
+
+
+def of_function(found: Any, at: Values) -> float:
+    """What a function adds to the digits of its arguments."""
+    sizes = [magnitude(arg, at) for arg in found.args] if isinstance(found, sympy.Function) else []
+    if isinstance(found, sympy.factorial | sympy.gamma):
+        return sizes[0] * math.log10(max(sizes[0], 10.0))
+    if isinstance(found, sympy.binomial):
+        n, k = sizes
+        return min(k, abs(n - k)) * math.log10(max(n, k, 10.0))
+    if isinstance(found, HyperbolicFunction) or (
+        isinstance(found, TrigonometricFunction) and not found.args[0].is_real
+    ):
+        return sizes[0] / math.log(10)
+    return 0.0
+
+
+def magnitude(number: Any, at: Values) -> float:
+    """The absolute value, roughly; infinite if a float cannot hold it. Variables without a value leave 1."""
+    if not number.is_number and not number.free_symbols <= at.keys():
+        return 1.0
+    try:
+        return abs(complex(rough(number, at)))
+    except OverflowError:
+        return math.inf
+
+
+def rough(number: Any, at: Values) -> Any:
+    value = number.evalf(SOME_DIGITS, subs=dict(at))
+    return value if value.is_Number else abs(value).evalf(SOME_DIGITS)
