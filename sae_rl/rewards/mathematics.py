@@ -21,6 +21,7 @@ MAX_SHOWN = 80  # characters of an answer in a verdict's reasons
 NUM_REMEMBERED, MAX_REMEMBERED_CHARS = 4096, 500
 TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 .,'’&/-]*")
+NEEDLESS_SPACE = re.compile(r"(?<!\d) +| +(?!\d)")  # not that of 1 1/2
 IN_BRACKETS = re.compile(r"\([^()]+\)")
 NAMED = re.compile(r"((?:\\(?:text|mathrm)\s*\{[^{}]*\}|\\?[A-Za-z]+|[A-Za-z]_\{?\w+\}?)(?:\s*\(\w+\))?)\s*=\s*([^=]+)")
 CLOCK = re.compile(r"\d{1,2}:\d\d(?::\d\d)?(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
@@ -164,7 +165,13 @@ def _alternatives(answer: str) -> list[str]:
 
 def right(gold: Meaning, found: Meaning, precision: int) -> bool:
     """Whether an answer says the same as the right one."""
-    if gold.text == found.text or gold.text.replace(" ", "") == found.text.replace(" ", ""):
+    if gold.text == found.text:
+        return True
+    if gold.number is not None and found.number is not None:
+        return (not gold.name or not found.name or gold.name == found.name) and same(
+            gold.number, found.number, precision
+        )
+    if NEEDLESS_SPACE.sub("", gold.text) == NEEDLESS_SPACE.sub("", found.text):
         return True
     if gold.words and found.words and (gold.is_text or found.is_text or min(len(gold.words), len(found.words)) > 1):
         if gold.words == found.words:
@@ -175,10 +182,6 @@ def right(gold: Meaning, found: Meaning, precision: int) -> bool:
         return False
     if gold.base or found.base:
         return _same_numeral(gold, found)
-    if gold.number is not None and found.number is not None:
-        return (not gold.name or not found.name or gold.name == found.name) and same(
-            gold.number, found.number, precision
-        )
     if gold.expression is None or found.expression is None or {_bracket(gold.text), _bracket(found.text)} == {"{", "("}:
         return False
     return bool(expressions().equal(gold.expression, found.expression, precision))

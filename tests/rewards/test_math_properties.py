@@ -135,6 +135,14 @@ def test_another_decimal_never_scores(number: Decimal, different: Decimal, data:
 
 
 @few
+@given(st.integers(1, 99), st.integers(1, 99), st.integers(2, 99))
+def test_a_mixed_number_is_not_its_digits_side_by_side(whole: int, top: int, bottom: int) -> None:
+    mixed, run_together = f"{whole} {top}/{bottom}", f"{whole}{top}/{bottom}"
+    assume(whole + Fraction(top, bottom) != Fraction(run_together))  # as 1 1/10 is 11/10
+    assert score(mixed, run_together) == score(run_together, mixed) == 0.0
+
+
+@few
 @given(st.integers(1, 999), st.integers(2, 99), st.integers(0, 30))
 def test_small_numbers_are_no_rounding_errors_of_each_other(n: int, d: int, zeros: int) -> None:
     """math-verify rounds to six places after the point."""
