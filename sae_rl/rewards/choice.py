@@ -6,13 +6,13 @@ import re
 import string
 from dataclasses import dataclass
 
-from sae_rl.rewards.final import BOX, after_thinking, boxed
+from sae_rl.rewards.final import BOX, MAX_TAIL, after_thinking, boxed
 from sae_rl.rewards.mathematics import TEXT
 from sae_rl.rewards.numbers import ascii_of
 from sae_rl.rewards.verdict import Sample, Verdict
 
 SAID = re.compile(
-    r"\b(?:answer|option|choice)\b(?:[^.:=\n]{0,60}?\b(?:is|be)\b\s*:?|\s*(?::|=))\s*([^\n]+)", re.IGNORECASE
+    r"\b(?:answer|option|choice)\b(?:[^.:=\n]{0,60}?\b(?:is|be)\b\s*+:?|\s*+(?::|=))\s*+([^\n]+)", re.IGNORECASE
 )
 DECORATION = re.compile(r"\\(?:left|right|quad|[,;:! ()\[\]])|[$*_`~]")
 WORD_BEFORE = re.compile(r"^(?:(?:the|option|choice|answer|letter)\s*:?\s+)+", re.IGNORECASE)
@@ -52,7 +52,7 @@ class Choice:
         boxes = boxed(said)
         if boxes or BOX.search(said):
             return ", ".join(boxes)
-        said = DECORATION.sub("", said)
+        said = DECORATION.sub("", said[-MAX_TAIL:])
         stated = ""
         rest = said
         while found := SAID.findall(rest):  # "The answer is A. No: the answer is B."

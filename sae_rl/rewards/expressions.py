@@ -19,11 +19,11 @@ from math_verify import verify
 from sympy.printing.str import StrPrinter
 
 from sae_rl.rewards.numbers import Number, read, same, significant, tidy, written
-from sae_rl.rewards.sizes import TooLarge, check_size
+from sae_rl.rewards.sizes import TooLarge, check_size, num_terms
 
 MAX_CHARS = 2000  # of an expression
 MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
-MAX_OPERATIONS = 100  # of an expression that is expanded for its canonical text
+MAX_OPERATIONS, MAX_TERMS = 100, 200  # of an expression, and of what it is multiplied out to for its canonical text
 WORKING_DIGITS, AGREEING_DIGITS = 100, 80  # of numbers that are compared
 NOTHING = sympy.Float("1e-150")  # what is left of zero after rounding
 # Where formulas are compared: irrational, of both signs, small and large. One set for all, so that a verdict is reproducible.
@@ -288,14 +288,18 @@ def canonical(found: Any) -> str:
     if isinstance(found, sympy.Eq) and isinstance(found.lhs, sympy.Symbol):
         return canonical(found.rhs)
     if isinstance(found, sympy.MatrixBase):
-        return str(Printer().doprint(sympy.ImmutableMatrix(found).applyfunc(sympy.expand)))
+        return str(Printer().doprint(sympy.ImmutableMatrix(found).applyfunc(multiplied_out)))
+    if isinstance(found, sympy.Float):
+        number = read(tidy(str(found)))
+        return str(found) if number is None else str(number)
     if isinstance(found, FiniteSet | sympy.FiniteSet):
         return "{" + ", ".join(sorted(canonical(member) for member in found.args)) + "}"
-    if is_formula(found) and found.count_ops() <= MAX_OPERATIONS:
-        if isinstance(found, sympy.Float):
-            number = read(tidy(str(found)))
-            return str(found) if number is None else str(number)
-        found = found.doit()
-        powers = [abs(power.exp) for power in found.atoms(sympy.Pow) if power.exp.is_Integer]
-        found = sympy.expand(found) if all(power <= 10 for power in powers) else found
-    return str(Printer().doprint(found))
+    return str(Printer().doprint(multiplied_out(found) if is_formula(found) else found))
+
+
+def multiplied_out(found: Any) -> Any:
+    """As far as that does not take long."""
+    if found.count_ops() > MAX_OPERATIONS:
+        return found
+    found = found.doit()
+    return sympy.expand(found) if num_terms(found) <= MAX_TERMS else found

@@ -12,12 +12,12 @@ MAX_TAIL = 4000  # characters at the end of a response that are searched where i
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[0-9A-Za-z]))")
 # Between two boxes that are one answer: nothing, a comma, "and", "or", and the signs that end and begin mathematics.
 JOINER = re.compile(
-    r"(?:[\s$,;.&~*|/]|\\[()\[\]\\,;:!]|\\q?quad|(?:\\(?:text|mbox)\s*\{)?\s*\b(?:and|or)\b\s*\}?)*"
+    r"(?:[\s$,;.&~*|/]|\\[()\[\]\\,;:!]|\\q?quad|\\(?:text|mbox)\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)*+"
     r"(?:\\?[A-Za-z]+(?:_\{?\w+\}?|\([A-Za-z]\))?\s*=\s*)?",
     re.IGNORECASE,
 )
-HASHES = re.compile(r"^\s*####\s*(.+)$", re.MULTILINE)
-STATED = re.compile(r"\banswers?\b(?:[^.:=\n]{0,60}?\b(?:is|are|be)\b\s*:?|\s*(?::|=))\s*(.+)", re.IGNORECASE)
+HASHES = re.compile(r"^[^\S\n]*####[^\S\n]*(\S.*)$", re.MULTILINE)
+STATED = re.compile(r"\banswers?\b(?:[^.:=\n]{0,60}?\b(?:is|are|be)\b\s*+:?|\s*+(?::|=))\s*+(.+)", re.IGNORECASE)
 NAME = r"(?:[A-Za-z](?:\([A-Za-z]\))?\s*=\s*)?"
 DECIMAL_OR_GROUP = rf"\(?-?[$€£]?(?:{DECIMAL})\)?"
 FORMULA = r"\$\$.+?\$\$|(?<!\\)\$(?:\\.|[^$\\])+?\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]"
@@ -28,7 +28,7 @@ PLAIN = (
 IS = re.compile(r"\b(?:is|are|equals|be)\b:?\s*|=\s*")
 GOES_ON = re.compile(r"\s*[-+*/^(\\]|[A-Za-z](?![A-Za-z])")  # as 2x + 1 does behind its first number
 ATOM = rf"(?:{FORMULA}|{PLAIN})"
-ATOMS = re.compile(rf"{ATOM}(?:\s*(?:,?\s*\b(?:and|or)\b|,|;)\s*{ATOM})*", re.DOTALL)
+ATOMS = re.compile(rf"{ATOM}(?:\s*(?:(?:,\s*)?\b(?:and|or)\b|,|;)\s*{ATOM})*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,12 @@ POWER = (
     r"|\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*(?P<p>[+-]?\d+)\s*\}|(?P<q>[+-]?\d+)))"
 )
 NUMBER = re.compile(
-    rf"(?P<sign>[+-]?)\s*[$€£¥]?\s*(?:"
+    rf"(?P<sign>[+-]?)\s*(?:[$€£¥]\s*)?(?:"
     rf"(?P<whole>\d+)?\s*\\frac\s*\{{\s*(?P<n>-?{DECIMAL})\s*\}}\s*\{{\s*(?P<d>-?{DECIMAL})\s*\}}"
     rf"|(?P<start>\d*)\.(?P<still>\d*)\\overline\s*\{{\s*(?P<period>\d+)\s*\}}"
     rf"|(?:(?P<mixed>\d+)\s+)?(?P<top>{DECIMAL})\s*/\s*(?P<bottom>-?{DECIMAL})"
     rf"|(?P<decimal>{DECIMAL}){POWER}?"
-    rf")\s*[€£]?\s*(?P<percent>%|percent\b|percentage\b)?"
+    rf")\s*(?:[€£]\s*)?(?P<percent>%|percent\b|percentage\b)?"
 )
 UNIT = re.compile(
     r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*[CF]?|\\(?:text|mathrm|textrm|mbox|operatorname)\s*\{(?P<text>[^{}]*)\}"

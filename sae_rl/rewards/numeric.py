@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from sae_rl.rewards.final import final_answer
-from sae_rl.rewards.mathematics import meaning
+from sae_rl.rewards.mathematics import MAX_CHARS, meaning
 from sae_rl.rewards.numbers import Number, ascii_of, tidy
 from sae_rl.rewards.verdict import Sample, Verdict
 
@@ -52,4 +52,4 @@ class Numeric:
 
 def number_in(text: str) -> Number | None:
     """The number that a text is, behind the last sign of equality."""
-    return meaning(tidy(ascii_of(text)).rpartition("=")[2]).number
+    return meaning(tidy(ascii_of(text)).rpartition("=")[2]).number if len(text) <= MAX_CHARS else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
@@ -9,8 +10,10 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sae_rl.rewards import READY
 from sae_rl.rewards.expressions import latex
-from sae_rl.rewards.sizes import MAX_DIGITS, TooLarge, check_size, digits
+from sae_rl.rewards.sizes import MAX_DIGITS, TooLarge, check_size, digits, num_terms
+from sae_rl.rewards.verdict import Sample
 
 
 @pytest.mark.parametrize(
@@ -76,3 +79,32 @@ def test_what_nobody_could_write_out_is_too_large_at_once(text: str) -> None:
     with pytest.raises(TooLarge, match=f"more than {MAX_DIGITS:,} digits"):
         check_size(found)
     assert time.perf_counter() - started < 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(1+x)^{10}(1+y)^{10}(1+z)^{10}(a+b+c)^{10}",
+        "((x+1)^5+(y+1)^6)^7",
+        r"\begin{pmatrix}(1+x)^{10}(1+y)^{10}(1+z)^{10}(a+b+c)^{10}\end{pmatrix}",
+        r"\{(1+x)^{10}(1+y)^{10}(1+z)^{10}(a+b+c)^{10}, 6\}",
+        r"\frac{1}{(1+x)^{10}(1+y)^{10}(1+z)^{10}(a+b+c)^{10}}",
+        r"(a+b+c+d)^{81/2}",
+        r"\binom{10^9}{10^8}",
+        r"e^{e^{e^{e^{e}}}}",
+    ],
+)
+def test_what_would_take_long_is_wrong_at_once(text: str) -> None:
+    READY["math"](Sample(prompt="", response=r"\boxed{\sqrt{x}}", answer="5"))  # imports
+    started = time.perf_counter()
+    assert READY["math"](Sample(prompt="", response=f"\\boxed{{{text}}}", answer="5")).score == 0.0
+    assert time.perf_counter() - started < 2.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=3))
+def test_no_more_terms_than_told(factors: list[tuple[int, int]]) -> None:
+    symbols = iter(sympy.symbols("a:12"))
+    formula = sympy.prod([sympy.Add(*(next(symbols) for _ in range(n))) ** power for n, power in factors])
+    assert len(sympy.Add.make_args(sympy.expand(formula))) <= round(num_terms(formula))
+    assert num_terms(formula) < 1.001 * math.prod(math.comb(n + power - 1, power) for n, power in factors)
