@@ -273,7 +273,7 @@ def close(wanted: Any, got: Any, digits: int) -> bool:
     return bool(size < NOTHING or abs(wanted - got) <= size * sympy.Float(10) ** -digits)
 
 
-class Printer(StrPrinter):
+class Printer(StrPrinter):  # type: ignore[misc]
     """Prints integers of any size."""
 
     def _print_Integer(self, found: sympy.Integer) -> str:

@@ -37,7 +37,8 @@ def digits(found: Any, at: Values) -> float:
     if not found.args:
         return abs(log10(at.get(found, ANY_VARIABLE) if isinstance(found, sympy.Symbol) else found))
     if isinstance(found, sympy.Pow | sympy.exp):
-        return of_power(*found.as_base_exp(), at)
+        base, exponent = found.as_base_exp()
+        return of_power(base, exponent, at)
     if isinstance(found, sympy.Sum | sympy.Product):
         return of_series(found, at)
     parts = [digits(arg, at) for arg in found.args]
