@@ -176,7 +176,10 @@ def test_hostile_programs_get_nothing_and_delay_nobody(way: How, around: Surroun
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if "folders" in name or "paths" in name])
-def test_folders_of_any_shape_are_removed(name: str, way: How, around: Surroundings) -> None:
+def test_folders_of_any_shape_are_removed(
+    name: str, way: How, around: Surroundings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae_rl.sandbox.programs.REMOVE_S", 60.0)  # however busy the machine is
     why = check_here(HOSTILE[name], way, around).why
     assert "found 'x'" in why or "it wrote more than 16 MB or 4096 files" in why, (
         "it depends on when the folder is looked at"
@@ -217,6 +220,7 @@ def test_an_honest_program_scores_in_every_way(way: How, around: Surroundings) -
 AS_NOBODY = """
 import json, sys, threading, time
 from pathlib import Path
+from sae_rl.sandbox import programs as sandbox_programs
 from sae_rl.sandbox.isolation import candidates, probe
 from sae_rl.sandbox.limits import Limits
 from sae_rl.sandbox.processes import adopt_orphans
@@ -224,6 +228,7 @@ from sae_rl.sandbox.programs import Sandbox
 
 for _ in range(40):  # processes and threads of the user that are none of the program's
     threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+sandbox_programs.REMOVE_S = 60.0  # however busy the machine is
 programs, told = json.loads(sys.stdin.read()), {}
 adopt_orphans()
 for way in candidates(as_root=False):
