@@ -7,8 +7,7 @@ an exception inside its comparison for "not equal". What is of two kinds, and un
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
-from fractions import Fraction
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import sympy
@@ -18,17 +17,13 @@ from latex2sympy2_extended.sets import FiniteSet
 from math_verify import verify
 from sympy.printing.str import StrPrinter
 
-from sae_rl.rewards.numbers import Number, read, same, significant, tidy, written
+from sae_rl.rewards.numbers import read, tidy, written
 from sae_rl.rewards.sizes import TooLarge, check_size, num_terms
+from sae_rl.rewards.values import same_formula, same_relation, symbols_of
 
 MAX_CHARS = 2000  # of an expression
 MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
 MAX_OPERATIONS, MAX_TERMS = 100, 200  # of an expression, and of what it is multiplied out to for its canonical text
-WORKING_DIGITS, AGREEING_DIGITS = 100, 80  # of numbers that are compared
-NOTHING = sympy.Float("1e-150")  # what is left of zero after rounding
-# Where formulas are compared: irrational, of both signs, small and large. One set for all, so that a verdict is reproducible.
-POINTS = (3.1830988618, -2.7182845905, 0.5772156649, -0.4142135624, 11.0901699437)
-SHIFT = 0.7390851332  # between the variables of one formula
 LATEX = NormalizationConfig(
     basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
 )
@@ -116,10 +111,6 @@ def with_imaginary_unit(found: Any) -> Any:
     return found.xreplace(dict.fromkeys(i, sympy.I)) if i else found
 
 
-def symbols_of(found: Any) -> set[sympy.Symbol]:
-    return {symbol for symbol in found.free_symbols if isinstance(symbol, sympy.Symbol)}
-
-
 def equal(gold: Any, found: Any, precision: int) -> bool:
     """Whether two parsed expressions are the same mathematics.
 
@@ -185,92 +176,6 @@ def without_middle(found: Any) -> Any:
 def is_comparison(found: Any) -> bool:
     """An equation or an inequality between formulas."""
     return isinstance(found, sympy.core.relational.Relational) and is_formula(found.lhs) and is_formula(found.rhs)
-
-
-def same_relation(gold: Any, found: Any, precision: int) -> bool:
-    """One equation is the other, multiplied by a number; one inequality by a positive number, or it is turned round."""
-    if isinstance(found, sympy.GreaterThan | sympy.StrictGreaterThan) != isinstance(
-        gold, sympy.GreaterThan | sympy.StrictGreaterThan
-    ):
-        found = found.reversed
-    if type(gold) is not type(found):
-        return False
-    wanted, got = (each.lhs - each.rhs for each in (gold, found))
-    symbols = sorted(symbols_of(wanted) | symbols_of(got), key=str)
-    ratio = None
-    for at in points(symbols):
-        left, right = value_of(wanted.doit(), at), value_of(got.doit(), at)
-        if left is None or right is None:
-            continue
-        if left == 0 or right == 0:
-            return bool(left == right)
-        if ratio is None:
-            ratio = left / right
-            if not isinstance(gold, sympy.Eq | sympy.Ne) and not ratio.is_positive:
-                return False
-        if not close(left, ratio * right, digits_of(wanted, got, precision)):
-            return False
-    return ratio is not None or bool(sympy.simplify(wanted - got).is_zero)
-
-
-def points(symbols: list[Any]) -> Iterator[dict[Any, Any]]:
-    for point in POINTS:
-        yield {symbol: sympy.Float(point + SHIFT * i, WORKING_DIGITS) for i, symbol in enumerate(symbols)}
-
-
-def same_formula(gold: Any, found: Any, precision: int) -> bool:
-    """Two formulas are one if they have the same values at POINTS; two numbers, if they agree in AGREEING_DIGITS."""
-    symbols = sorted(symbols_of(gold) | symbols_of(found), key=str)
-    if not symbols:
-        return same_values(gold, found, precision)
-    gold, found = gold.doit(), found.doit()
-    compared = 0
-    for at in points(symbols):
-        wanted, got = value_of(gold, at), value_of(found, at)
-        if wanted is None or got is None or (wanted.has(sympy.I) and not gold.has(sympy.I)):
-            continue  # not a number there, or outside the real domain of the answer
-        if not close(wanted, got, digits_of(gold, found, precision)):
-            return False
-        compared += 1
-    if compared > 0:
-        return True
-    return bool(sympy.simplify(gold - found).is_zero)
-
-
-def same_values(gold: Any, found: Any, precision: int) -> bool:
-    exact = gold.doit(), found.doit()
-    if all(isinstance(each, sympy.Rational) for each in exact):
-        return bool(exact[0] == exact[1])
-    wanted, got = value_of(gold, {}), value_of(found, {})
-    if wanted is None or got is None:
-        return False
-    for decimal, other in ((gold, got), (found, wanted)):
-        if isinstance(decimal, sympy.Float) and other.is_Float:
-            written = Number(Fraction(str(decimal)), significant(str(decimal).split("e")[0]))
-            return same(written, Number(Fraction(str(other)), WORKING_DIGITS), precision)
-    return close(wanted, got, digits_of(gold, found, precision))
-
-
-def digits_of(gold: Any, found: Any, precision: int) -> int:
-    """A decimal inside a formula may stand for what it is rounded from."""
-    return precision if gold.has(sympy.Float) or found.has(sympy.Float) else AGREEING_DIGITS
-
-
-def value_of(formula: Any, at: dict[Any, Any]) -> Any:
-    """A finite real or complex number of WORKING_DIGITS digits; None: it has none."""
-    try:
-        value = formula.evalf(WORKING_DIGITS, subs=at)
-        if not value.is_number or not value.is_finite:
-            value = formula.doit().evalf(WORKING_DIGITS, subs=at)
-    except ZeroDivisionError:
-        return None
-    parts = value.as_real_imag() if value.is_number else ()
-    return value if parts and all(part.is_Number and part.is_finite for part in parts) else None
-
-
-def close(wanted: Any, got: Any, digits: int) -> bool:
-    size = max(abs(wanted), abs(got))
-    return bool(size < NOTHING or abs(wanted - got) <= size * sympy.Float(10) ** -digits)
 
 
 class Printer(StrPrinter):  # type: ignore[misc]

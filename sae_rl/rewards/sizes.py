@@ -51,10 +51,9 @@ def log10(number: Any) -> float:
     """Of the absolute value, or for a quotient of integers the sum of both; 0 for what is no number or has none."""
     if isinstance(number, sympy.Rational):
         return math.log10(abs(int(number.p)) or 1) + math.log10(int(number.q))
-    if isinstance(number, sympy.Float):
-        return float(sympy.log(abs(number), 10)) if number else 0.0
-    if isinstance(number, sympy.NumberSymbol | float):
-        return math.log10(abs(float(number)) or 1.0)
+    if isinstance(number, sympy.Float | sympy.NumberSymbol | float):
+        size = abs(float(number))
+        return math.log10(size) if 0.0 < size < math.inf else float(sympy.log(abs(number) or 1.0, 10))
     return 0.0
 
 
@@ -87,16 +86,15 @@ def of_series(found: Any, at: Values) -> float:
 
 def of_function(found: Any, at: Values) -> float:
     """What a function adds to the digits of its arguments."""
-    sizes = [magnitude(arg, at) for arg in found.args] if isinstance(found, sympy.Function) else []
-    if isinstance(found, sympy.factorial | sympy.gamma):
-        return sizes[0] * math.log10(max(sizes[0], 10.0))
     if isinstance(found, sympy.binomial):
-        n, k = sizes
+        n, k = (magnitude(arg, at) for arg in found.args)
         return min(k, abs(n - k)) * math.log10(max(n, k, 10.0))
-    if isinstance(found, HyperbolicFunction) or (
-        isinstance(found, TrigonometricFunction) and not found.args[0].is_real
-    ):
-        return sizes[0] / math.log(10)
+    if isinstance(found, sympy.factorial | sympy.gamma):
+        n = magnitude(found.args[0], at)
+        return n * math.log10(max(n, 10.0))
+    turns = isinstance(found, TrigonometricFunction) and found.args[0].is_real
+    if isinstance(found, HyperbolicFunction | TrigonometricFunction) and not turns:
+        return magnitude(found.args[0], at) / math.log(10)
     return 0.0
 
 

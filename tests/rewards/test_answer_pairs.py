@@ -177,14 +177,14 @@ def test_no_bomb_scores_and_the_pool_goes_on() -> None:
 
 
 def test_a_crash_inside_the_comparison_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_rl.rewards import expressions
+    from sae_rl.rewards import values
 
     def crash(*_: Any, **__: Any) -> Any:
         raise RecursionError("too deep")
 
     sample = Sample(prompt="", response=r"\boxed{\sqrt{8}}", answer=r"2\sqrt{2}")
     assert Math()(sample).score == 1.0
-    monkeypatch.setattr(expressions, "value_of", crash)
+    monkeypatch.setattr(values, "value_of", crash)
     with pytest.raises(RecursionError):
         Math()(sample)
 

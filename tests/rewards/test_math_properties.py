@@ -209,3 +209,38 @@ def test_all_digits_are_written(number: int) -> None:
     assert sum(
         int(digits[max(0, i - 1000) : i]) * 10 ** (len(digits) - i) for i in range(len(digits), 0, -1000)
     ) == abs(number)
+
+
+@few
+@given(st.integers(2, 12), st.sampled_from([2, 3, 5, 7]), st.integers(-900, 900), st.integers(0, 900))
+def test_surds_of_any_size(base: int, root: int, exponent: int, other: int) -> None:
+    """Beside a number that is 10^1000 times larger nothing is lost, and nothing is too small to count."""
+    judge = READY["math"]
+    surd = f"{base}^{{{exponent}}}\\sqrt{{{root}}}"
+    rewritten = f"\\frac{{{root} \\cdot {base}^{{{exponent + 1}}}}}{{{base}\\sqrt{{{root}}}}}"
+    tiny = f"{surd}+{base}^{{{-other}}}"
+    for gold, right in ((surd, rewritten), (tiny, f"{rewritten}+{base}^{{{-other}}}")):
+        assert judge(Sample(prompt="", response=f"\\boxed{{{right}}}", answer=gold)).score == 1.0
+    for gold, wrong in ((surd, tiny), (tiny, rewritten), (surd, "0"), (surd, f"{base} \\cdot {surd}"), (surd, f"-{surd}")):
+        assert judge(Sample(prompt="", response=f"\\boxed{{{wrong}}}", answer=gold)).score == 0.0
+
+
+@few
+@given(st.integers(1, 9), st.sampled_from([2, 3, 5, 7]), st.integers(2, 120))
+def test_a_sum_of_conjugate_powers_is_its_integer_and_no_one_of_them(whole: int, root: int, power: int) -> None:
+    """Of which one is nearly the integer, and the other nearly nothing."""
+    judge = READY["math"]
+    a, b = 1, 0  # (whole + sqrt(root))^power = a + b sqrt(root)
+    for _ in range(power):
+        a, b = whole * a + root * b, a + whole * b
+    up, down = (f"({whole}{sign}\\sqrt{{{root}}})^{{{power}}}" for sign in "+-")
+    for response, answer, right in (
+        (f"{up}+{down}", str(2 * a), True),
+        (str(2 * a), f"{up}+{down}", True),
+        (f"{a}-{b}\\sqrt{{{root}}}", down, True),
+        (f"{a}+{b}\\sqrt{{{root}}}", up, True),
+        (up, f"{up}+{down}", False),
+        ("0", down, False),
+        (f"{up}+{down}", str(2 * a + 1), False),
+    ):
+        assert judge(Sample(prompt="", response=f"\\boxed{{{response}}}", answer=answer)).score == float(right)
