@@ -221,7 +221,13 @@ def test_surds_of_any_size(base: int, root: int, exponent: int, other: int) -> N
     tiny = f"{surd}+{base}^{{{-other}}}"
     for gold, right in ((surd, rewritten), (tiny, f"{rewritten}+{base}^{{{-other}}}")):
         assert judge(Sample(prompt="", response=f"\\boxed{{{right}}}", answer=gold)).score == 1.0
-    for gold, wrong in ((surd, tiny), (tiny, rewritten), (surd, "0"), (surd, f"{base} \\cdot {surd}"), (surd, f"-{surd}")):
+    for gold, wrong in (
+        (surd, tiny),
+        (tiny, rewritten),
+        (surd, "0"),
+        (surd, f"{base} \\cdot {surd}"),
+        (surd, f"-{surd}"),
+    ):
         assert judge(Sample(prompt="", response=f"\\boxed{{{wrong}}}", answer=gold)).score == 0.0
 
 
