@@ -6,6 +6,7 @@ Two numbers are computed with as many digits as it takes to tell them apart; two
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -20,6 +21,10 @@ WORKING_DIGITS, AGREEING_DIGITS = 100, 80
 # Where formulas are compared: irrational, of both signs, small and large. One set for all, so that a verdict is reproducible.
 POINTS = (3.1830988618, -2.7182845905, 0.5772156649, -0.4142135624, 11.0901699437)
 SHIFT = 0.7390851332  # between the variables of one formula
+# Formulas with steps are compared at integers too: all remainders by up to 24, and some that are larger. Only at integers
+# if their variables are called like integers.
+STEPS = (*range(1, 25), 59, 60, 97, 100, 144, 365, 1000)
+INTEGERS = "jklmnpqKMN"
 Point = dict[Any, Any]  # values of the variables
 
 
@@ -34,7 +39,7 @@ def same_formula(gold: Any, found: Any, precision: int) -> bool:
         return same_values(gold, found, precision)
     gold, found = gold.doit(), found.doit()
     compared = 0
-    for at in points(symbols):
+    for at in points(gold, found, symbols):
         size = size_of(gold, found, at)
         wanted, got = value_of(gold, at, size), value_of(found, at, size)
         if wanted is None or got is None or (wanted.has(sympy.I) and not gold.has(sympy.I)):
@@ -73,13 +78,15 @@ def same_relation(gold: Any, found: Any, precision: int) -> bool:
     wanted, got = (each.lhs - each.rhs for each in (gold, found))
     symbols = sorted(symbols_of(wanted) | symbols_of(got), key=str)
     ratio = None
-    for at in points(symbols):
+    for at in points(wanted, got, symbols):
         size = size_of(wanted, got, at)
         left, right = value_of(wanted.doit(), at, size), value_of(got.doit(), at, size)
         if left is None or right is None:
             continue
         if left == 0 or right == 0:
-            return bool(left == right)
+            if left != right:
+                return False
+            continue
         if ratio is None:
             ratio = left / right
             if not isinstance(gold, sympy.Eq | sympy.Ne) and not ratio.is_positive:
@@ -89,9 +96,27 @@ def same_relation(gold: Any, found: Any, precision: int) -> bool:
     return ratio is not None or bool(sympy.simplify(wanted - got).is_zero)
 
 
-def points(symbols: list[Any]) -> Iterator[Point]:
-    for point in POINTS:
-        yield {symbol: sympy.Float(point + SHIFT * i, WORKING_DIGITS) for i, symbol in enumerate(symbols)}
+def points(gold: Any, found: Any, symbols: list[Any]) -> Iterator[Point]:
+    """Where two formulas are compared."""
+    stepped = in_steps(gold) | in_steps(found)
+    if not stepped or any(symbol.name[0] not in INTEGERS for symbol in stepped):
+        for point in POINTS:
+            yield {symbol: sympy.Float(point + SHIFT * i, WORKING_DIGITS) for i, symbol in enumerate(symbols)}
+    if stepped:
+        rng = random.Random(0)
+        for _ in range(1 if len(symbols) == 1 else 2):
+            columns = [rng.sample(STEPS, len(STEPS)) for _ in symbols]
+            for row in zip(*columns, strict=True):
+                yield dict(zip(symbols, map(sympy.Integer, row), strict=True))
+
+
+def in_steps(formula: Any) -> set[sympy.Symbol]:
+    """Variables at whose integers it says what it does not say between them: n of (-1)^n, and in what is rounded."""
+    steps = formula.atoms(sympy.floor, sympy.ceiling, sympy.Mod)
+    signs = [
+        power.exp for power in formula.atoms(sympy.Pow) if power.base.is_number and not power.base.is_extended_positive
+    ]
+    return set().union(*(symbols_of(each) for each in (*steps, *signs)))
 
 
 def decimals(gold: Any, found: Any, precision: int) -> int:
@@ -113,6 +138,8 @@ def value_of(formula: Any, at: Point, size: float) -> Any:
         return None
     num_digits = WORKING_DIGITS + 2 * math.ceil(size)
     try:
+        if all(value.is_Integer for value in at.values()):  # exactly: else 4/2 may be rounded down to 1
+            formula, at = formula.xreplace(at), {}
         value = formula.evalf(num_digits, subs=at)
         if not value.is_number or not value.is_finite:
             value = formula.doit().evalf(num_digits, subs=at)
@@ -124,6 +151,14 @@ def value_of(formula: Any, at: Point, size: float) -> Any:
 
 def close(wanted: Any, got: Any, size: float, num_decimals: int) -> bool:
     """Whether no more than rounding is between two values of `value_of`, or of a decimal of so many digits."""
-    larger, ten = max(abs(wanted), abs(got)), sympy.Float(10)
+    larger, ten = max(absolute(wanted), absolute(got)), sympy.Float(10)
     rounding = max(ten ** -(AGREEING_DIGITS + size), larger * ten ** -(AGREEING_DIGITS + 2 * size))
-    return bool(abs(wanted - got) <= max(rounding, larger * ten**-num_decimals if num_decimals else 0))
+    return bool(absolute(wanted - got) <= max(rounding, larger * ten**-num_decimals if num_decimals else 0))
+
+
+def absolute(value: Any) -> Any:
+    """Of a complex number too, also where it is a product that nobody has multiplied out."""
+    if value.is_Number:
+        return abs(value)
+    real, imaginary = value.as_real_imag()
+    return sympy.sqrt(real * real + imaginary * imaginary)

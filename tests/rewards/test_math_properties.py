@@ -250,3 +250,15 @@ def test_a_sum_of_conjugate_powers_is_its_integer_and_no_one_of_them(whole: int,
         (f"{up}+{down}", str(2 * a + 1), False),
     ):
         assert judge(Sample(prompt="", response=f"\\boxed{{{response}}}", answer=answer)).score == float(right)
+
+
+@few
+@given(st.integers(2, 12), st.integers(-20, 20), st.integers(1, 12))
+def test_formulas_with_steps_are_judged_at_integers(divisor: int, shift: int, other: int) -> None:
+    judge = READY["math"]
+    gold = f"\\lfloor \\frac{{n+{shift}}}{{{divisor}}} \\rfloor".replace("+-", "-")
+    up = f"\\lceil \\frac{{n+{shift - divisor + 1}}}{{{divisor}}} \\rceil".replace("+-", "-")
+    for response, right in ((up, 1.0), (f"{up}+1", 0.0), (f"\\lceil \\frac{{n+{shift}}}{{{divisor}}} \\rceil-1", 0.0)):
+        text = response.replace("+-", "-")
+        assert judge(Sample(prompt="", response=f"\\boxed{{{text}}}", answer=gold)).score == right
+    assert judge(Sample(prompt="", response=f"\\boxed{{(-1)^{{n+{other}}}}}", answer="(-1)^n")).score == 1 - other % 2
