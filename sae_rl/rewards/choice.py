@@ -6,16 +6,21 @@ import re
 import string
 from dataclasses import dataclass
 
-from sae_rl.rewards.final import BOX, MAX_TAIL, after_thinking, boxed
+from sae_rl.rewards.final import BOX, MAX_TAIL, UNDENIED, after_thinking, boxed
 from sae_rl.rewards.mathematics import TEXT
 from sae_rl.rewards.numbers import ascii_of
 from sae_rl.rewards.verdict import Sample, Verdict
 
 SAID = re.compile(
-    r"\b(?:answer|option|choice)\b(?:[^.:=\n]{0,60}?\b(?:is|be)\b\s*+:?|\s*+(?::|=))\s*+([^\n]+)", re.IGNORECASE
+    rf"\b(?:answer|option|choice)\b(?:{UNDENIED}\b(?:is|be)\b\s*+:?|\s*+(?::|=))\s*+([^\n]+)", re.IGNORECASE
 )
 DECORATION = re.compile(r"\\(?:left|right|quad|[,;:! ()\[\]])|[$*_`~]")
-WORD_BEFORE = re.compile(r"^(?:(?:the|option|choice|answer|letter)\s*:?\s+)+", re.IGNORECASE)
+WORD_BEFORE = re.compile(
+    r"^(?:(?:the|option|choice|answer|letter|it is|i (?:think|believe|choose)|most|probably|likely|clearly)\s*:?\s+)+",
+    re.IGNORECASE,
+)
+OTHER = r"(?:[,;/&]|\b(?:or|and|maybe|perhaps|possibly)\b)"  # before a second choice
+GOES_ON = r"\s+(?!(?:or|and|is|was)\b)[a-z]"  # "A large cat", "I think": no letter
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +76,11 @@ class Choice:
         if alone is not None:
             return [alone[1].upper()]
         letter = rf"\(?(?<![A-Za-z])([{self.letters}])(?![A-Za-z'’])\)?"
-        several = re.match(rf"{letter}(?:\s*(?:,|;|/|&|\bor\b|\band\b)+\s*{letter})+", text)
-        first = re.match(rf"{letter}\s*(?:[.:,)]|$)", text)
+        text = re.sub(rf"\b(?:not|never)\s+(?:(?:the|option|choice)\s+)*{letter}", "", text).strip()
+        second = rf"(?:(?:[\s.]*{OTHER})++\s*{letter}(?!(?<=[AI]){GOES_ON})|\s*\.\s*{letter}(?!\s+[a-z]))"
+        several = re.match(rf"{letter}{second}+", text)
+        first = re.match(rf"{letter}\s*(?:[.:,)]|$|\b(?:is|was|because|since|as)\b)", text)
         if several is None and first is not None:
             return [first[1]]
-        return list(dict.fromkeys(re.findall(letter, text if several is None else several[0])))
+        chosen = re.finditer(rf"{letter}(?!(?<=I){GOES_ON})", text if several is None else several[0])
+        return list(dict.fromkeys(match[1] for match in chosen))

@@ -24,6 +24,7 @@ from sae_rl.rewards.values import same_formula, same_relation, symbols_of
 MAX_CHARS = 2000  # of an expression
 MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
 MAX_OPERATIONS, MAX_TERMS = 100, 200  # of an expression, and of what it is multiplied out to for its canonical text
+ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # of numbers, which the parser would add up
 LATEX = NormalizationConfig(
     basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
 )
@@ -31,6 +32,7 @@ REPLACED = (
     (re.compile(r"\\\(|\\\)|\\\[|\\\]|\$|\*\*(?=\s*$)"), " "),
     (re.compile(r"\*\*"), "^"),
     (re.compile(r"\\varnothing"), r"\\emptyset"),
+    (re.compile(r"\\(?:lor|vee|land|wedge)(?![A-Za-z])"), ","),
     (re.compile(r"\\(?:mathrm|text|textrm|rm|operatorname)\s*\{([eid])\}"), r"{\1}"),
     (re.compile(r"(?<=\{)\s+|\s+(?=\})"), ""),  # or else math-verify takes { e } for a unit
     (re.compile(r"(?<![\\A-Za-z])(pi|infty|infinity)(?![A-Za-z])"), r"\\\1"),
@@ -62,6 +64,8 @@ def parsed(text: str) -> Any:
     """
     if len(text) > MAX_CHARS or depth(text) > MAX_DEPTH:
         return None
+    if ROW.fullmatch(text):
+        text = ",".join(text.split())
     for pattern, replacement in REPLACED:
         text = pattern.sub(replacement, text)
     found = latex(both_signs(text))

@@ -17,7 +17,9 @@ JOINER = re.compile(
     re.IGNORECASE,
 )
 HASHES = re.compile(r"^[^\S\n]*####[^\S\n]*(\S.*)$", re.MULTILINE)
-STATED = re.compile(r"\banswers?\b(?:[^.:=\n]{0,60}?\b(?:is|are|be)\b\s*+:?|\s*+(?::|=))\s*+(.+)", re.IGNORECASE)
+UNDENIED = r"(?:(?!\b(?:not|cannot)\b|n't\b)[^.:=\n]){0,60}?"  # between a subject and its verb
+STATED = re.compile(rf"\banswers?\b(?:{UNDENIED}\b(?:is|are|be)\b\s*+:?|\s*+(?::|=))\s*+(.+)", re.IGNORECASE)
+DENIED = re.compile(r"(?:\b(?:not|cannot|never)|n't)(?:\s+(?:be|equal(?:\s+to)?))?[\s$:(]*\Z", re.IGNORECASE)
 NAME = r"(?:[A-Za-z](?:\([A-Za-z]\))?\s*=\s*)?"
 DECIMAL_OR_GROUP = rf"\(?-?[$€£]?(?:{DECIMAL})\)?"
 FORMULA = r"\$\$.+?\$\$|(?<!\\)\$(?:\\.|[^$\\])+?\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]"
@@ -108,8 +110,12 @@ def stated(text: str) -> str:
     while found := STATED.findall(said):  # "Final Answer: The final answer is 5"
         tail = said = str(found[-1]).strip()
     if tail:
-        return _of_sentence(re.split(r"\.(?:\s|$)", tail)[0].strip())
-    lists = [match[0] for match in ATOMS.finditer(text)]
+        sentence = re.split(r"\.(?:\s|$)", tail)[0].strip()
+        if not re.match(r"not\b", sentence, re.IGNORECASE) or ATOMS.search(sentence) is None:
+            return _of_sentence(sentence)
+    lists = [
+        match[0] for match in ATOMS.finditer(text) if not DENIED.search(text, max(0, match.start() - 20), match.start())
+    ]
     return lists[-1] if lists else ""
 
 
@@ -118,7 +124,13 @@ def _of_sentence(sentence: str) -> str:
     behind = max((match.end() for match in IS.finditer(sentence)), default=0)
     for start in (0, behind):
         atoms = ATOMS.match(sentence, start)
-        if atoms is not None and GOES_ON.match(sentence, atoms.end()) is None:
+        if atoms is not None and not _goes_on(sentence, atoms.end()):
             return atoms[0]
     atoms = ATOMS.search(sentence)
-    return sentence if atoms is None or atoms.start() == 0 or GOES_ON.match(sentence, atoms.end()) else atoms[0]
+    return sentence if atoms is None or atoms.start() == 0 or _goes_on(sentence, atoms.end()) else atoms[0]
+
+
+def _goes_on(sentence: str, end: int) -> bool:
+    """Whether a formula, or a row of numbers, is longer than what ends here."""
+    behind = end + len(sentence[end:]) - len(sentence[end:].lstrip())
+    return GOES_ON.match(sentence, end) is not None or ATOMS.match(sentence, behind) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -10,6 +11,8 @@ from sae_rl.rewards.final import final_answer
 from sae_rl.rewards.mathematics import MAX_CHARS, meaning
 from sae_rl.rewards.numbers import Number, ascii_of, tidy
 from sae_rl.rewards.verdict import Sample, Verdict
+
+SEVERAL = re.compile(r",(?!\d{3})|;|\b(?:or|and)\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])")  # between two equations
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,5 +54,8 @@ class Numeric:
 
 
 def number_in(text: str) -> Number | None:
-    """The number that a text is, behind the last sign of equality."""
-    return meaning(tidy(ascii_of(text)).rpartition("=")[2]).number if len(text) <= MAX_CHARS else None
+    """The number that a text is, behind the last sign of equality; None: it is none, or there are several."""
+    if len(text) > MAX_CHARS:
+        return None
+    before, _, value = tidy(ascii_of(text)).rpartition("=")
+    return None if SEVERAL.search(before.partition("=")[2]) else meaning(value).number
