@@ -138,7 +138,7 @@ class Layout:
             "zero_stage": self.stage,
             "activation_checkpointing": self.recomputed,
             "offload_optimizer": self.offloaded,
-            "offload_parameters": self.offloaded,
+            "offload_parameters": self.offloaded and self.stage == 3,
             "num_mini_batches": 1,
             "num_epochs": 1,
         }
