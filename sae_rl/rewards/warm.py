@@ -38,6 +38,9 @@ FORMS = (
     r"\begin{pmatrix}1&2\\-3&\frac{1}{2}\end{pmatrix}",
     r"|x-1|",
     r"1.5x",
+    r"\lfloor\frac{n}{2}\rfloor-\lceil\sqrt{n}\rceil",
+    r"(-1)^{n+1}2^n",
+    r"\sum_{k=1}^{n}k^2",
 )
 
 for form in FORMS:
