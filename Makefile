@@ -6,7 +6,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := .venv/.installed
 # Strictly typed: everything but the bridges to libraries that have no types.
-TYPED := $(filter-out sae_rl/backends sae_rl/workers sae_rl/run.py sae_rl/demo.py sae_rl/warm_start.py sae_rl/base_model.py, \
+TYPED := $(filter-out sae_rl/backends sae_rl/workers sae_rl/commands/train.py sae_rl/commands/demo.py sae_rl/sft.py sae_rl/commands/warm_start.py, \
          $(wildcard sae_rl/*.py) sae_rl/algo sae_rl/analysis sae_rl/data sae_rl/evaluation sae_rl/rewards sae_rl/sandbox)
 
 # A file at a time in each of two processes, for tests that start no engine.

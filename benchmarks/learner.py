@@ -81,7 +81,7 @@ def packed_update(folder: Path, batch: Any, advantages: Tensor) -> Callable[[], 
     from sae_rl.algo import PolicyLoss, PolicyTokens
     from sae_rl.backends.deepspeed import Learner, Rank, join_group
     from sae_rl.backends.models import PolicyNetwork, load_causal_lm
-    from sae_rl.compose import load_config
+    from sae_rl.config.compose import load_config
 
     config = load_config([f"model.path={folder}", "model.precision=float32", "learner=small"])
     learner_config = config.learner.policy.model_copy(update={"micro_batch_tokens": BUDGET})

@@ -42,10 +42,10 @@ def bare(threads: int) -> str:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    from sae_rl.clock import Clock
-    from sae_rl.compose import load_config
-    from sae_rl.run import load_tokenizer
-    from sae_rl.sources import load_task
+    from sae_rl.commands.assemble import load_tokenizer
+    from sae_rl.config.compose import load_config
+    from sae_rl.data.load import load_task
+    from sae_rl.records.clock import Clock
     from sae_rl.workers.session import ray_session, start_workers
 
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -55,9 +55,9 @@ def measure(rounds: int) -> dict[str, Any]:
         config = load_config([*overrides(folder, folder / "run", 1), "algorithm=grpo"])
         prompts = list(load_task(config, load_tokenizer(config.model.path))[0].prompts)
         stack.enter_context(ray_session(config))
-        crew = stack.enter_context(start_workers(config, prompts[:2], Clock()))
-        crew.sync_weights(0)
-        programs: dict[str, Callable[[], object]] = {POOL: lambda: list(generate(crew, prompts))}
+        workers = stack.enter_context(start_workers(config, prompts[:2], Clock()))
+        workers.sync_weights(0)
+        programs: dict[str, Callable[[], object]] = {POOL: lambda: list(generate(workers, prompts))}
         for threads in THREADS:
             command = [
                 sys.executable,
@@ -72,7 +72,7 @@ def measure(rounds: int) -> dict[str, Any]:
                 in_a_process(command, folder / f"bare_{threads}.log", environment)
             )
         seconds = take_turns(programs, rounds)
-        syncs = [step(crew, prompts, version) for version in range(1, rounds + 1)]
+        syncs = [step(workers, prompts, version) for version in range(1, rounds + 1)]
     best = {program: min(runs) for program, runs in seconds.items()}
     return {
         "programs": {
@@ -90,27 +90,27 @@ def measure(rounds: int) -> dict[str, Any]:
     }
 
 
-def generate(crew: Any, prompts: list[Any]) -> Any:
+def generate(workers: Any, prompts: list[Any]) -> Any:
     from sae_rl.types import Sampling
 
     sampling = Sampling(max_tokens=work.RESPONSE_TOKENS)
-    groups = crew.rollout.generate(prompts, group_size=work.GROUP_SIZE, sampling=sampling, stream="bench")
+    groups = workers.rollout.generate(prompts, group_size=work.GROUP_SIZE, sampling=sampling, seed_name="bench")
     for group in groups:
         assert all(rollout.token_ids.numel() == work.RESPONSE_TOKENS for rollout in group), "responses ended early"
         yield from group
 
 
-def step(crew: Any, prompts: list[Any], version: int) -> tuple[float, float]:
+def step(workers: Any, prompts: list[Any], version: int) -> tuple[float, float]:
     """Seconds of the weight sync, and of the whole step."""
     from sae_rl.types import Batch, Targets
 
     started = time.perf_counter()
-    rollouts = list(generate(crew, prompts))
+    rollouts = list(generate(workers, prompts))
     batch = Batch.of(rollouts, [0.0] * len(rollouts))
     advantages = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(version))
-    crew.update(batch, crew.score(batch), Targets(advantages=advantages, returns=None), seed=version)
+    workers.update(batch, workers.score(batch), Targets(advantages=advantages, returns=None), seed=version)
     before = time.perf_counter()
-    crew.sync_weights(version)
+    workers.sync_weights(version)
     ended = time.perf_counter()
     return ended - before, ended - started
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.turns import take_turns
-from sae_rl.rewards.mathematics import Math
+from sae_rl.rewards.math.verifier import Math
 from sae_rl.rewards.pool import RewardPool, sample_of
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Prompt, Rollout

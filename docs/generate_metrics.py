@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sae_rl.metrics import markdown_table
+from sae_rl.records.metrics import markdown_table
 
 HEADER = """# Metrics
 

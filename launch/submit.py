@@ -135,7 +135,7 @@ def check_run(options: Options) -> None:
         ValueError: what is wrong with it, one problem per line.
     """
     sys.path.insert(0, str(options.working_dir))  # check the code that is uploaded, if it is ours
-    from sae_rl.compose import load_config
+    from sae_rl.config.compose import load_config
 
     config = load_config(options.overrides)
     problems = [

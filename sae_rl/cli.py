@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from sae_rl.errors import ConfigError
+from sae_rl.settings import ConfigError
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -25,14 +25,14 @@ class Command:
 
 
 def train(arguments: list[str]) -> None:
-    from sae_rl.compose import load_config
+    from sae_rl.config.compose import load_config
 
     if {"-m", "--multirun"} & set(arguments):
         return sweep([argument for argument in arguments if argument not in ("-m", "--multirun")])
     if "--print" in arguments:
         return show([argument for argument in arguments if argument != "--print"])
     config = load_config(arguments)  # before Ray and torch's companions are imported, which takes seconds
-    from sae_rl.run import run_training
+    from sae_rl.commands.train import run_training
 
     return run_training(config)
 
@@ -43,8 +43,8 @@ def sweep(overrides: list[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf
 
-    from sae_rl.compose import CONF, check_sweep, validate, with_additions
-    from sae_rl.run import run_training
+    from sae_rl.commands.train import run_training
+    from sae_rl.config.compose import CONF, check_sweep, validate, with_additions
 
     overrides = with_additions(overrides)
     fixed = check_sweep(overrides)
@@ -64,47 +64,47 @@ def show(overrides: list[str]) -> None:
     """The resolved and validated configuration."""
     import yaml
 
-    from sae_rl.compose import load_config
-    from sae_rl.config import as_tree
+    from sae_rl.config.compose import load_config
+    from sae_rl.config.schema import as_tree
 
     print(yaml.safe_dump(as_tree(load_config(overrides)), sort_keys=False), end="")
 
 
 def evaluate(arguments: list[str]) -> None:
-    from sae_rl.compose import load_evaluation_config
+    from sae_rl.config.compose import load_evaluation_config
 
     config = load_evaluation_config(arguments)
     from sae_rl.analysis.evaluation_table import print_evaluation
-    from sae_rl.run import run_evaluation
+    from sae_rl.commands.evaluate import run_evaluation
 
     print_evaluation(run_evaluation(config), plain=config.logger.console != "rich")
 
 
 def pretrain_critic(arguments: list[str]) -> None:
-    from sae_rl.compose import load_config
+    from sae_rl.config.compose import load_config
 
     config = load_config(arguments)
-    from sae_rl.run import run_critic_pretraining
+    from sae_rl.commands.pretrain_critic import run_critic_pretraining
 
     folder = run_critic_pretraining(config)
     print(f"the critic is in {folder}: sae-rl train ... learner.critic_pretraining.checkpoint={folder}")
 
 
 def warm_start(arguments: list[str]) -> None:
-    from sae_rl.base_model import WarmStartConfig, run_warm_start
-    from sae_rl.compose import build, compose_tree
+    from sae_rl.commands.warm_start import WarmStartConfig, run_warm_start
+    from sae_rl.config.compose import build, compose_tree
 
     run_warm_start(build(WarmStartConfig, compose_tree(arguments, "warm_start")))
 
 
 def demo(arguments: list[str]) -> None:
-    from sae_rl.demo import run_demo
+    from sae_rl.commands.demo import run_demo
 
     run_demo(arguments)
 
 
 def report(arguments: list[str]) -> None:
-    from sae_rl.demo import write_run_report
+    from sae_rl.commands.demo import write_run_report
 
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ConfigError([f"sae-rl report takes the folder of one run, found {arguments}"])
@@ -145,7 +145,7 @@ def main() -> None:
         print(usage())
         return
     if arguments[0] not in COMMANDS:
-        from sae_rl.plugins import nearest
+        from sae_rl.settings import nearest
 
         _exit(USAGE_ERROR, f"unknown command {arguments[0]!r}, {nearest(arguments[0], list(COMMANDS))}\n\n{usage()}")
     if {"-h", "--help"} & set(arguments):

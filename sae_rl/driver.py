@@ -1,7 +1,7 @@
 """The training loop: PPO with a value model on verifiable rewards. It reads like the algorithm, and holds nothing else.
 
 What a run is made of comes in as one `Run`; how workers are started, how prompts are loaded and where metrics go is
-decided in `sae_rl.run`.
+decided in `sae_rl.commands.train`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from sae_rl.algo.stats import (
     segment_stats,
     staleness_stats,
 )
-from sae_rl.clock import Clock
-from sae_rl.config import AlgorithmConfig, Config
+from sae_rl.config.schema import AlgorithmConfig, Config
+from sae_rl.critic.pretraining import pretrain_critic
 from sae_rl.data.sampler import PromptSampler, SamplerState
 from sae_rl.evaluation.evaluate import evaluate
-from sae_rl.pretraining import pretrain_critic
 from sae_rl.protocols import Metrics, Recorder, Workers
+from sae_rl.records.clock import Clock
 from sae_rl.rewards.pool import RewardPool, Rewards
-from sae_rl.sampling import Collected, Early, FailedRule, collect, collected, groups_of, sample
+from sae_rl.rollouts.groups import Early, FailedRule, StepSamples, collect, collected, groups_of, sample
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
@@ -66,15 +66,15 @@ def train(run: Run) -> None:
         RuntimeError: rewards, weights or a worker failed; the last checkpoint stays usable.
     """
     for step in range(begin(run), run.config.steps):
-        sampled = gather(run, step)  # y ~ pi_rollout(. | x), and R(x, y), checked by a program
-        learnt = learn(run, step, sampled)  # pi_theta and V
+        samples = sample_step(run, step)  # y ~ pi_rollout(. | x), and R(x, y), checked by a program
+        result = learn(run, step, samples)  # pi_theta and V
         synced = run.workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
         evaluate_if_due(run, step + 1)
-        finish(run, step, sampled, learnt, synced)
+        finish(run, step, samples, result, synced)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Learnt:
+class StepResult:
     """What was computed of a batch, and what came of the update."""
 
     opens: Tensor  # (N,)
@@ -83,22 +83,22 @@ class Learnt:
     metrics: Metrics
 
 
-def learn(run: Run, step: int, sampled: Collected) -> Learnt:
+def learn(run: Run, step: int, samples: StepSamples) -> StepResult:
     """One step of PPO: values, segments, advantages, and the updates of policy and critic."""
     config, workers, algorithm = run.config, run.workers, run.config.algorithm
-    batch = Batch.of(sampled.rollouts, sampled.scores)
-    scores = workers.score(batch, sampled.scoring, sampled.scored_rows)  # V(s_t), log pi_old, log pi_ref
+    batch = Batch.of(samples.rollouts, samples.scores)
+    scores = workers.score(batch, samples.scoring, samples.scored_rows)  # V(s_t), log pi_old, log pi_ref
     with run.clock.phase("advantage"):
         token_rewards = algorithm.token_rewards(batch, scores)  # r_t: R at the end, minus beta KL_t
         opens = segment(algorithm.segmenter, batch, scores)  # pi(a_t | s_t) < p opens a segment
         # A_t = delta_t + gamma lambda_t A_{t+1}, and the critic's targets
         targets = estimate(algorithm.estimator, batch, scores, token_rewards, opens)
-        whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.sampled))
+        whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.action_mask))
     seed = derive_seed(config.seed, "update", step)
     with kept_if_it_fails(config.output_dir, step, batch, scores, whitened):
         metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
     metrics |= measure(algorithm, step, batch, scores, targets, opens)
-    return Learnt(opens=opens, scores=scores, targets=targets, metrics=metrics)
+    return StepResult(opens=opens, scores=scores, targets=targets, metrics=metrics)
 
 
 @contextlib.contextmanager
@@ -167,15 +167,17 @@ def prepare_critic(run: Run) -> tuple[float, int]:
     return best, len(kept.rollouts)
 
 
-def gather(run: Run, step: int) -> Collected:
+def sample_step(run: Run, step: int) -> StepSamples:
     """The groups of one step; parts of it may be scored while others are sampled."""
     rollout, parts = run.config.rollout, run.config.schedule.scoring_parts
     early = Early(parts, run.workers.start_score) if parts > 1 else None
 
-    def respond_to(prompts: list[Prompt], turn: int) -> tuple[list[Rollout], Rewards]:
-        return respond(run, prompts, f"step {step}" if turn == 1 else f"step {step} round {turn}", early)
+    def respond_to(prompts: list[Prompt], round_number: int) -> tuple[list[Rollout], Rewards]:
+        return respond(
+            run, prompts, f"step {step}" if round_number == 1 else f"step {step} round {round_number}", early
+        )
 
-    sampled = collect(
+    samples = collect(
         run.sampler,
         rollout.prompts_per_step,
         rollout.group_size,
@@ -183,10 +185,12 @@ def gather(run: Run, step: int) -> Collected:
         FailedRule.of(run.config),
         respond_to,
     )
-    return replace(sampled, scoring=early.started) if early else sampled
+    return replace(samples, scoring=early.started) if early else samples
 
 
-def respond(run: Run, prompts: list[Prompt], stream: str, early: Early | None = None) -> tuple[list[Rollout], Rewards]:
+def respond(
+    run: Run, prompts: list[Prompt], seed_name: str, early: Early | None = None
+) -> tuple[list[Rollout], Rewards]:
     """Responses as training samples them, with their logprobs, and their rewards."""
     rollout = run.config.rollout
     return sample(
@@ -196,7 +200,7 @@ def respond(run: Run, prompts: list[Prompt], stream: str, early: Early | None = 
         run.clock,
         group_size=rollout.group_size,
         sampling=rollout.sampling(rollout.max_response_tokens),
-        stream=stream,
+        seed_name=seed_name,
         early=early,
     )
 
@@ -215,22 +219,22 @@ def measure(
     return metrics
 
 
-def finish(run: Run, step: int, sampled: Collected, learnt: Learnt, more: Metrics) -> None:
+def finish(run: Run, step: int, samples: StepSamples, result: StepResult, more: Metrics) -> None:
     """Records and checkpoint of step ``step``."""
     config, done = run.config, step + 1
     run.records.rollouts(
-        step, sampled.rollouts, sampled.scores, sampled.whys, learnt.opens, learnt.scores, learnt.targets
+        step, samples.rollouts, samples.scores, samples.reasons, result.opens, result.scores, result.targets
     )
     times = run.clock.lap()
-    metrics = sampled.metrics | learnt.metrics | more | times
-    metrics |= throughput(learnt.opens.numel(), metrics, run.workers.num_gpus)
-    metrics["data/epoch"] = float(sampled.sampler["epoch"])
-    if levels := sampled.sampler["levels"]:
+    metrics = samples.metrics | result.metrics | more | times
+    metrics |= throughput(result.opens.numel(), metrics, run.workers.num_gpus)
+    metrics["data/epoch"] = float(samples.sampler["epoch"])
+    if levels := samples.sampler["levels"]:
         metrics["data/level_mean"] = sum(levels) / len(levels)
     run.records.log(step, metrics)
     # Behind the records: a resumed run drops what was recorded after its checkpoint, and nothing else.
     if done == config.steps or (config.checkpoint.every_steps and done % config.checkpoint.every_steps == 0):
-        save(run, done, sampled.sampler)
+        save(run, done, samples.sampler)
 
 
 def throughput(num_tokens: int, times: Metrics, num_gpus: int) -> Metrics:

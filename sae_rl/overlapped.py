@@ -13,12 +13,12 @@ from dataclasses import replace
 from functools import partial
 from types import TracebackType
 
-from sae_rl.clock import Clock
-from sae_rl.driver import Run, begin, evaluate_if_due, finish, gather, learn
-from sae_rl.metrics import PHASES
-from sae_rl.partial_rollouts import PartialRollouts
+from sae_rl.driver import Run, begin, evaluate_if_due, finish, learn, sample_step
 from sae_rl.protocols import Metrics
-from sae_rl.sampling import Collected, FailedRule
+from sae_rl.records.clock import Clock
+from sae_rl.records.metrics import PHASES
+from sae_rl.rollouts.groups import FailedRule, StepSamples
+from sae_rl.rollouts.partial import PartialRollouts
 
 STOP_S = 30.0  # for the sampling thread to notice that the run ended
 
@@ -30,24 +30,24 @@ def train_overlapped(run: Run) -> None:
         RuntimeError: rewards, weights or a worker failed; the last checkpoint stays usable.
     """
     first = begin(run)
-    with Ahead(run, first) as ahead:
+    with SamplingThread(run, first) as ahead:
         for step in range(first, run.config.steps):
-            sampled = ahead.take(step)  # y ~ pi_rollout(. | x) of an earlier step, and R(x, y)
-            learnt = learn(run, step, sampled)  # pi_theta and V
+            samples = ahead.take(step)  # y ~ pi_rollout(. | x) of an earlier step, and R(x, y)
+            result = learn(run, step, samples)  # pi_theta and V
             ahead.before_sync()
             synced = run.workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
             evaluate_if_due(run, step + 1)
             ahead.allow(step + 1)
-            finish(run, step, sampled, learnt, synced | overlap(run.clock.so_far(), sampled.metrics))
+            finish(run, step, samples, result, synced | overlap(run.clock.so_far(), samples.metrics))
 
 
-def overlap(times: Metrics, sampled: Metrics) -> Metrics:
+def overlap(times: Metrics, samples: Metrics) -> Metrics:
     """How much more was done than a single line of phases could have."""
     phases = sum(times[name] for name in PHASES if name in times) - times["time/wait_s"]
-    return {"ahead/overlap": (phases + sampled["ahead/generate_s"] + sampled["ahead/reward_s"]) / times["time/step_s"]}
+    return {"ahead/overlap": (phases + samples["ahead/generate_s"] + samples["ahead/reward_s"]) / times["time/step_s"]}
 
 
-class Ahead:
+class SamplingThread:
     """A thread that gathers step after step, each as soon as the weights are new enough for it.
 
     The batch of step s is begun by weights of version s - ``max_staleness`` or later. Where an evaluation comes before step
@@ -59,7 +59,7 @@ class Ahead:
         self._steps = range(first, run.config.steps)
         self._schedule = run.config.schedule
         self._is_partial = run.config.rollout.prompts_under_way is not None
-        self._batches: dict[int, Future[Collected]] = {step: Future() for step in self._steps}  # until they are taken
+        self._batches: dict[int, Future[StepSamples]] = {step: Future() for step in self._steps}  # until they are taken
         self._version = first
         self._changed = threading.Condition()
         self._stopped = False
@@ -68,7 +68,7 @@ class Ahead:
             target=self._gather_all, args=(dict(self._batches),), name="sampling", daemon=True
         )
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> SamplingThread:
         self._thread.start()
         return self
 
@@ -82,7 +82,7 @@ class Ahead:
             self._run.workers.rollout.interrupt()
         self._thread.join(STOP_S)
 
-    def take(self, step: int) -> Collected:
+    def take(self, step: int) -> StepSamples:
         """The batch of this step. Raises what sampling it raised."""
         with self._run.clock.phase("wait"):
             return self._batches.pop(step).result()
@@ -109,23 +109,23 @@ class Ahead:
         carried = 1 if self._is_partial else 0  # responses that are left over become one step older
         return max(step - self._schedule.max_staleness + carried, evaluated, self._first)
 
-    def _gatherer(self, run: Run) -> Callable[[int], Collected]:
+    def _gatherer(self, run: Run) -> Callable[[int], StepSamples]:
         if not self._is_partial:
-            return partial(gather, run)
+            return partial(sample_step, run)
         rule = FailedRule.of(run.config)
         return PartialRollouts(
             run.sampler, run.workers.rollout, run.rewards, run.clock, run.config.rollout, rule
-        ).gather
+        ).sample_step
 
-    def _gather_all(self, batches: dict[int, Future[Collected]]) -> None:
+    def _gather_all(self, batches: dict[int, Future[StepSamples]]) -> None:
         try:
-            for step, sampled in self._gathered():
-                batches.pop(step).set_result(sampled)
+            for step, samples in self._gathered():
+                batches.pop(step).set_result(samples)
         except BaseException as error:  # whoever waits for a batch has to know, whatever it is
             for batch in batches.values():
                 batch.set_exception(error)
 
-    def _gathered(self) -> Iterator[tuple[int, Collected]]:
+    def _gathered(self) -> Iterator[tuple[int, StepSamples]]:
         clock = Clock()
         gather_step = self._gatherer(replace(self._run, clock=clock))
         for step in self._steps:
@@ -135,7 +135,7 @@ class Ahead:
                 if self._stopped:
                     return
             clock.lap()
-            sampled = gather_step(step)
+            samples = gather_step(step)
             times = clock.lap()
             spent = {f"ahead/{phase}_s": times[f"time/{phase}_s"] for phase in ("generate", "reward")}
-            yield step, replace(sampled, metrics=sampled.metrics | spent)
+            yield step, replace(samples, metrics=samples.metrics | spent)

@@ -18,8 +18,8 @@ Scoring = Any  # of a part of a batch, under way; the workers' own
 class Groups(Protocol):
     """Groups under way; iterating gives each as soon as it is done, in any order, and ends when none is."""
 
-    def add(self, prompts: Sequence[Prompt], stream: str) -> None:
-        """More of them. ``stream`` names the random numbers."""
+    def add(self, prompts: Sequence[Prompt], seed_name: str) -> None:
+        """More of them. ``seed_name`` names the random numbers."""
         ...
 
     def __iter__(self) -> Iterator[list[Rollout]]: ...
@@ -31,9 +31,9 @@ class RolloutEngines(Protocol):
     """Everything that samples."""
 
     def generate(
-        self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, stream: str
+        self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, seed_name: str
     ) -> Iterator[list[Rollout]]:
-        """``group_size`` responses to each prompt, a group as soon as it is done. ``stream`` names the random numbers."""
+        """``group_size`` responses to each prompt, a group as soon as it is done. ``seed_name`` names the random numbers."""
         ...
 
     def open(self, *, group_size: int, sampling: Sampling) -> Groups:
@@ -122,7 +122,7 @@ class Recorder(Protocol):
         step: int,
         rollouts: Sequence[Rollout],
         rewards: Sequence[float],
-        whys: Sequence[str],
+        reasons: Sequence[str],
         opens: Tensor,
         scores: Scores,
         targets: Targets,

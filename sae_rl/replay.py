@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sae_rl.driver import Run, finish, learn, restore
-from sae_rl.errors import ConfigError
-from sae_rl.rollout_table import FOLDER, read_step, rollout_files
-from sae_rl.sampling import Collected
+from sae_rl.records.rollouts import FOLDER, read_step, rollout_files
+from sae_rl.rollouts.groups import StepSamples
+from sae_rl.settings import ConfigError
 
 
 def train_replay(run: Run) -> None:
@@ -24,9 +24,9 @@ def train_replay(run: Run) -> None:
     for step in range(first, run.config.steps):
         recorded_step, file = files[step]
         with run.clock.phase("generate"):
-            rollouts, rewards, whys = read_step(file)
-        sampled = Collected(rollouts, rewards, whys, {}, run.sampler.state())
-        finish(run, step, sampled, learn(run, recorded_step, sampled), {})
+            rollouts, rewards, reasons = read_step(file)
+        samples = StepSamples(rollouts, rewards, reasons, {}, run.sampler.state())
+        finish(run, step, samples, learn(run, recorded_step, samples), {})
 
 
 def recorded_files(folder: Path | None, num_steps: int) -> list[tuple[int, Path]]:

@@ -32,7 +32,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str  # ground truth, in the form that `reward` understands
     task: str  # where it comes from; metrics are split by it
-    reward: str  # name in the table of `sae_rl.rewards`, or an import path
+    reward: str  # name in the table of `sae_rl.rewards.table`, or an import path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +67,13 @@ class Rollout:
     finish_reason: FinishReason  # "length": cut at the limit, the end token was not sampled
     policy_versions: Tensor  # (T,) int64, of each token the step whose weights sampled it
     temperature: float
-    sampled: Tensor | None = None  # (T,) bool, see `Batch.sampled`
+    action_mask: Tensor | None = None  # (T,) bool, see `Batch.action_mask`
 
     def __post_init__(self) -> None:
         per_token = {
             "logprobs": self.rollout_logprobs,
             "policy versions": self.policy_versions,
-            "marks of sampled tokens": self.sampled,
+            "entries of action_mask": self.action_mask,
         }
         for name, flat in per_token.items():
             if flat is not None and flat.shape != self.token_ids.shape:
@@ -83,9 +83,9 @@ class Rollout:
                 )
 
     @property
-    def marks(self) -> Tensor:
-        """(T,) bool, ``sampled`` written out."""
-        return torch.ones_like(self.token_ids, dtype=torch.bool) if self.sampled is None else self.sampled
+    def dense_action_mask(self) -> Tensor:
+        """(T,) bool, ``action_mask`` written out."""
+        return torch.ones_like(self.token_ids, dtype=torch.bool) if self.action_mask is None else self.action_mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ class Batch:
     temperature: float
     # (N,) bool, false: not the policy's own, as a tool's output. Such a token is read, but it has no advantage and no
     # loss, and its logprobs and values are 0. None: all are sampled.
-    sampled: Tensor | None = None
+    action_mask: Tensor | None = None
 
     @staticmethod
     def of(rollouts: Sequence[Rollout], rewards: Sequence[float]) -> Batch:
@@ -120,7 +120,7 @@ class Batch:
         for rollout in rollouts:
             if rollout.token_ids.numel() == 0:
                 raise ValueError(f"rollout {rollout.sample} of prompt {rollout.prompt.id!r} is empty")
-            if rollout.sampled is not None and not bool(rollout.sampled.any()):
+            if rollout.action_mask is not None and not bool(rollout.action_mask.any()):
                 raise ValueError(f"rollout {rollout.sample} of prompt {rollout.prompt.id!r} has no sampled token")
         numbers: dict[str, int] = {}
         groups = [numbers.setdefault(r.prompt.id, len(numbers)) for r in rollouts]
@@ -138,7 +138,7 @@ class Batch:
             groups=torch.tensor(groups, dtype=torch.int64),
             truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),
             temperature=temperatures.pop(),
-            sampled=_marks(rollouts),
+            action_mask=_marks(rollouts),
         )
 
     @property
@@ -157,17 +157,17 @@ class Batch:
     @property
     def num_sampled(self) -> Tensor:
         """(B,) sampled tokens of each response."""
-        if self.sampled is None:
+        if self.action_mask is None:
             return self.lengths
-        before = torch.cat([torch.zeros(1, dtype=torch.int64), self.sampled.cumsum(0)])[self.offsets]
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), self.action_mask.cumsum(0)])[self.offsets]
         return before.diff()
 
     @property
     def last_sampled(self) -> Tensor:
         """(B,) where the last sampled token of each response is in the flat tensors."""
-        if self.sampled is None:
+        if self.action_mask is None:
             return self.offsets[1:] - 1
-        return self.sampled.nonzero().flatten()[self.num_sampled.cumsum(0) - 1]
+        return self.action_mask.nonzero().flatten()[self.num_sampled.cumsum(0) - 1]
 
     @property
     def prompt_lengths(self) -> Tensor:
@@ -200,9 +200,9 @@ def offsets_of(lengths: Sequence[int]) -> Tensor:
 
 
 def _marks(rollouts: Sequence[Rollout]) -> Tensor | None:
-    if all(r.sampled is None for r in rollouts):
+    if all(r.action_mask is None for r in rollouts):
         return None
-    return torch.cat([r.marks for r in rollouts])
+    return torch.cat([r.dense_action_mask for r in rollouts])
 
 
 def gather_ragged(flat: Tensor, offsets: Tensor, indices: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def select(batch: Batch, indices: Tensor) -> Batch:
         rollout_logprobs=gather_ragged(batch.rollout_logprobs, batch.offsets, indices),
         policy_versions=gather_ragged(batch.policy_versions, batch.offsets, indices),
         rewards=batch.rewards[indices],
-        sampled=None if batch.sampled is None else gather_ragged(batch.sampled, batch.offsets, indices),
+        action_mask=None if batch.action_mask is None else gather_ragged(batch.action_mask, batch.offsets, indices),
         groups=batch.groups[indices],
         truncated=batch.truncated[indices],
     )
@@ -231,23 +231,23 @@ def select(batch: Batch, indices: Tensor) -> Batch:
 
 def sampled_only(batch: Batch, scores: Scores) -> tuple[Batch, Scores]:
     """The same without the tokens that the policy did not sample, as if they had never been there."""
-    sampled = batch.sampled
-    if sampled is None:
+    action_mask = batch.action_mask
+    if action_mask is None:
         return batch, scores
 
     def kept(flat: Tensor | None) -> Tensor | None:
-        return None if flat is None else flat[sampled]
+        return None if flat is None else flat[action_mask]
 
     return replace(
         batch,
-        token_ids=batch.token_ids[sampled],
+        token_ids=batch.token_ids[action_mask],
         offsets=offsets_of(batch.num_sampled.tolist()),
-        rollout_logprobs=batch.rollout_logprobs[sampled],
-        policy_versions=batch.policy_versions[sampled],
-        sampled=None,
+        rollout_logprobs=batch.rollout_logprobs[action_mask],
+        policy_versions=batch.policy_versions[action_mask],
+        action_mask=None,
     ), replace(
         scores,
-        old_logprobs=scores.old_logprobs[sampled],
+        old_logprobs=scores.old_logprobs[action_mask],
         values=kept(scores.values),
         ref_logprobs=kept(scores.ref_logprobs),
         entropies=kept(scores.entropies),

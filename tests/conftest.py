@@ -60,9 +60,9 @@ def exactness(request: pytest.FixtureRequest) -> Exactness:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained one-layer model that knows the words of the task Level, with a context of 512 tokens."""
-    from sae_rl.data.level import Level
-    from sae_rl.data.tokenizer import build_tokenizer
-    from sae_rl.warm_start import ModelShape, build_model, save
+    from sae_rl.sft import ModelShape, build_model, save
+    from sae_rl.tasks.level import Level
+    from sae_rl.tasks.tokenizer import build_tokenizer
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tokenizer = build_tokenizer(Level().words())

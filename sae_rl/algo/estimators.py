@@ -200,7 +200,7 @@ def td_targets(
         lam=lam,
         value_lam=value_lam,
         final_values=None if scores.final_values is None else scores.final_values.double() * batch.truncated,
-        sampled=batch.sampled,
+        action_mask=batch.action_mask,
         num_threads=torch.get_num_threads(),
     )
     return Targets(advantages=advantages, returns=returns)
@@ -237,7 +237,7 @@ def _spread(per_response: Tensor, batch: Batch, token_rewards: Tensor) -> Target
     """One advantage per response at each of its sampled tokens, and no critic targets."""
     dtype = torch.promote_types(token_rewards.dtype, torch.float32)
     advantages = per_response.to(dtype).repeat_interleave(batch.lengths)
-    return Targets(advantages=advantages if batch.sampled is None else advantages * batch.sampled, returns=None)
+    return Targets(advantages=advantages if batch.action_mask is None else advantages * batch.action_mask, returns=None)
 
 
 ESTIMATORS: dict[str, type[Estimator]] = {

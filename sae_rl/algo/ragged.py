@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_rl.algo.machine_code import compiled, empty
+from sae_rl.algo.jit import compiled, empty
 from sae_rl.types import Batch
 
 
@@ -30,7 +30,7 @@ def response_sums(flat: Tensor, lengths: Tensor) -> Tensor:
 
 def sampled_tokens(flat: Tensor, batch: Batch) -> Tensor:
     """The numbers of a (N,) tensor that stand at tokens which the policy sampled."""
-    return flat if batch.sampled is None else flat[batch.sampled]
+    return flat if batch.action_mask is None else flat[batch.action_mask]
 
 
 def check_tokens(name: str, flat: Tensor, batch: Batch) -> None:
@@ -62,7 +62,7 @@ def check_finite(name: str, flat: Tensor, offsets: Tensor) -> None:
         )
 
 
-def below(name: str, flat: Tensor, limit: float, offsets: Tensor, sampled: Tensor | None = None) -> Tensor:
+def below(name: str, flat: Tensor, limit: float, offsets: Tensor, action_mask: Tensor | None = None) -> Tensor:
     """(N,) bool, ``flat < limit``.
 
     Raises:
@@ -75,7 +75,7 @@ def below(name: str, flat: Tensor, limit: float, offsets: Tensor, sampled: Tenso
         array = flat.contiguous().numpy()
         is_finite = bool(_below(array, array.dtype.type(limit), array.dtype.type(0), is_below.numpy()))
     if not is_finite:
-        check_finite(name, flat if sampled is None else flat.where(sampled, 0.0), offsets)
+        check_finite(name, flat if action_mask is None else flat.where(action_mask, 0.0), offsets)
     return is_below
 
 

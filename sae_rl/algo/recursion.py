@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo import recursion_cpu
-from sae_rl.algo.machine_code import empty
+from sae_rl.algo.jit import empty
 from sae_rl.algo.ragged import check_finite
 
 SKEW_BYTES = 65 * 64  # a page and a line
@@ -36,7 +36,7 @@ def td_recursion(
     lam: float | Tensor,
     value_lam: float | Tensor,
     final_values: Tensor | None = None,
-    sampled: Tensor | None = None,
+    action_mask: Tensor | None = None,
     out: Advantages | None = None,
     num_threads: int = 1,
 ) -> Advantages:
@@ -51,7 +51,7 @@ def td_recursion(
         lam: of the advantages, or (B,) one for each response.
         value_lam: of the critic's targets, or (B,).
         final_values: (B,) V after the last token; None: the response ends there, V = 0.
-        sampled: (N,) bool, false where a token is transparent; its advantage and target are 0. None: all are sampled.
+        action_mask: (N,) bool, false where a token is transparent; its advantage and target are 0. None: all are sampled.
         out: two contiguous tensors to write to, as they would be returned; None: new ones.
         num_threads: on a CPU, over responses.
 
@@ -77,12 +77,12 @@ def td_recursion(
         _per_response(lam, final_values),
         _per_response(value_lam, final_values),
         final_values.double(),
-        sampled,
+        action_mask,
         out,
         num_threads,
     )
     if not is_finite:
-        _name_what_is_not_finite(rewards, values, final_values, offsets, sampled, out)
+        _name_what_is_not_finite(rewards, values, final_values, offsets, action_mask, out)
     return out
 
 
@@ -96,7 +96,7 @@ def td_recursion_reference(
     lam: float | Tensor,
     value_lam: float | Tensor,
     final_values: Tensor | None = None,
-    sampled: Tensor | None = None,
+    action_mask: Tensor | None = None,
 ) -> Advantages:
     """What `td_recursion` computes, one line per symbol of the formula."""
     every = torch.ones_like(values, dtype=torch.float64)
@@ -106,7 +106,7 @@ def td_recursion_reference(
     )
     advantages, returns = torch.zeros_like(every), torch.zeros_like(every)
     for response, (start, end) in enumerate(pairwise(offsets.tolist())):
-        tokens = [t for t in range(start, end) if sampled is None or sampled[t]]
+        tokens = [t for t in range(start, end) if action_mask is None or action_mask[t]]
         ends = [*tokens, end][1:]
         next_value = torch.tensor(0.0) if final_values is None else final_values[response].double()
         advantage = value_advantage = next_weight = torch.tensor(0.0, dtype=torch.float64)
@@ -126,10 +126,10 @@ def _per_response(lam: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _name_what_is_not_finite(
-    rewards: Tensor, values: Tensor, final_values: Tensor, offsets: Tensor, sampled: Tensor | None, out: Advantages
+    rewards: Tensor, values: Tensor, final_values: Tensor, offsets: Tensor, action_mask: Tensor | None, out: Advantages
 ) -> None:
     check_finite("rewards", rewards, offsets)
-    check_finite("values", values if sampled is None else values.where(sampled, 0.0), offsets)
+    check_finite("values", values if action_mask is None else values.where(action_mask, 0.0), offsets)
     check_finite("final_values", final_values, torch.arange(offsets.numel()))
     check_finite("the advantage", out[0], offsets)
 

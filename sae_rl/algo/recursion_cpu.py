@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sae_rl.algo.machine_code import compiled
+from sae_rl.algo.jit import compiled
 
 TOKENS_PER_THREAD = 65_536  # below it a thread costs more than it saves
 
@@ -42,7 +42,7 @@ class Responses(NamedTuple):
 
 
 def _step_python(
-    t: Any, tokens: Any, is_soft: Any, gamma: Any, gammas: Any, sampled: Any, decays: Any, state: Any
+    t: Any, tokens: Any, is_soft: Any, gamma: Any, gammas: Any, action_mask: Any, decays: Any, state: Any
 ) -> Any:
     """From token t + 1 to token t. numba drops the branches of arguments that are None.
 
@@ -50,8 +50,8 @@ def _step_python(
     transparent tokens since.
     """
     advantage, value_advantage, next_value, decay, value_decay, paid_later = state
-    if sampled is not None:  # noqa: SIM102 (on its own, so that numba can drop it)
-        if not sampled[t]:
+    if action_mask is not None:  # noqa: SIM102 (on its own, so that numba can drop it)
+        if not action_mask[t]:
             tokens.advantages[t] = tokens.returns[t] = 0.0
             return advantage, value_advantage, next_value, decay, value_decay, paid_later + tokens.rewards[t]
     discount = gamma
@@ -61,7 +61,7 @@ def _step_python(
         value_decay *= discount
     value = np.float64(tokens.values[t])
     delta = discount * next_value - value + tokens.rewards[t]
-    if sampled is not None:
+    if action_mask is not None:
         delta += paid_later
     advantage = delta + decay * advantage
     value_advantage = delta + value_decay * value_advantage
@@ -90,7 +90,7 @@ _step, _begin = compiled(_step_python, forceinline=True), compiled(_begin_python
 
 
 def _backward_python(
-    tokens: Any, responses: Any, is_soft: Any, gamma: Any, gammas: Any, sampled: Any, first: int, last: int
+    tokens: Any, responses: Any, is_soft: Any, gamma: Any, gammas: Any, action_mask: Any, first: int, last: int
 ) -> bool:
     """Responses ``first .. last - 1``; whether all advantages are finite.
 
@@ -117,16 +117,16 @@ def _backward_python(
             while t_a > stop:
                 t_a -= one
                 t_b -= one
-                a = _step(t_a, tokens, is_soft, gamma, gammas, sampled, decays_a, a)
-                b = _step(t_b, tokens, is_soft, gamma, gammas, sampled, decays_b, b)
+                a = _step(t_a, tokens, is_soft, gamma, gammas, action_mask, decays_a, a)
+                b = _step(t_b, tokens, is_soft, gamma, gammas, action_mask, decays_b, b)
         elif t_a > start_a:  # the last one goes alone
             while t_a > start_a:
                 t_a -= one
-                a = _step(t_a, tokens, is_soft, gamma, gammas, sampled, decays_a, a)
+                a = _step(t_a, tokens, is_soft, gamma, gammas, action_mask, decays_a, a)
         elif t_b > start_b:
             while t_b > start_b:
                 t_b -= one
-                b = _step(t_b, tokens, is_soft, gamma, gammas, sampled, decays_b, b)
+                b = _step(t_b, tokens, is_soft, gamma, gammas, action_mask, decays_b, b)
         elif upcoming == last:
             return finite
 
@@ -143,7 +143,7 @@ def run(
     lams: Tensor,
     value_lams: Tensor,
     final_values: Tensor,
-    sampled: Tensor | None,
+    action_mask: Tensor | None,
     out: tuple[Tensor, Tensor],
     num_threads: int,
 ) -> bool:
@@ -172,7 +172,7 @@ def run(
         None if is_hard else True,
         float(gamma) if not isinstance(gamma, Tensor) else 1.0,
         _array(gamma, torch.float64) if isinstance(gamma, Tensor) else None,
-        None if sampled is None else _array(sampled, torch.bool),
+        None if action_mask is None else _array(action_mask, torch.bool),
     )
     num_threads = max(1, min(num_threads, values.numel() // TOKENS_PER_THREAD))
     cuts = _cuts(responses.offsets, num_threads)

@@ -43,16 +43,16 @@ def run(
     lams: Tensor,
     value_lams: Tensor,
     final_values: Tensor,
-    sampled: Tensor | None,
+    action_mask: Tensor | None,
     out: tuple[Tensor, Tensor],
     num_threads: int,
 ) -> bool:
     """See `recursion_cpu.run`."""
     offsets = offsets.to(values.device, torch.int64)
-    if sampled is not None:  # the recursion runs on the others, and leaves zeros in the places of these
-        rewards, offsets = _paid_to_sampled_tokens(rewards, offsets, sampled)
-        values, weights = values[sampled], weights[sampled]
-        gamma = gamma[sampled] if isinstance(gamma, Tensor) else gamma
+    if action_mask is not None:  # the recursion runs on the others, and leaves zeros in the places of these
+        rewards, offsets = _paid_to_sampled_tokens(rewards, offsets, action_mask)
+        values, weights = values[action_mask], weights[action_mask]
+        gamma = gamma[action_mask] if isinstance(gamma, Tensor) else gamma
     lengths, ends, exact = offsets.diff(), offsets[1:], values.double()
     next_values = torch.cat([exact[1:], exact.new_zeros(1)])
     next_weights = torch.cat([weights[1:], weights.new_zeros(1)]).double()
@@ -62,10 +62,10 @@ def run(
         _scan(deltas, gamma * lam.repeat_interleave(lengths) ** next_weights, offsets) for lam in (lams, value_lams)
     )
     for place, found in zip(out, (advantages, value_advantages + exact), strict=True):
-        if sampled is None:
+        if action_mask is None:
             place.copy_(found)
         else:
-            place.zero_()[sampled] = found.to(place)
+            place.zero_()[action_mask] = found.to(place)
     return bool(out[0].sum(dtype=torch.float64).isfinite())
 
 
@@ -75,9 +75,9 @@ def _scan(deltas: Tensor, decays: Tensor, offsets: Tensor) -> Tensor:
     return sums
 
 
-def _paid_to_sampled_tokens(rewards: Tensor, offsets: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
+def _paid_to_sampled_tokens(rewards: Tensor, offsets: Tensor, action_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Rewards of the sampled tokens, each with those of the transparent ones behind it, and the sampled tokens' offsets."""
-    count = torch.cat([offsets.new_zeros(1), sampled.cumsum(0)])  # sampled tokens before each token
+    count = torch.cat([offsets.new_zeros(1), action_mask.cumsum(0)])  # sampled tokens before each token
     kept = count[offsets]
     first_of_response = kept[:-1].repeat_interleave(offsets.diff())
     owner = count[1:] - 1  # the sampled token at or before each token, counted among the sampled

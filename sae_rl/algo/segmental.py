@@ -54,16 +54,16 @@ def segmental_advantages(
     _check_knobs(p=p, lam=lam, gamma=gamma, value_lam=value_lam)
     _check_shapes(rewards, values=values, logprobs=logprobs, mask=mask)
     offsets = _checked_offsets(offsets, rewards)
-    sampled = None if mask is None else mask.bool().flatten()
+    action_mask = None if mask is None else mask.bool().flatten()
     advantages, returns = td_recursion(
         rewards.detach().flatten(),
         values.detach().flatten(),
-        below("logprobs", logprobs.detach().flatten(), math.log(p) if p > 0 else -math.inf, offsets, sampled),
+        below("logprobs", logprobs.detach().flatten(), math.log(p) if p > 0 else -math.inf, offsets, action_mask),
         offsets,
         gamma=gamma,
         lam=lam,
         value_lam=value_lam,
-        sampled=sampled,
+        action_mask=action_mask,
         out=None if out is None else (out[0].view(-1), out[1].view(-1)),
         num_threads=torch.get_num_threads(),
     )

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sae_rl.algo.jit import compiled
 from sae_rl.algo.knobs import check_integer
-from sae_rl.algo.machine_code import compiled
 from sae_rl.algo.segmenters import (
     AdaptiveProbability,
     Delimiter,

@@ -44,11 +44,11 @@ def segment(segmenter: Segmenter, batch: Batch, scores: Scores) -> Tensor:
         ValueError: the segmenter's answer has another shape or type, or is not in [0, 1].
     """
     name = f"the answer of {type(segmenter).__name__}"
-    if batch.sampled is None:
+    if batch.action_mask is None:
         return checked_opens(name, segmenter(batch, scores), batch)
     own, own_scores = sampled_only(batch, scores)
     opens = checked_opens(name, segmenter(own, own_scores), own)
-    return torch.zeros(batch.num_tokens, dtype=opens.dtype).masked_scatter(batch.sampled, opens)
+    return torch.zeros(batch.num_tokens, dtype=opens.dtype).masked_scatter(batch.action_mask, opens)
 
 
 def checked_opens(name: str, opens: Tensor, batch: Batch) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo import whitening_cpu
+from sae_rl.algo.jit import empty
 from sae_rl.algo.kl import KL_ESTIMATORS
 from sae_rl.algo.knobs import check_choice, check_integer, check_number
-from sae_rl.algo.machine_code import empty
 from sae_rl.algo.ragged import check_tokens, last_tokens
 from sae_rl.types import Batch, Scores
 
@@ -95,28 +95,28 @@ class Whitening:
         if self.clip is not None:
             check_number("Whitening.clip", self.clip, 0, above_low=True)
 
-    def __call__(self, advantages: Tensor, sampled: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def __call__(self, advantages: Tensor, action_mask: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """(N,) -> (N,), at least float32, written to ``out`` if it is given, which may be ``advantages`` itself.
 
-        ``sampled`` (N,) bool: others are left out, and become 0; None: all tokens are sampled. One token, or advantages
+        ``action_mask`` (N,) bool: others are left out, and become 0; None: all tokens are sampled. One token, or advantages
         that are all the same, become 0 where they are centred.
         """
         advantages = advantages.detach().to(torch.promote_types(advantages.dtype, torch.float32))
         if advantages.is_cuda:
-            return self._with_torch(advantages, sampled, out)
+            return self._with_torch(advantages, action_mask, out)
         out = empty(advantages, advantages.dtype) if out is None else out
         shift, scale = 0.0, 1.0
         if self.center or self.scale:
-            mean, std = whitening_cpu.moments(advantages, sampled)
+            mean, std = whitening_cpu.moments(advantages, action_mask)
             shift = mean if self.center else 0.0
             scale = 1 / (std + WHITEN_EPSILON) if self.scale else 1.0
         clip = math.inf if self.clip is None else self.clip
-        whitening_cpu.place(advantages, sampled, shift, scale, clip, out)
+        whitening_cpu.place(advantages, action_mask, shift, scale, clip, out)
         return out
 
-    def _with_torch(self, advantages: Tensor, sampled: Tensor | None, out: Tensor | None) -> Tensor:
+    def _with_torch(self, advantages: Tensor, action_mask: Tensor | None, out: Tensor | None) -> Tensor:
         """The same, line by line; on a GPU."""
-        counted = (advantages if sampled is None else advantages[sampled]).double()
+        counted = (advantages if action_mask is None else advantages[action_mask]).double()
         whitened = advantages.double()
         if counted.numel() and (self.center or self.scale):
             mean = counted.mean()
@@ -124,6 +124,6 @@ class Whitening:
             whitened = whitened / (counted.std(correction=0) + WHITEN_EPSILON) if self.scale else whitened
         if self.clip is not None:
             whitened = whitened.clamp(-self.clip, self.clip)
-        if sampled is not None:
-            whitened = whitened * sampled
+        if action_mask is not None:
+            whitened = whitened * action_mask
         return whitened.to(advantages) if out is None else out.copy_(whitened)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sae_rl.evaluation.files import PAGE, SAMPLES, SUMMARY
-from sae_rl.metrics import show
+from sae_rl.records.metrics import show
 
 Summary = Mapping[str, Any]  # of one data set, as in summary.json
 

@@ -17,8 +17,8 @@ from sae_rl.analysis.charts import Line, line_chart, outlines, smoothing_window,
 from sae_rl.analysis.pages import environment
 from sae_rl.analysis.responses import Decode, Response, pick_responses
 from sae_rl.analysis.run_files import RunFiles
-from sae_rl.metrics import METRICS, PHASES, Metric, metric_of, show
-from sae_rl.rollout_table import flat_column, read_rollouts
+from sae_rl.records.metrics import METRICS, PHASES, Metric, metric_of, show
+from sae_rl.records.rollouts import flat_column, read_rollouts
 
 LEARNING = (
     "rollout/reward_mean",

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sae_rl.analysis.charts import Line, line_chart
-from sae_rl.metrics import show
+from sae_rl.records.metrics import show
 
 Decode = Callable[[list[int]], list[str]]
 SHOWN_TOKENS = (1200, 300)  # of a longer response, its beginning and its end

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from sae_rl.metrics import METRICS, Phase, data_set_of, show
-from sae_rl.records import read_jsonl
-from sae_rl.rollout_table import rollout_files
+from sae_rl.records.metrics import METRICS, Phase, data_set_of, show
+from sae_rl.records.records import read_jsonl
+from sae_rl.records.rollouts import rollout_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from sae_rl.analysis.evaluation_table import extent, rows_of, summaries_of
 from sae_rl.analysis.pages import environment
 from sae_rl.evaluation.files import PAGE, SAMPLES, SUMMARY
-from sae_rl.evaluation.samples import read_samples
+from sae_rl.records.samples import read_samples
 
 DecodeText = Callable[[list[int]], str]
 MAX_SAMPLES = 5000

@@ -24,7 +24,7 @@ from sae_rl.backends.lora import merged_weights
 from sae_rl.backends.lr_schedule import LrSchedule
 from sae_rl.backends.packing import MicroBatch, build_micro_batch, pack
 from sae_rl.backends.sequence_parallel import SequenceGroup
-from sae_rl.config import Device, LearnerConfig, ModelConfig
+from sae_rl.config.schema import Device, LearnerConfig, ModelConfig
 from sae_rl.types import Batch
 
 

@@ -13,7 +13,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from sae_rl.config import LoraConfig
+from sae_rl.config.schema import LoraConfig
 
 ADAPTER = "default"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sae_rl.config import OptimizerConfig
+from sae_rl.config.schema import OptimizerConfig
 
 
 class LrSchedule:

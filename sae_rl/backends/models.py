@@ -14,7 +14,7 @@ from sae_rl.backends.attention import PACKED_SDPA
 from sae_rl.backends.logprobs import OutputHead
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.backends.sequence_parallel import ULYSSES, SequenceGroup
-from sae_rl.config import ModelConfig
+from sae_rl.config.schema import ModelConfig
 
 ATTENTION = {"sdpa": PACKED_SDPA}  # the others know packed rows
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

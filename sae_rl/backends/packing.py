@@ -112,7 +112,7 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
         p, t = prompt.numel(), end - start
         ids += [prompt, batch.token_ids[start:end]]
         positions.append(torch.arange(p + t))
-        own = torch.arange(t) if batch.sampled is None else batch.sampled[start:end].nonzero().flatten()
+        own = torch.arange(t) if batch.action_mask is None else batch.action_mask[start:end].nonzero().flatten()
         states.append(begin + p - 1 + own)  # s_t is the prompt and t response tokens: its last one is at p + t - 1
         tokens.append(start + own)
         begin += p + t

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from sae_rl.config import Device, ModelConfig, RolloutConfig
+from sae_rl.config.schema import Device, ModelConfig, RolloutConfig
 from sae_rl.types import FinishReason, Sampling
 
 ALIVE_S = 1.0  # between two looks at whether the engine's process lives

@@ -26,7 +26,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from sae_rl.backends.deepspeed import Learner
 from sae_rl.backends.weight_receiver import GLOO, GlooInitInfo, GlooUpdateInfo, broadcast, buckets, join
-from sae_rl.config import Device
+from sae_rl.config.schema import Device
 
 _PREFIX = "causal_lm."
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from sae_rl.data.layouts import LAYOUTS, Layout
 from sae_rl.data.rows import BrokenRow, Row, parse_rows, shown
-from sae_rl.data.shaping import Shape
+from sae_rl.data.templates import Shape
 
 logger = logging.getLogger(__name__)
 

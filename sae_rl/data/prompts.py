@@ -11,11 +11,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from sae_rl.data.files import File, Record, read_records
-from sae_rl.data.puzzles import MAX_BARREN_DRAWS, PuzzleProcess, Puzzles
 from sae_rl.data.rows import listed
-from sae_rl.data.shaping import Shape
-from sae_rl.data.task import Split, Task
-from sae_rl.errors import BadKeys
+from sae_rl.data.templates import Shape
+from sae_rl.reasoning_gym.puzzles import MAX_BARREN_DRAWS, PuzzleProcess, Puzzles
+from sae_rl.settings import BadKeys
+from sae_rl.tasks.task import Split, Task
 from sae_rl.types import Prompt
 
 logger = logging.getLogger(__name__)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sae_rl.algo.segmenters import Segmenter
-from sae_rl.clock import Clock
-from sae_rl.config import EvaluationConfig
+from sae_rl.config.schema import EvaluationConfig
 from sae_rl.evaluation.segments import Segments, cut
 from sae_rl.evaluation.summary import Samples, Summary, summarize
 from sae_rl.protocols import RolloutEngines
+from sae_rl.records.clock import Clock
 from sae_rl.rewards.pool import RewardPool, Rewards
-from sae_rl.sampling import sample
+from sae_rl.rollouts.groups import sample
 from sae_rl.types import Prompt, Rollout
 
 
@@ -63,7 +63,7 @@ def evaluate(
         clock,
         group_size=config.samples_per_prompt,
         sampling=sampling,
-        stream="evaluation",
+        seed_name="evaluation",
     )
     segments = cut(rollouts, segmenter, sampling)
     overall, by_data_set = summarize(

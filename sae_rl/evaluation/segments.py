@@ -24,7 +24,7 @@ class Segments:
         """(T,) of each response; false, or 0, at tokens that nobody sampled."""
         own = self.opens.split(self.batch.lengths.tolist())
         return [
-            torch.zeros(r.token_ids.shape, dtype=self.opens.dtype).masked_scatter(r.marks, opens)
+            torch.zeros(r.token_ids.shape, dtype=self.opens.dtype).masked_scatter(r.dense_action_mask, opens)
             for r, opens in zip(rollouts, own, strict=True)
         ]
 
@@ -59,12 +59,12 @@ def cut(rollouts: Sequence[Rollout], segmenter: Segmenter, sampling: Sampling) -
 
 
 def _sampled_part(rollout: Rollout) -> Rollout:
-    if rollout.sampled is None:
+    if rollout.action_mask is None:
         return rollout
     return replace(
         rollout,
-        token_ids=rollout.token_ids[rollout.sampled],
-        rollout_logprobs=rollout.rollout_logprobs[rollout.sampled],
-        policy_versions=rollout.policy_versions[rollout.sampled],
-        sampled=None,
+        token_ids=rollout.token_ids[rollout.action_mask],
+        rollout_logprobs=rollout.rollout_logprobs[rollout.action_mask],
+        policy_versions=rollout.policy_versions[rollout.action_mask],
+        action_mask=None,
     )

@@ -6,9 +6,9 @@ import re
 import string
 from dataclasses import dataclass
 
-from sae_rl.rewards.final import BOX, MAX_TAIL, UNDENIED, after_thinking, boxed
-from sae_rl.rewards.mathematics import TEXT
-from sae_rl.rewards.numbers import ascii_of
+from sae_rl.rewards.math.final import BOX, MAX_TAIL, UNDENIED, after_thinking, boxed
+from sae_rl.rewards.math.numbers import ascii_of
+from sae_rl.rewards.math.verifier import TEXT
 from sae_rl.rewards.verdict import Sample, Verdict
 
 SAID = re.compile(

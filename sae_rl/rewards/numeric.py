@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from sae_rl.rewards.final import final_answer
-from sae_rl.rewards.mathematics import MAX_CHARS, meaning
-from sae_rl.rewards.numbers import Number, ascii_of, tidy
+from sae_rl.rewards.math.final import final_answer
+from sae_rl.rewards.math.numbers import Number, ascii_of, tidy
+from sae_rl.rewards.math.verifier import MAX_CHARS, meaning
 from sae_rl.rewards.verdict import Sample, Verdict
 
 SEVERAL = re.compile(r",(?!\d{3})|;|\b(?:or|and)\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])")  # between two equations

@@ -12,9 +12,9 @@ from types import TracebackType
 
 from pebble import ProcessExpired
 
-from sae_rl.rewards import isolations_of, resolve
 from sae_rl.rewards.check import OUT_OF_MEMORY
 from sae_rl.rewards.processes import Processes
+from sae_rl.rewards.table import isolations_of, resolve
 from sae_rl.rewards.verdict import Failed, Sample, Verdict, Verifier
 from sae_rl.sandbox.folders import remove
 from sae_rl.sandbox.isolation import Asked, Isolation, open_folder
@@ -36,7 +36,7 @@ class Rewards:
         return [each.score if isinstance(each, Verdict) else self.failed_score for each in self.outcomes]
 
     @property
-    def whys(self) -> list[str]:
+    def reasons(self) -> list[str]:
         return [each.why for each in self.outcomes]
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from sae_rl import lossless_json
+from sae_rl.reasoning_gym import lossless_json
 from sae_rl.rewards.verdict import Sample, Verdict
 
 # Tasks whose own rule is not used, and why: their answers are compared as text, without case.
@@ -19,7 +19,7 @@ COMPARED_AS_TEXT = {"game_of_life_halting": "it takes any text that is not empty
 class ReasoningGym:
     """The task's own score, from 0 to 1, of what stands in the last ``<answer>...</answer>``, or else of the response.
 
-    The prompt's answer is what `sae_rl.data.puzzles` wrote: task, knobs and entry. A few tasks give part of a point for
+    The prompt's answer is what `sae_rl.reasoning_gym.puzzles` wrote: task, knobs and entry. A few tasks give part of a point for
     an answer of the right form.
     """
 
@@ -63,7 +63,7 @@ def _read(answer: str) -> tuple[str, str, dict[str, Any]]:
 @lru_cache(maxsize=64)
 def _scorer(task: str, knobs: str) -> Any:
     """Some rules read the knobs, or the task's own files: made once in a process."""
-    from sae_rl.gym_tasks import make_dataset  # brings pydantic, which no other verifier needs
+    from sae_rl.reasoning_gym.tasks import make_dataset  # brings pydantic, which no other verifier needs
 
     return make_dataset(task, lossless_json.loads(knobs), seed=0, size=1)
 

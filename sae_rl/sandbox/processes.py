@@ -67,7 +67,7 @@ def num_threads_of_user() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Most:
+class ResourceLimits:
     """What a process and its descendants may use together."""
 
     memory_bytes: int
@@ -86,7 +86,7 @@ class Most:
         return "files" if self.files is not None and holds_more(*self.files) else None
 
 
-def within_limits(process: subprocess.Popen[bytes], deadline: float, most: Most) -> Ending:
+def within_limits(process: subprocess.Popen[bytes], deadline: float, most: ResourceLimits) -> Ending:
     """Waits for the end of a process, or for it and its descendants to meet a limit."""
     pause_s = SLOW_S
     while (left := deadline - time.monotonic()) > 0:

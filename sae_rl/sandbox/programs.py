@@ -20,7 +20,7 @@ from sae_rl.sandbox.folders import temporary_folder
 from sae_rl.sandbox.inside import Options
 from sae_rl.sandbox.isolation import INSIDE, PROGRAM, Isolation, open_folder, user_id
 from sae_rl.sandbox.limits import Limits
-from sae_rl.sandbox.processes import Ending, Most, descendants, end, num_threads_of_user, within_limits
+from sae_rl.sandbox.processes import Ending, ResourceLimits, descendants, end, num_threads_of_user, within_limits
 from sae_rl.sandbox.system_calls import filter_here
 
 SHOWN_BYTES = 2000  # of stderr
@@ -119,13 +119,13 @@ class Sandbox:
                 read_from(said, max(0, stderr_size - SHOWN_BYTES), SHOWN_BYTES),
             )
 
-    def _most(self, scratch: str) -> Most:
+    def _most(self, scratch: str) -> ResourceLimits:
         """What has to be watched; where the kernel has no limit for it."""
         limits = self._limits
         if self._isolation.how != "limits":
-            return Most(limits.memory_mb * MB)
+            return ResourceLimits(limits.memory_mb * MB)
         num_threads = None if self._isolation.as_root else limits.num_processes + 1  # inside.py starts the program
-        return Most(limits.memory_mb * MB, num_threads, (scratch, limits.files_mb * MB, limits.num_files))
+        return ResourceLimits(limits.memory_mb * MB, num_threads, (scratch, limits.files_mb * MB, limits.num_files))
 
     def _num_processes(self) -> int:
         """As the kernel counts them, all of a user: with limits alone, and no root, also those beside the program."""

@@ -11,7 +11,7 @@ from sae_rl.backends.deepspeed import Learner, Rank, join_group
 from sae_rl.backends.models import CriticNetwork, export_critic, load_causal_lm
 from sae_rl.backends.packing import MicroBatch, draw_mini_batches
 from sae_rl.backends.sequence_parallel import SequenceGroup
-from sae_rl.config import LearnerConfig, ModelConfig
+from sae_rl.config.schema import LearnerConfig, ModelConfig
 from sae_rl.types import Batch, Scores, Targets
 from sae_rl.workers.group import Process
 

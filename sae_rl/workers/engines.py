@@ -11,7 +11,7 @@ from typing import Any, Literal
 import ray
 
 from sae_rl.backends.vllm import EngineLost, Request, Sample
-from sae_rl.config import Config
+from sae_rl.config.schema import Config
 from sae_rl.types import Prompt
 from sae_rl.workers.group import WorkerError, WorkerGroup, kill_processes
 

@@ -9,7 +9,7 @@ from typing import Literal
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from sae_rl.config import ClusterConfig, Config
+from sae_rl.config.schema import ClusterConfig, Config
 
 Role = Literal["rollout", "policy", "critic", "reference"]
 Resources = dict[str, float]

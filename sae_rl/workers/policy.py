@@ -16,10 +16,10 @@ from sae_rl.backends.lora import add_adapters, without_adapters
 from sae_rl.backends.models import PolicyNetwork, export_causal_lm, load_causal_lm
 from sae_rl.backends.packing import MicroBatch, draw_mini_batches
 from sae_rl.backends.sequence_parallel import SequenceGroup
-from sae_rl.config import LearnerConfig, LoraConfig, ModelConfig
+from sae_rl.config.schema import LearnerConfig, LoraConfig, ModelConfig
 from sae_rl.types import Batch, Scores, Targets
+from sae_rl.workers.engine_client import EngineClient
 from sae_rl.workers.group import Process
-from sae_rl.workers.weight_sync import EngineClient
 
 if TYPE_CHECKING:
     from sae_rl.backends.weight_sender import Sender  # brings vLLM
@@ -150,9 +150,9 @@ def merge(parts: list[tuple[Tensor, dict[str, Tensor]]], batch: Batch) -> dict[s
     """The ranks' scores of their own tokens -> flat (N,) tensors by name; nan where no rank answered."""
     names = [name for _, outputs in parts for name in outputs]
     merged = {name: torch.full((batch.num_tokens,), float("nan")) for name in names}
-    if batch.sampled is not None:
+    if batch.action_mask is not None:
         for flat in merged.values():
-            flat[~batch.sampled] = 0.0
+            flat[~batch.action_mask] = 0.0
     for index, outputs in parts:
         for name, output in outputs.items():
             merged[name][index] = output

@@ -7,7 +7,7 @@ from torch import Tensor
 from sae_rl.backends.deepspeed import Learner, Rank, join_group
 from sae_rl.backends.models import PolicyNetwork, load_causal_lm
 from sae_rl.backends.sequence_parallel import SequenceGroup
-from sae_rl.config import LearnerConfig, ModelConfig
+from sae_rl.config.schema import LearnerConfig, ModelConfig
 from sae_rl.types import Batch
 from sae_rl.workers.group import Process
 

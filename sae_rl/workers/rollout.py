@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sae_rl.backends.vllm import Request, RolloutEngine, Sample, prepare_environment
-from sae_rl.config import Device, ModelConfig, RolloutConfig
+from sae_rl.config.schema import Device, ModelConfig, RolloutConfig
 from sae_rl.workers.group import Process
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from sae_rl.backends.vllm import Request, Sample
-from sae_rl.config import Config
+from sae_rl.config.schema import Config
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Prompt, Rollout, Sampling
 from sae_rl.workers.engines import Engine, Engines, Job
@@ -31,10 +31,10 @@ class Stream:
         self.num_open = 0
         self.finished: deque[list[Rollout]] = deque()
 
-    def add(self, prompts: Sequence[Prompt], stream: str) -> None:
-        """More groups; seeds derive from (run seed, ``stream``, prompt id, sample), and nothing else."""
+    def add(self, prompts: Sequence[Prompt], seed_name: str) -> None:
+        """More groups; seeds derive from (run seed, ``seed_name``, prompt id, sample), and nothing else."""
         for prompt in prompts:
-            seeds = [(stream, prompt.id, sample) for sample in range(self._group_size)]
+            seeds = [(seed_name, prompt.id, sample) for sample in range(self._group_size)]
             self._pool.submit(Job(prompt, [self._pool.request(prompt, seed, self._sampling) for seed in seeds], self))
         self.num_open += len(prompts)
 
@@ -45,7 +45,7 @@ class Stream:
         while not self.finished:
             if not self.num_open:
                 raise StopIteration
-            self._pool.turn()
+            self._pool.poll()
         self.num_open -= 1
         return self.finished.popleft()
 
@@ -59,13 +59,13 @@ class RolloutPool:
     def __init__(self, engines: Engines, config: Config) -> None:
         self.engines, self._config = engines, config
         self._group, self._queue = engines.group, engines.queue
-        self._answered_at = self._turned_at = time.monotonic()
+        self._answered_at = self._polled_at = time.monotonic()
         self._interrupted = False
         self._sleeps = self._is_asleep = config.cluster.colocate_rollout  # they start asleep
         self.lock = threading.RLock()
 
     def generate(
-        self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, stream: str
+        self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, seed_name: str
     ) -> Iterator[list[Rollout]]:
         """``group_size`` responses to each prompt, a group as soon as it is done, in any order.
 
@@ -76,7 +76,7 @@ class RolloutPool:
             RuntimeError: a response was sampled from other weights than its engine was sent, or `interrupt` was called.
         """
         groups = self.open(group_size=group_size, sampling=sampling)
-        groups.add(prompts, stream)
+        groups.add(prompts, seed_name)
         return groups
 
     def open(self, *, group_size: int, sampling: Sampling) -> Stream:
@@ -119,11 +119,11 @@ class RolloutPool:
         """Ends the sampling that another thread waits for: it raises there, now and for ever."""
         self._interrupted = True
 
-    def turn(self) -> None:
+    def poll(self) -> None:
         """Hands out work, and takes in what was answered, if anything was within a moment."""
         with self.lock:
             self._check_interrupted()
-            self._answered_at += time.monotonic() - self._turned_at  # nobody waited in between
+            self._answered_at += time.monotonic() - self._polled_at  # nobody waited in between
             self._dispatch()
             calls = self.engines.calls()
         done = self.engines.wait(calls)
@@ -135,7 +135,7 @@ class RolloutPool:
                 job.stream.finished.append([_rollout(job, i, sample, engine) for i, sample in enumerate(samples)])
             if not self.engines.ready:  # a replacement has a deadline of its own
                 self._answered_at = waited_until
-            self._turned_at = time.monotonic()
+            self._polled_at = time.monotonic()
         if waited_until - self._answered_at > self._config.cluster.call_timeout_s:
             raise WorkerError(
                 f"no rollout engine answered within cluster.call_timeout_s = {self._config.cluster.call_timeout_s:g} s"

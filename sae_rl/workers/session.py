@@ -12,11 +12,10 @@ import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from sae_rl.clock import Clock
-from sae_rl.config import Config
-from sae_rl.errors import ConfigError
+from sae_rl.config.schema import Config
+from sae_rl.records.clock import Clock
+from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
-from sae_rl.workers.crew import Crew
 from sae_rl.workers.critic import CriticWorker
 from sae_rl.workers.group import Process, WorkerGroup, start_worker
 from sae_rl.workers.placement import Placement, Role, check_resources, plan, reserve, roles_of
@@ -24,6 +23,7 @@ from sae_rl.workers.policy import PolicyWorker
 from sae_rl.workers.reference import ReferenceWorker
 from sae_rl.workers.rollout import RolloutWorker
 from sae_rl.workers.rollout_pool import RolloutPool
+from sae_rl.workers.run_workers import RunWorkers
 
 WORKERS: dict[Role, type[Process]] = {
     "rollout": RolloutWorker,
@@ -66,7 +66,7 @@ def start_workers(
     clock: Clock,
     roles: list[Role] | None = None,
     note: Callable[[str], None] = print,
-) -> Iterator[Crew]:
+) -> Iterator[RunWorkers]:
     """Places and starts every worker, or those of ``roles``; kills them all at the end, however it comes.
 
     ``note`` tells the reader of the console what happened to them.
@@ -77,27 +77,27 @@ def start_workers(
         WorkerError: a worker failed to start.
     """
     with _placed(config, roles_of(config) if roles is None else roles) as groups:
-        crew = Crew(config, groups, probe_prompts, clock, note)
-        crew.start()
-        yield crew
+        workers = RunWorkers(config, groups, probe_prompts, clock, note)
+        workers.start()
+        yield workers
 
 
 @contextlib.contextmanager
-def start_learners(config: Config, clock: Clock) -> Iterator[Crew]:
+def start_learners(config: Config, clock: Clock) -> Iterator[RunWorkers]:
     """Everything but the rollout engines: scores and updates on rollouts that are there already."""
     with _placed(config, [role for role in roles_of(config) if role != "rollout"]) as groups:
-        crew = Crew(config, groups, [], clock)
-        crew.start()
-        yield crew
+        workers = RunWorkers(config, groups, [], clock)
+        workers.start()
+        yield workers
 
 
 @contextlib.contextmanager
 def start_rollout(config: Config, clock: Clock) -> Iterator[RolloutPool]:
     """Only the rollout engines, with the weights of ``model.path``."""
     with _placed(config, ["rollout"]) as groups:
-        crew = Crew(config, groups, [], clock)
-        crew.start()
-        yield crew.rollout
+        workers = RunWorkers(config, groups, [], clock)
+        workers.start()
+        yield workers.rollout
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ def test_the_critic_is_judged_at_every_place() -> None:
         assert stats[f"critic/explained_variance_decile_{k}"] == 1.0, k
     expected = explained_variance(noise[last_tenths], returns[last_tenths])
     assert stats["critic/explained_variance_decile_9"] == pytest.approx(expected)
-    hidden = replace(batch, sampled=~torch.isin(torch.arange(30), torch.tensor(last_tenths)))
+    hidden = replace(batch, action_mask=~torch.isin(torch.arange(30), torch.tensor(last_tenths)))
     without = critic_stats(hidden, values, returns, opens)
     assert without["critic/explained_variance"] == 1.0 and math.isnan(without["critic/explained_variance_decile_9"])
 
@@ -104,8 +104,8 @@ def test_probabilities_and_advantages() -> None:
     found = [stats[f"probability/bin_{k}_fraction"] for k in range(10)]
     assert found == pytest.approx([1 / 6, 2 / 6, 0, 0, 0, 1 / 6, 0, 0, 0, 2 / 6])
     advantages = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0, -100.0])
-    sampled = torch.tensor([True] * 4 + [False] * 2)
-    assert advantage_stats(replace(batch, sampled=sampled), advantages) == {
+    action_mask = torch.tensor([True] * 4 + [False] * 2)
+    assert advantage_stats(replace(batch, action_mask=action_mask), advantages) == {
         "advantage/mean": 2.5,
         "advantage/std": pytest.approx(1.25**0.5),
     }

@@ -467,10 +467,10 @@ def test_a_truncated_response_can_go_on_with_its_value(estimator: Estimator) -> 
 
 @pytest.mark.parametrize("estimator", TD_MEMBERS, ids=name_of)
 def test_transparent_tokens_reach_the_recursion(estimator: Estimator) -> None:
-    batch = replace(make_batch([3, 2]), sampled=torch.tensor([True, False, True, True, False]))
-    assert batch.sampled is not None
-    kept = batch.sampled.nonzero().flatten()
-    scores, rewards, opens = make_scores(batch), dense_rewards(batch) * batch.sampled, random_opens(batch, 0.4)
+    batch = replace(make_batch([3, 2]), action_mask=torch.tensor([True, False, True, True, False]))
+    assert batch.action_mask is not None
+    kept = batch.action_mask.nonzero().flatten()
+    scores, rewards, opens = make_scores(batch), dense_rewards(batch) * batch.action_mask, random_opens(batch, 0.4)
     found = estimator(batch, scores, rewards, opens)
     shorter = replace(
         make_batch([2, 1]), token_ids=batch.token_ids[kept], rollout_logprobs=batch.rollout_logprobs[kept]
@@ -479,7 +479,7 @@ def test_transparent_tokens_reach_the_recursion(estimator: Estimator) -> None:
     without = replace(scores, values=scores.values[kept], old_logprobs=scores.old_logprobs[kept])
     expected = estimator(shorter, without, rewards[kept], opens[kept])
     assert torch.equal(found.advantages[kept], expected.advantages)
-    assert not bool(found.advantages[~batch.sampled].any())
+    assert not bool(found.advantages[~batch.action_mask].any())
 
 
 @pytest.mark.parametrize("estimator", TD_MEMBERS, ids=name_of)

@@ -63,7 +63,7 @@ MUTATIONS = {
     ),
     "whitening per micro-batch": Mutation(
         "driver.py",
-        "advantages=algorithm.whitening(targets.advantages, batch.sampled)",
+        "advantages=algorithm.whitening(targets.advantages, batch.action_mask)",
         "advantages=__import__('torch').cat([algorithm.whitening(a) for a in targets.advantages.chunk(2)])",
         "tests/driver/test_loop.py",
     ),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_rl.algo import td_recursion, td_recursion_reference
-from sae_rl.algo.machine_code import compiled
+from sae_rl.algo.jit import compiled
 from sae_rl.types import Batch, offsets_of
 
 from .oracle import batches, close, dense_rewards, make_batch, make_scores, property_test, random_opens, split, unit
@@ -36,7 +36,7 @@ def test_equals_the_reference(batch: Batch, seed: int, lam: float, gamma: float,
         "lam": numbers(b, seed + 2) if "l" in features else lam,
         "value_lam": 0.3,
         "final_values": numbers(b, seed + 3) if "f" in features else None,
-        "sampled": numbers(n, seed + 4) < 0.7 if "s" in features else None,
+        "action_mask": numbers(n, seed + 4) < 0.7 if "s" in features else None,
     }
     found = td_recursion(dense_rewards(batch), values, weights, batch.offsets, **arguments)  # type: ignore[arg-type]
     expected = td_recursion_reference(dense_rewards(batch), values, weights, batch.offsets, **arguments)  # type: ignore[arg-type]
@@ -58,23 +58,25 @@ def test_by_hand() -> None:
 def test_transparent_tokens_might_as_well_not_be_there(batch: Batch, seed: int, gamma: float, lam: float) -> None:
     values, rewards, opens = make_scores(batch).values, dense_rewards(batch), random_opens(batch, 0.5)
     assert values is not None
-    sampled = numbers(batch.num_tokens, seed) < 0.6
-    sampled[batch.offsets[:-1]] = True
-    rewards = rewards * sampled
+    action_mask = numbers(batch.num_tokens, seed) < 0.6
+    action_mask[batch.offsets[:-1]] = True
+    rewards = rewards * action_mask
     settings = {"gamma": gamma, "lam": lam, "value_lam": 0.9}
-    with_holes = td_recursion(rewards, values, opens, batch.offsets, sampled=sampled, **settings)
-    lengths = [int(piece.sum()) for piece in split(sampled, batch)]
-    without = td_recursion(rewards[sampled], values[sampled], opens[sampled], offsets_of(lengths), **settings)
+    with_holes = td_recursion(rewards, values, opens, batch.offsets, action_mask=action_mask, **settings)
+    lengths = [int(piece.sum()) for piece in split(action_mask, batch)]
+    without = td_recursion(
+        rewards[action_mask], values[action_mask], opens[action_mask], offsets_of(lengths), **settings
+    )
     for holes, plain in zip(with_holes, without, strict=True):
-        assert torch.equal(holes[sampled], plain)
-        assert not bool(holes[~sampled].any())
+        assert torch.equal(holes[action_mask], plain)
+        assert not bool(holes[~action_mask].any())
 
 
 def test_a_reward_at_a_transparent_token_goes_to_the_sampled_token_before_it() -> None:
-    rewards, sampled = torch.tensor([5.0, 0.0, 1.0, 0.0]), torch.tensor([False, True, False, True])
+    rewards, action_mask = torch.tensor([5.0, 0.0, 1.0, 0.0]), torch.tensor([False, True, False, True])
     advantages, _ = td_recursion(
         rewards, torch.zeros(4), torch.ones(4, dtype=torch.bool), offsets_of([4]), gamma=1.0, lam=0.0, value_lam=0.0,
-        sampled=sampled,
+        action_mask=action_mask,
     )  # fmt: skip
     assert advantages.tolist() == [0.0, 1.0, 0.0, 0.0], "what is paid before the first sampled token is nobody's"
 

@@ -28,7 +28,7 @@ def arguments(seed: int, num_responses: int, num_tokens: int) -> dict[str, Any]:
         "lam": draw(num_responses) if seed & 2 else 0.7,
         "value_lam": 0.3,
         "final_values": draw(num_responses) if seed & 4 else None,
-        "sampled": draw(num_tokens) < 0.6 if seed & 8 else None,
+        "action_mask": draw(num_tokens) < 0.6 if seed & 8 else None,
     }
 
 

@@ -276,22 +276,22 @@ def test_nan_logprobs_name_the_response() -> None:
 def test_tokens_that_nobody_sampled_do_not_exist_for_a_segmenter(batch: Batch, seed: int, segmenter: Segmenter) -> None:
     """The answer is that to the batch without them, and they open nothing."""
     draw = torch.Generator().manual_seed(seed)
-    sampled = torch.rand(batch.num_tokens, generator=draw) < 0.6
-    sampled[batch.offsets[1:] - 1] = True
+    action_mask = torch.rand(batch.num_tokens, generator=draw) < 0.6
+    action_mask[batch.offsets[1:] - 1] = True
     scores = scores_of(batch)
-    lengths = [int(piece.sum()) for piece in split(sampled, batch)]
+    lengths = [int(piece.sum()) for piece in split(action_mask, batch)]
     without = replace(
         batch,
-        token_ids=batch.token_ids[sampled],
-        rollout_logprobs=batch.rollout_logprobs[sampled],
+        token_ids=batch.token_ids[action_mask],
+        rollout_logprobs=batch.rollout_logprobs[action_mask],
         offsets=offsets_of(lengths),
     )
     assert scores.entropies is not None
-    found = segment(segmenter, replace(batch, sampled=sampled), scores)
-    assert torch.equal(found[sampled], segmenter(without, replace(scores, entropies=scores.entropies[sampled]))), (
-        "as if they had never been there"
-    )
-    assert found.shape == sampled.shape and not bool(found[~sampled].any())
+    found = segment(segmenter, replace(batch, action_mask=action_mask), scores)
+    assert torch.equal(
+        found[action_mask], segmenter(without, replace(scores, entropies=scores.entropies[action_mask]))
+    ), "as if they had never been there"
+    assert found.shape == action_mask.shape and not bool(found[~action_mask].any())
 
 
 @pytest.mark.parametrize(

@@ -115,17 +115,17 @@ def test_each_part_of_whitening_alone(batch: Batch, seed: int) -> None:
     assert torch.equal(Whitening(center=False, scale=False)(advantages), advantages)
     clipped = Whitening(clip=0.5)(advantages)
     assert close(clipped, WHITEN(advantages).clamp(-0.5, 0.5))
-    sampled = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(seed)) < 0.6
-    whitened = WHITEN(advantages, sampled)
-    assert close(whitened[sampled], WHITEN(advantages[sampled])) and not bool(whitened[~sampled].any())
+    action_mask = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(seed)) < 0.6
+    whitened = WHITEN(advantages, action_mask)
+    assert close(whitened[action_mask], WHITEN(advantages[action_mask])) and not bool(whitened[~action_mask].any())
 
 
 @property_test
 @given(batch=batches(), seed=st.integers(0, 99), whitening=st.sampled_from([WHITEN, Whitening(scale=False, clip=1.0)]))
 def test_whitening_as_on_a_gpu_and_in_place(batch: Batch, seed: int, whitening: Whitening) -> None:
     advantages = dense_rewards(batch)
-    sampled = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(seed)) < 0.6
-    for marks in (None, sampled):
+    action_mask = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(seed)) < 0.6
+    for marks in (None, action_mask):
         expected = whitening(advantages, marks)
         assert close(whitening._with_torch(advantages, marks, None), expected)
         place = advantages.clone()

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks import iteration, workload
-from sae_rl.compose import load_config
+from sae_rl.config.compose import load_config
 from sae_rl.data.files import File
 from sae_rl.data.prompts import load_prompts
 from sae_rl.rewards.functions import imported

@@ -358,7 +358,7 @@ def test_other_commands(arguments: list[str], fragments: list[str], sae_rl: Comm
 
 def test_warm_start_of_another_task(sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[Any] = []
-    monkeypatch.setattr("sae_rl.base_model.run_warm_start", configs.append)
+    monkeypatch.setattr("sae_rl.commands.warm_start.run_warm_start", configs.append)
     assert sae_rl("warm-start", "output_dir=base", "demonstrations.task=countdown").code == 0
     assert configs[0].demonstrations.task == "countdown"
 

@@ -10,11 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from sae_rl.algo import ESTIMATORS, SEGMENTERS
-from sae_rl.compose import CONF, load_config, load_evaluation_config
-from sae_rl.config import Config, as_tree
-from sae_rl.config_checks import check
-from sae_rl.data.shaping import REASONING_GYM_TEMPLATE
-from sae_rl.errors import ConfigError
+from sae_rl.config.checks import check
+from sae_rl.config.compose import CONF, load_config, load_evaluation_config
+from sae_rl.config.schema import Config, as_tree
+from sae_rl.data.templates import REASONING_GYM_TEMPLATE
+from sae_rl.settings import ConfigError
 from sae_rl.types import Batch, Prompt, Rollout, Scores
 
 from ..conftest import CommandLine

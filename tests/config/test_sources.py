@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sae_rl.compose import load_config, load_evaluation_config
-from sae_rl.config import Config, as_tree
+from sae_rl.commands.assemble import load_tokenizer
+from sae_rl.config.compose import load_config, load_evaluation_config
+from sae_rl.config.schema import Config, as_tree
 from sae_rl.data.curriculum import CurriculumSampler
+from sae_rl.data.load import load_heldout, load_task
 from sae_rl.data.mixture import MixtureSampler
-from sae_rl.errors import ConfigError
-from sae_rl.plugins import describe
-from sae_rl.run import load_tokenizer
-from sae_rl.source_config import MixtureSource, TaskConfig
-from sae_rl.sources import load_heldout, load_task
+from sae_rl.data.sources import MixtureSource, TaskConfig
+from sae_rl.settings import ConfigError, describe
 
 LEVEL = {"name": "level", "num_prompts": 4}
 
@@ -108,7 +107,7 @@ def test_what_does_not_fit_where_it_stands(tiny_model: Path) -> None:
         {"name": "mixture", "parts": {"a": LEVEL}},
         {"name": "mixture", "weight": 1.0, "parts": {"b": {**GYM, "curriculum": curriculum}}},
     )
-    from sae_rl.config_checks import check
+    from sae_rl.config.checks import check
 
     assert [line.split(":")[0].split(" is ")[0] for line in check(config)] == [
         "task.evaluation.weight = 1",

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from sae_rl.compose import check_sweep, load_config
-from sae_rl.config import Config, as_tree
-from sae_rl.errors import ConfigError
+from sae_rl.config.compose import check_sweep, load_config
+from sae_rl.config.schema import Config, as_tree
+from sae_rl.settings import ConfigError
 
 from ..conftest import CommandLine
 
@@ -21,7 +21,7 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(
     flag: str, sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     configs: list[Config] = []
-    monkeypatch.setattr("sae_rl.run.run_training", configs.append)
+    monkeypatch.setattr("sae_rl.commands.train.run_training", configs.append)
     swept = sae_rl("train", flag, *MODEL, "algorithm=sae,gae", "seed=0,1", "name=sweep", "steps=3")
     assert (swept.code, swept.stderr) == (0, "")
     found = [(as_tree(config)["algorithm"]["estimator"]["name"], config.seed) for config in configs]
@@ -34,7 +34,7 @@ def test_a_sweep_of_the_demo_starts_from_its_base_model_and_writes_where_it_is_t
     sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
 ) -> None:
     configs: list[Config] = []
-    monkeypatch.setattr("sae_rl.run.run_training", configs.append)
+    monkeypatch.setattr("sae_rl.commands.train.run_training", configs.append)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "base").symlink_to(tiny_model)
     swept = sae_rl("train", "-m", "experiment=demo", "algorithm=glob(*ae)", "output_dir=mine")
@@ -57,7 +57,7 @@ def test_a_sweep_with_a_mistake_does_not_begin(
     override: str, fragments: tuple[str, ...], sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[Config] = []
-    monkeypatch.setattr("sae_rl.run.run_training", runs.append)
+    monkeypatch.setattr("sae_rl.commands.train.run_training", runs.append)
     outcome = sae_rl("train", "-m", *MODEL, override)
     assert (outcome.code, runs) == (2, [])
     for fragment in fragments:
@@ -98,6 +98,6 @@ def test_free_mappings_are_set_on_the_command_line_like_other_keys(
             found = found[part]
         assert last in found if value else last not in found
     swept: list[Config] = []
-    monkeypatch.setattr("sae_rl.run.run_training", swept.append)
+    monkeypatch.setattr("sae_rl.commands.train.run_training", swept.append)
     assert sae_rl("train", "-m", *MODEL, *overrides, "seed=0,1").code == 0
     assert [config.task for config in swept] == [load_config([*MODEL, *overrides]).task] * 2

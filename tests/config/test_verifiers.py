@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from sae_rl.compose import load_config
-from sae_rl.errors import ConfigError
-from sae_rl.rewards import READY, VERIFIERS, check_deadline, resolve
+from sae_rl.commands.assemble import verifier_warnings
+from sae_rl.config.compose import load_config
 from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
+from sae_rl.rewards.exact import Exact
 from sae_rl.rewards.functions import Function
 from sae_rl.rewards.http import Http
+from sae_rl.rewards.math.verifier import Math
 from sae_rl.rewards.math_verify import MathVerify
-from sae_rl.rewards.mathematics import Math
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.reasoning_gym import ReasoningGym
 from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
-from sae_rl.rewards.text import Exact
+from sae_rl.rewards.table import READY, VERIFIERS, check_deadline, resolve
 from sae_rl.rewards.weighted import Weighted
-from sae_rl.run import verifier_warnings
+from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
 
 # What is written in rewards.verifiers, and what it is then.
@@ -43,7 +43,7 @@ WRITTEN: dict[str, Any] = {
         "http://127.0.0.1:1/", 3.0, 1, 0.0
     ),
     "{name: reasoning_gym}": ReasoningGym(),
-    "{name: function, path: 'sae_rl.data.level:level'}": Function("sae_rl.data.level:level"),
+    "{name: function, path: 'sae_rl.tasks.level:level'}": Function("sae_rl.tasks.level:level"),
     "{name: weighted, parts: [{name: math}, {name: overlong, max_tokens: 9, buffer_tokens: 3}], weights: [1, 0.5]}": Weighted(
         (Math(), Overlong(9, 3)), (1.0, 0.5)
     ),

@@ -14,7 +14,7 @@ from sae_rl.data.files import File
 from sae_rl.data.layouts import LAYOUTS
 from sae_rl.data.prompts import load_prompts
 from sae_rl.data.rows import MAX_REPORTED
-from sae_rl.data.tokenizer import build_tokenizer
+from sae_rl.tasks.tokenizer import build_tokenizer
 from sae_rl.types import Prompt
 
 TOKENIZER = build_tokenizer(["one", "two", "user"])

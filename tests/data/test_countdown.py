@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sae_rl.data.countdown import LARGEST, Countdown, countdown
+from sae_rl.tasks.countdown import LARGEST, Countdown, countdown
 
 TASK = Countdown()
 

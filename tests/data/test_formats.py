@@ -14,8 +14,8 @@ from pyarrow import parquet
 from sae_rl.data.files import File
 from sae_rl.data.layouts import LAYOUTS, LayoutName
 from sae_rl.data.prompts import Overlong, load_prompts
-from sae_rl.data.shaping import Shape
-from sae_rl.data.tokenizer import build_tokenizer
+from sae_rl.data.templates import Shape
+from sae_rl.tasks.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer(["one", "two", "plus", "?", "user", "assistant", "system", "Q:", "A:"])
 TOKENIZER.chat_template = (

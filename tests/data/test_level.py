@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sae_rl.data.level import Level, level, steps_inside
+from sae_rl.tasks.level import Level, level, steps_inside
 
 TASK = Level(need=0)
 

@@ -9,13 +9,13 @@ from pyarrow import parquet
 
 from sae_rl.data.files import File
 from sae_rl.data.layouts import LAYOUTS
-from sae_rl.data.level import Level
 from sae_rl.data.prompts import Problems, load_prompts
-from sae_rl.data.task import Task
-from sae_rl.data.tasks import TASKS, make_task
-from sae_rl.data.tokenizer import build_tokenizer
-from sae_rl.errors import BadKeys
-from sae_rl.rewards import READY
+from sae_rl.rewards.table import READY
+from sae_rl.settings import BadKeys
+from sae_rl.tasks.level import Level
+from sae_rl.tasks.table import TASKS, make_task
+from sae_rl.tasks.task import Task
+from sae_rl.tasks.tokenizer import build_tokenizer
 
 TOKENIZER = build_tokenizer(["one", "two", "plus", "?", "user", "assistant"])
 CHAT = [{"role": "user", "content": "one plus one ?"}]

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_rl import lossless_json
-from sae_rl.data.puzzles import PuzzleProcess, Puzzles, draw_problems
-from sae_rl.data.task import Problem, split_of
-from sae_rl.errors import BadKeys
-from sae_rl.gym_tasks import knobs_at, make_dataset, task_names
+from sae_rl.reasoning_gym import lossless_json
+from sae_rl.reasoning_gym.puzzles import PuzzleProcess, Puzzles, draw_problems
+from sae_rl.reasoning_gym.tasks import knobs_at, make_dataset, task_names
 from sae_rl.rewards.reasoning_gym import COMPARED_AS_TEXT, ReasoningGym
 from sae_rl.rewards.verdict import Sample
+from sae_rl.settings import BadKeys
+from sae_rl.tasks.task import Problem, split_of
 
 from .reasoning_gym_cases import CASES
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from sae_rl.data.level import Level
-from sae_rl.data.tokenizer import build_tokenizer
+from sae_rl.tasks.level import Level
+from sae_rl.tasks.tokenizer import build_tokenizer
 
 
 def test_words_survive_the_round_trip_before_and_after_saving(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_rl.data.level import Level
-from sae_rl.warm_start import IGNORED, Demonstrations, ModelShape, WarmStart, batches, padded, warm_start
+from sae_rl.sft import IGNORED, Demonstrations, ModelShape, WarmStart, batches, padded, warm_start
+from sae_rl.tasks.level import Level
 
 TASK = Level(num_steps=2, need=1)
 SHAPE = ModelShape(hidden_size=32, num_heads=1, intermediate_size=64)
@@ -51,7 +51,7 @@ def test_saved_and_loaded_models_have_identical_logits(tmp_path: Path, monkeypat
         kept.append(model)
         original(model, *_)
 
-    from sae_rl import warm_start as module
+    from sae_rl import sft as module
 
     original = module.save
     monkeypatch.setattr(module, "save", keep)

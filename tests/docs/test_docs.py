@@ -33,7 +33,7 @@ def commands_of(page: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("words", commands_of(ROOT / "README.md"), ids=lambda words: " ".join(words[:3]))
 def test_commands_of_the_readme_compose(words: list[str]) -> None:
-    from sae_rl.compose import compose_tree
+    from sae_rl.config.compose import compose_tree
 
     overrides = [word for word in words[1:] if not word.startswith("-")]
     assert overrides

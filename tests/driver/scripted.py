@@ -16,12 +16,12 @@ from typing import Any, cast
 import torch
 
 from sae_rl import checkpoint
-from sae_rl.clock import Clock
-from sae_rl.compose import load_config
-from sae_rl.config import Config
+from sae_rl.config.compose import load_config
+from sae_rl.config.schema import Config
 from sae_rl.data.sampler import PromptSampler, Sampler
 from sae_rl.driver import Run
 from sae_rl.protocols import Metrics
+from sae_rl.records.clock import Clock
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
@@ -130,11 +130,13 @@ class ScriptedWorkers:
         self.log.append(Asked(name, of))
 
     def generate(
-        self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, stream: str
+        self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, seed_name: str
     ) -> Iterator[list[Rollout]]:
         """The last group comes first."""
         assert self.version is not None, "nothing is sampled before the first sync"
-        self._write("generate", prompts=[p.id for p in prompts], stream=stream, version=self.version, sampling=sampling)
+        self._write(
+            "generate", prompts=[p.id for p in prompts], seed_name=seed_name, version=self.version, sampling=sampling
+        )
         for prompt in reversed(prompts):
             yield [make_rollout(prompt, i, self.version, sampling.temperature) for i in range(group_size)]
 
@@ -223,11 +225,11 @@ class ScriptedGroups:
         self._workers, self._group_size = workers, group_size
         self._open: list[tuple[Prompt, int]] = []
 
-    def add(self, prompts: Sequence[Prompt], stream: str) -> None:
+    def add(self, prompts: Sequence[Prompt], seed_name: str) -> None:
         version = self._workers.version
         assert version is not None
         self._workers.log.append(
-            Asked("add", {"prompts": [p.id for p in prompts], "stream": stream, "version": version})
+            Asked("add", {"prompts": [p.id for p in prompts], "seed_name": seed_name, "version": version})
         )
         self._open += [(prompt, version) for prompt in prompts]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from sae_rl.config import DynamicSamplingConfig
+from sae_rl.config.schema import DynamicSamplingConfig
 from sae_rl.data.sampler import Sampler
 from sae_rl.driver import train
 from sae_rl.rewards.pool import Rewards
 from sae_rl.rewards.verdict import Verdict
-from sae_rl.sampling import Collected, FailedRule, collect, is_useful
+from sae_rl.rollouts.groups import FailedRule, StepSamples, collect, is_useful
 from sae_rl.types import Prompt, Rollout
 from tests.driver.scripted import ScriptedWorkers, make_config, make_prompts, make_rollout, make_run
 
@@ -29,8 +29,8 @@ class Engines:
         self.rewards = rewards
         self.asked: list[list[str]] = []
 
-    def __call__(self, prompts: list[Prompt], turn: int) -> tuple[list[Rollout], Rewards]:
-        assert turn == len(self.asked) + 1
+    def __call__(self, prompts: list[Prompt], round_number: int) -> tuple[list[Rollout], Rewards]:
+        assert round_number == len(self.asked) + 1
         self.asked.append([p.id for p in prompts])
         rollouts = [make_rollout(p, i, 0, 1.0) for p in prompts for i in range(2)]
         return rollouts, Rewards([Verdict(r, "") for p in prompts for r in self.rewards[p.id]])
@@ -45,7 +45,7 @@ def in_order(sampler: Sampler) -> list[str]:
     return [p.id for p in Sampler(sampler.prompts, 0).next(len(sampler.prompts))]
 
 
-def kept(found: Collected) -> list[str]:
+def kept(found: StepSamples) -> list[str]:
     assert [r.sample for r in found.rollouts] == [0, 1] * (len(found.rollouts) // 2)
     return [r.prompt.id for r in found.rollouts[::2]]
 
@@ -121,8 +121,8 @@ def test_a_run_trains_on_useful_groups_alone_and_resumes(tmp_path: Path) -> None
     for batch in batches:
         groups = [set(batch.rewards[batch.groups == group].tolist()) for group in range(int(batch.groups.max()) + 1)]
         assert 1 <= len(groups) <= 2 and all(len(rewards) == 2 for rewards in groups)
-    streams = {call.of["stream"] for call in workers.asked("generate")}
-    assert {"step 0", "step 1"} <= streams and any(" round 2" in stream for stream in streams)
+    seed_names = {call.of["seed_name"] for call in workers.asked("generate")}
+    assert {"step 0", "step 1"} <= seed_names and any(" round 2" in seed_name for seed_name in seed_names)
     resumed = ScriptedWorkers()
     checkpoint = tmp_path / "straight" / "checkpoints" / "step_000002"
     train(make_run(make_config(tmp_path / "resumed", *options), resumed, resume_from=checkpoint))

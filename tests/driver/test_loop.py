@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_rl import checkpoint
 from sae_rl.algo import SAE, LowProbability
 from sae_rl.driver import throughput, train
-from sae_rl.metrics import check_names
+from sae_rl.records.metrics import check_names
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Sampling
 
@@ -46,7 +46,7 @@ def test_weights_are_sent_after_every_update_and_the_next_step_samples_from_them
     workers = trained(tmp_path)
     assert [call.of["version"] for call in workers.asked("sync")] == list(range(7))
     assert [call.of["version"] for call in workers.asked("generate")] == list(range(6))
-    assert [call.of["stream"] for call in workers.asked("generate")] == [f"step {k}" for k in range(6)]
+    assert [call.of["seed_name"] for call in workers.asked("generate")] == [f"step {k}" for k in range(6)]
     assert {call.of["sampling"] for call in workers.asked("generate")} == {Sampling(max_tokens=8)}
 
 
@@ -142,11 +142,11 @@ def test_metrics_of_a_step_are_known_and_complete(tmp_path: Path) -> None:
 def test_records_get_targets_as_the_estimator_made_them(tmp_path: Path) -> None:
     workers = trained(tmp_path, "steps=1")
     (shown,) = workers.asked("rollouts")
-    rollouts, rewards, whys, opens, scores, targets = shown.of["values"]
+    rollouts, rewards, reasons, opens, scores, targets = shown.of["values"]
     (updated,) = workers.asked("update")
     assert scores is updated.of["scores"]
     assert [reward_of(r) for r in rollouts] == rewards
-    assert [outcome_of(r).why for r in rollouts] == whys
+    assert [outcome_of(r).why for r in rollouts] == reasons
     assert len(opens) == updated.of["batch"].num_tokens
     assert not torch.equal(targets.advantages, updated.of["targets"].advantages)
 
@@ -175,7 +175,7 @@ def test_evaluations_and_checkpoints_come_when_they_are_due(
 def test_an_evaluation_samples_the_held_out_prompts_with_its_own_settings(tmp_path: Path) -> None:
     overrides = ["evaluation.every_steps=6", "evaluation.samples_per_prompt=3", "evaluation.top_p=0.9"]
     workers = trained(tmp_path, *overrides)
-    before, after = (call for call in workers.asked("generate") if call.of["stream"] == "evaluation")
+    before, after = (call for call in workers.asked("generate") if call.of["seed_name"] == "evaluation")
     assert before.of["prompts"] == after.of["prompts"] == ["p0", "p1", "p2"]
     assert (before.of["version"], after.of["version"]) == (0, 6)
     assert before.of["sampling"].top_p == 0.9
@@ -240,7 +240,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, crash_
     for name in ("generate", "update", "sync"):
         expected = [c for c in whole.asked(name) if name != "sync" or c.of["version"] >= start]
         expected = expected if name == "sync" else expected[start:]
-        keys = {"generate": ("prompts", "stream", "version"), "update": ("seed",), "sync": ("version",)}[name]
+        keys = {"generate": ("prompts", "seed_name", "version"), "update": ("seed",), "sync": ("version",)}[name]
         assert [[c.of[k] for k in keys] for c in second.asked(name)] == [[c.of[k] for k in keys] for c in expected]
     updates = zip(second.asked("update"), whole.asked("update")[start:], strict=True)
     assert all(torch.equal(a.of["targets"].advantages, b.of["targets"].advantages) for a, b in updates)

@@ -42,7 +42,7 @@ def run_in(folder: Path, workers: ScriptedWorkers, *overrides: str, resume_from:
 
 
 def generated(workers: ScriptedWorkers) -> list[tuple[str, list[str]]]:
-    return [(call.of["stream"], call.of["prompts"]) for call in workers.asked("generate")]
+    return [(call.of["seed_name"], call.of["prompts"]) for call in workers.asked("generate")]
 
 
 def levels_of(workers: ScriptedWorkers) -> list[float]:
@@ -98,6 +98,6 @@ def test_partial_rollouts_tell_the_sampler_what_groups_scored(tmp_path: Path) ->
 def test_a_critic_is_pretrained_on_prompts_by_weight_of_the_first_level(tmp_path: Path) -> None:
     workers = ScriptedWorkers(qualities=[0.5] * 50)
     train(run_in(tmp_path, workers, "learner.critic_pretraining.num_prompts=6"))
-    (names,) = [names for stream, names in generated(workers) if stream == "pretraining"]
+    (names,) = [names for seed_name, names in generated(workers) if seed_name == "pretraining"]
     assert Counter(name.split("/")[0] for name in names) == {"plain": 2, "chains": 4}
     assert all(1000 <= int(name.split("/")[1]) < 2000 for name in names if name.startswith("chains"))

@@ -8,7 +8,7 @@ from transformers import get_constant_schedule_with_warmup, get_linear_schedule_
 from transformers.optimization import get_cosine_schedule_with_warmup, get_cosine_with_min_lr_schedule_with_warmup
 
 from sae_rl.backends.lr_schedule import LrSchedule
-from sae_rl.config import OptimizerConfig
+from sae_rl.config.schema import OptimizerConfig
 
 NUM_UPDATES, WARMUP, LR = 40, 5, 0.25
 

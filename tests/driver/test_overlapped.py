@@ -14,7 +14,7 @@ import torch
 
 from sae_rl import checkpoint
 from sae_rl.driver import train
-from sae_rl.overlapped import Ahead, train_overlapped
+from sae_rl.overlapped import SamplingThread, train_overlapped
 from sae_rl.protocols import Metrics
 from sae_rl.types import Batch, Rollout, Scores, Targets
 
@@ -25,16 +25,16 @@ from .scripted import PATIENCE_S, ScriptedWorkers, make_config, make_prompts, ma
 class Timed(ScriptedWorkers):
     """Sampling a batch begins and ends when the test says so: ``hold`` is asked, in the thread that samples."""
 
-    hold: Callable[[Timed, str], None] = lambda workers, stream: None
+    hold: Callable[[Timed, str], None] = lambda workers, seed_name: None
     began: dict[str, int | None] = field(default_factory=dict)  # stream: the weights' version then
     interrupted: bool = False
 
-    def generate(self, prompts: Any, *, stream: str, **options: Any) -> Iterator[list[Rollout]]:
-        self.began[stream] = self.version
-        self.hold(self, stream)
+    def generate(self, prompts: Any, *, seed_name: str, **options: Any) -> Iterator[list[Rollout]]:
+        self.began[seed_name] = self.version
+        self.hold(self, seed_name)
         if self.interrupted:
             raise RuntimeError("sampling was interrupted")
-        yield from super().generate(prompts, stream=stream, **options)
+        yield from super().generate(prompts, seed_name=seed_name, **options)
 
     def interrupt(self) -> None:
         self.interrupted = True
@@ -66,7 +66,7 @@ def test_the_next_batch_is_sampled_while_a_step_trains(tmp_path: Path) -> None:
 def test_batches_are_those_of_the_synchronous_schedule_but_for_their_weights(tmp_path: Path) -> None:
     straight, workers = ScriptedWorkers(), overlapped(tmp_path / "b", Timed())
     train(make_run(make_config(tmp_path / "a"), straight))
-    for name in ("prompts", "stream", "sampling"):
+    for name in ("prompts", "seed_name", "sampling"):
         assert [call.of[name] for call in workers.asked("generate")] == [
             call.of[name] for call in straight.asked("generate")
         ]
@@ -80,8 +80,8 @@ def test_batches_are_those_of_the_synchronous_schedule_but_for_their_weights(tmp
 def test_drained_updates_wait_for_responses_under_way(tmp_path: Path, updates: str) -> None:
     """The second batch ends only after the weights were sent, or else a while later, if they wait for it."""
 
-    def hold(workers: Timed, stream: str) -> None:
-        if stream != "step 1":
+    def hold(workers: Timed, seed_name: str) -> None:
+        if seed_name != "step 1":
             return
         if updates == "in_flight":
             until(lambda: workers.version == 1)
@@ -110,15 +110,15 @@ def test_the_bound_on_staleness(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_has_the_engines_for_itself_and_the_weights_of_its_step(tmp_path: Path) -> None:
-    def hold(workers: Timed, stream: str) -> None:
-        if stream == "evaluation":
+    def hold(workers: Timed, seed_name: str) -> None:
+        if seed_name == "evaluation":
             time.sleep(0.1)  # for a batch that would begin beside it
             assert not [name for name in workers.began if name not in done and name != "evaluation"]
-        done.append(stream)
+        done.append(seed_name)
 
     done: list[str] = []
     workers = overlapped(tmp_path, Timed(hold=hold), "evaluation.every_steps=2")
-    evaluations = [call for call in workers.asked("generate") if call.of["stream"] == "evaluation"]
+    evaluations = [call for call in workers.asked("generate") if call.of["seed_name"] == "evaluation"]
     assert [call.of["version"] for call in evaluations] == [0, 2, 4, 6]
     assert workers.began["step 2"] == 2 and workers.began["step 3"] == 2
 
@@ -128,23 +128,23 @@ def test_a_resumed_run_goes_on_behind_the_checkpoint_and_not_behind_what_was_sam
     newest = tmp_path / "whole" / "checkpoints" / "step_000002"
     assert checkpoint.read_state(newest).step == 2
     resumed = overlapped(tmp_path / "resumed", Timed(), resume_from=newest)
-    prompts = {call.of["stream"]: call.of["prompts"] for call in whole.asked("generate")}
-    again = {call.of["stream"]: call.of["prompts"] for call in resumed.asked("generate")}
+    prompts = {call.of["seed_name"]: call.of["prompts"] for call in whole.asked("generate")}
+    again = {call.of["seed_name"]: call.of["prompts"] for call in resumed.asked("generate")}
     assert list(again) == [f"step {k}" for k in range(2, 6)]
-    assert all(again[stream] == prompts[stream] for stream in again)
+    assert all(again[seed_name] == prompts[seed_name] for seed_name in again)
     assert resumed.began["step 2"] == 2 and resumed.began["step 3"] == 2
 
 
 def test_a_sampling_thread_that_begins_late_still_samples_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gather_all = Ahead._gather_all
+    gather_all = SamplingThread._gather_all
 
-    def late(ahead: Ahead, *arguments: Any) -> None:
+    def late(ahead: SamplingThread, *arguments: Any) -> None:
         time.sleep(0.2)  # the run waits for its first batch by now
         gather_all(ahead, *arguments)
 
-    monkeypatch.setattr(Ahead, "_gather_all", late)
+    monkeypatch.setattr(SamplingThread, "_gather_all", late)
     workers = Timed()
     run = threading.Thread(target=overlapped, args=(tmp_path, workers), daemon=True)
     run.start()
@@ -154,8 +154,8 @@ def test_a_sampling_thread_that_begins_late_still_samples_the_first_step(
 
 
 def test_what_fails_while_sampling_ends_the_run(tmp_path: Path) -> None:
-    def hold(workers: Timed, stream: str) -> None:
-        if stream == "step 3":
+    def hold(workers: Timed, seed_name: str) -> None:
+        if seed_name == "step 3":
             raise RuntimeError("no rollout engine is left")
 
     workers = Timed(hold=hold)
@@ -166,8 +166,8 @@ def test_what_fails_while_sampling_ends_the_run(tmp_path: Path) -> None:
 
 
 def test_what_fails_while_learning_ends_the_sampling(tmp_path: Path) -> None:
-    def hold(workers: Timed, stream: str) -> None:
-        if stream == "step 2":
+    def hold(workers: Timed, seed_name: str) -> None:
+        if seed_name == "step 2":
             until(lambda: workers.interrupted)
 
     class Failing(Timed):

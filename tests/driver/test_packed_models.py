@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from sae_rl.backends.flops import PassCost
 from sae_rl.backends.models import CriticNetwork, PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import build_micro_batch
-from sae_rl.config import ModelConfig
+from sae_rl.config.schema import ModelConfig
 from sae_rl.types import Batch, offsets_of
 from tests.exactness import Exactness, largest_difference
 

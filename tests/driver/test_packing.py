@@ -19,7 +19,7 @@ from torch import Tensor
 from sae_rl.backends.deepspeed import Learner
 from sae_rl.backends.models import CriticNetwork, load_causal_lm
 from sae_rl.backends.packing import MicroBatch, build_micro_batch, draw_mini_batches, pack
-from sae_rl.config import ModelConfig
+from sae_rl.config.schema import ModelConfig
 from sae_rl.types import Batch, offsets_of
 
 Shape = tuple[int, int]  # prompt and response tokens of one row
@@ -45,7 +45,7 @@ def make_batch(rows: Sequence[Shape]) -> Batch:
 
 
 def budget_of(rows: Sequence[Shape], share: float) -> int:
-    """At least one whole row, as `sae_rl.config_checks.check` demands."""
+    """At least one whole row, as `sae_rl.config.checks.check` demands."""
     longest, total = max(map(sum, rows)), sum(map(sum, rows))
     return max(longest, int(share * total))
 
@@ -184,28 +184,28 @@ def test_a_micro_batch_is_prompts_and_responses_back_to_back(rows: list[Shape], 
 @given(shapes, st.randoms(use_true_random=False))
 def test_only_sampled_tokens_are_learnt_from_and_all_are_read(rows: list[Shape], random: Any) -> None:
     whole = make_batch(rows)
-    sampled = torch.tensor([random.random() < 0.6 for _ in range(whole.num_tokens)])
-    sampled[whole.offsets[:-1] + torch.tensor([random.randrange(t) for _, t in rows])] = True
-    batch, everything = replace(whole, sampled=sampled), torch.arange(len(rows))
+    action_mask = torch.tensor([random.random() < 0.6 for _ in range(whole.num_tokens)])
+    action_mask[whole.offsets[:-1] + torch.tensor([random.randrange(t) for _, t in rows])] = True
+    batch, everything = replace(whole, action_mask=action_mask), torch.arange(len(rows))
     own, full = build_micro_batch(batch, everything), build_micro_batch(whole, everything)
     assert torch.equal(own.input_ids, full.input_ids) and torch.equal(own.final_index, full.final_index)
     for name in ("state_index", "token_ids", "token_index"):
-        assert torch.equal(getattr(own, name), getattr(full, name)[sampled]), name
+        assert torch.equal(getattr(own, name), getattr(full, name)[action_mask]), name
     assert torch.equal(own.token_index[own.counts.cumsum(0) - 1], batch.last_sampled)
-    last = [max(t for t in range(a, b) if sampled[t]) for a, b in pairwise(whole.offsets.tolist())]
+    last = [max(t for t in range(a, b) if action_mask[t]) for a, b in pairwise(whole.offsets.tolist())]
     assert batch.last_sampled.tolist() == last
     marked = full.token_ids.new_zeros(()).expand(0)
     for micro, _ in passes_of(batch, everything, 2, budget_of(rows, 0.3))[0]:
         marked = torch.cat([marked, micro.token_index])
-    assert bool(sampled[marked].all())
+    assert bool(action_mask[marked].all())
 
 
 @pytest.mark.parametrize("holes", [[], [2, 4, 12]], ids=["all sampled", "tool output"])
 def test_the_critic_tells_the_value_behind_a_response(tiny_model: Path, holes: list[int]) -> None:
     """As it would of the next token's state, if the response went on."""
     batch = make_batch([(3, 5), (2, 1), (4, 7)])
-    sampled = ~torch.isin(torch.arange(batch.num_tokens), torch.tensor(holes))
-    batch = replace(batch, sampled=sampled if holes else None)
+    action_mask = ~torch.isin(torch.arange(batch.num_tokens), torch.tensor(holes))
+    batch = replace(batch, action_mask=action_mask if holes else None)
     model = ModelConfig(path=str(tiny_model), precision="float32", attention="sdpa", logprobs="chunked")
     batch = replace(batch, prompt_token_ids=batch.prompt_token_ids % 20, token_ids=batch.token_ids % 20)
     torch.manual_seed(0)
@@ -222,6 +222,6 @@ def test_the_critic_tells_the_value_behind_a_response(tiny_model: Path, holes: l
         hidden = network.backbone(input_ids=alone_ids, sequence_lengths=(alone_ids.numel(),)).last_hidden_state
         alone = network.value_head(hidden).flatten()[len(prompt) - 1 :]
         at = ((micro.token_index >= start) & (micro.token_index < end)).nonzero().flatten()
-        assert torch.allclose(values[at], alone[:-1][sampled[start:end]], atol=1e-5)
+        assert torch.allclose(values[at], alone[:-1][action_mask[start:end]], atol=1e-5)
         assert torch.allclose(final[at[-1]], alone[-1], atol=1e-5)
         assert not bool(final[at[:-1]].any())

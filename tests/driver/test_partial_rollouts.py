@@ -9,9 +9,9 @@ import pytest
 
 from sae_rl import checkpoint
 from sae_rl.data.sampler import Sampler
-from sae_rl.errors import ConfigError
 from sae_rl.overlapped import train_overlapped
 from sae_rl.protocols import Metrics
+from sae_rl.settings import ConfigError
 from sae_rl.types import Batch, Scores, Targets
 
 from .scripted import ScriptedWorkers, make_config, make_prompts, make_run, until

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from sae_rl.compose import load_config
-from sae_rl.config import Config
-from sae_rl.errors import ConfigError
+from sae_rl.config.compose import load_config
+from sae_rl.config.schema import Config
+from sae_rl.settings import ConfigError
 from sae_rl.workers.group import _advice
 from sae_rl.workers.placement import Placement, Role, check_resources, plan, reserve, roles_of
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_rl.compose import load_config
+from sae_rl.config.compose import load_config
 from sae_rl.driver import train
-from sae_rl.errors import ConfigError
+from sae_rl.settings import ConfigError
 
 from .plugins import EntropyDrop, EverySecondGroup
 from .scripted import ScriptedWorkers, make_config, make_run

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sae_rl.algo import SAE, TokenRewards
-from sae_rl.config import Config
+from sae_rl.config.schema import Config
+from sae_rl.critic.pretraining import pretrain_critic, split_by_prompt
 from sae_rl.driver import train
-from sae_rl.pretraining import pretrain_critic, split_by_prompt
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch
 
@@ -161,7 +161,7 @@ def test_the_driver_pretrains_before_the_first_checkpoint_and_sets_the_learning_
     run = make_run(config, workers)
     train(run)
     sampled = [call.of for call in workers.asked("generate")]
-    assert [of["stream"] for of in sampled] == ["pretraining", "step 0"]
+    assert [of["seed_name"] for of in sampled] == ["pretraining", "step 0"]
     assert len(set(sampled[0]["prompts"])) == 8
     assert workers.asked("set_critic_lr")[-1].of["lr"] is None  # the configured schedule, from its beginning
     names = [call.name for call in workers.log]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_rl.errors import ConfigError
+from sae_rl.records.rollouts import write_rollouts
 from sae_rl.replay import train_replay
-from sae_rl.rollout_table import write_rollouts
 from sae_rl.seeds import derive_seed
+from sae_rl.settings import ConfigError
 from sae_rl.types import Batch, Scores, Targets
 from tests.records.sample_run import sample_step
 

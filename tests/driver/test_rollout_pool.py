@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from sae_rl.config import Config
+from sae_rl.config.schema import Config
 from sae_rl.types import Sampling
 from sae_rl.workers.engines import Engines
 from sae_rl.workers.group import WorkerGroup

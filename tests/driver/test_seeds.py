@@ -7,9 +7,9 @@ from itertools import product
 from sae_rl.seeds import derive_seed
 
 
-def test_prompts_samples_streams_and_runs_have_seeds_of_their_own() -> None:
-    streams = [*(f"step {k}" for k in range(10)), "evaluation", "pretraining", "probe 3"]
-    asked = list(product((0, 1), streams, (f"level/train/0/{i}" for i in range(20)), range(4)))
+def test_prompts_samples_seed_names_and_runs_have_seeds_of_their_own() -> None:
+    seed_names = [*(f"step {k}" for k in range(10)), "evaluation", "pretraining", "probe 3"]
+    asked = list(product((0, 1), seed_names, (f"level/train/0/{i}" for i in range(20)), range(4)))
     seeds = [derive_seed(*one) for one in asked]
     assert len(set(seeds)) == len(asked)
     assert all(0 <= seed < 2**31 for seed in seeds)

@@ -12,10 +12,10 @@ import torch
 
 from sae_rl.algo import LowProbability
 from sae_rl.algo.segmenters import Segmenter
-from sae_rl.clock import Clock
-from sae_rl.compose import load_config
-from sae_rl.config import Config
+from sae_rl.config.compose import load_config
+from sae_rl.config.schema import Config
 from sae_rl.evaluation.evaluate import Evaluation, evaluate
+from sae_rl.records.clock import Clock
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Prompt, Rollout
@@ -62,7 +62,7 @@ def make_prompts(sets: Sequence[tuple[str, int]] = (("sums", 6), ("hub/tales", 4
 class MadeUpEngines(ScriptedWorkers):
     """Responses of 1 to 40 words that depend on the prompt and the sample; the last prompt comes first."""
 
-    def generate(self, prompts: Sequence[Prompt], *, group_size: int, sampling: Any, stream: str) -> Any:
+    def generate(self, prompts: Sequence[Prompt], *, group_size: int, sampling: Any, seed_name: str) -> Any:
         for prompt in reversed(prompts):
             yield [self._response(prompt, i, sampling.temperature) for i in range(group_size)]
 

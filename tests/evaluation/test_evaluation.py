@@ -18,7 +18,7 @@ from sae_rl.algo.segmenters import Entropy, FixedLength, Segmenter, Surprisal
 from sae_rl.evaluation.evaluate import Evaluation
 from sae_rl.evaluation.segments import Segments, cut
 from sae_rl.evaluation.summary import Samples, Summary, summarize
-from sae_rl.metrics import check_names, data_set_of, metric_of
+from sae_rl.records.metrics import check_names, data_set_of, metric_of
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Batch, Rollout, Sampling, Scores
 
@@ -194,7 +194,7 @@ def test_tokens_that_nobody_sampled_open_nothing(evaluation: Evaluation) -> None
         token_ids=torch.cat([torch.tensor([5, 6]), plain.token_ids]),
         rollout_logprobs=torch.cat([torch.zeros(2), plain.rollout_logprobs]),
         policy_versions=torch.cat([torch.zeros(2, dtype=torch.int64), plain.policy_versions]),
-        sampled=torch.tensor([False] * 2 + [True] * plain.token_ids.numel()),
+        action_mask=torch.tensor([False] * 2 + [True] * plain.token_ids.numel()),
     )
     found = cut([plain, inserted], LowProbability(0.2), Sampling(max_tokens=8))
     assert isinstance(found, Segments)

@@ -15,8 +15,8 @@ from sae_rl.analysis.evaluation_table import console_tables, print_evaluation, r
 from sae_rl.analysis.samples_page import PromptRows, shortened, split_at, within_limits, write_samples_page
 from sae_rl.evaluation.evaluate import Evaluation
 from sae_rl.evaluation.files import model_name, publish, unpublished, versions, write_evaluation
-from sae_rl.evaluation.samples import read_samples, write_samples
-from sae_rl.metrics import show
+from sae_rl.records.metrics import show
+from sae_rl.records.samples import read_samples, write_samples
 from sae_rl.rewards.verdict import Verdict
 from tests.records.test_report import Page
 

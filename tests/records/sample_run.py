@@ -10,10 +10,10 @@ import torch
 
 from sae_rl.algo import SAE, LowProbability, explained_variance, mismatch_stats, rollout_stats, segment_stats
 from sae_rl.algo.shaping import TokenRewards
-from sae_rl.compose import load_config
-from sae_rl.config import Config
-from sae_rl.data.level import Level
-from sae_rl.records import Records
+from sae_rl.config.compose import load_config
+from sae_rl.config.schema import Config
+from sae_rl.records.records import Records
+from sae_rl.tasks.level import Level
 from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
 
 LEVEL = Level()

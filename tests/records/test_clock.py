@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sae_rl.clock import Clock
+from sae_rl.records.clock import Clock
 
 
 class Hand:

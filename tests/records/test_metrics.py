@@ -17,8 +17,8 @@ from sae_rl.algo import (
     rollout_stats,
     segment_stats,
 )
-from sae_rl.metrics import METRICS, PHASES, check_names, markdown_table, show
-from sae_rl.terminal import lines_of
+from sae_rl.records.metrics import METRICS, PHASES, check_names, markdown_table, show
+from sae_rl.records.terminal import lines_of
 from sae_rl.types import Batch
 
 from .sample_run import sample_step, score

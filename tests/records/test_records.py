@@ -13,9 +13,9 @@ import torch
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from sae_rl.evaluation.samples import read_samples, samples_file, step_samples
-from sae_rl.records import Jsonl, Records, _wandb_mode, first_steps, read_jsonl
-from sae_rl.rollout_table import flat_column, read_rollouts, rollout_files, write_rollouts
+from sae_rl.records.records import Jsonl, Records, _wandb_mode, first_steps, read_jsonl
+from sae_rl.records.rollouts import flat_column, read_rollouts, rollout_files, write_rollouts
+from sae_rl.records.samples import read_samples, samples_file, step_samples
 from sae_rl.types import Batch, Scores, Targets
 from tests.evaluation.made_up import made_up
 
@@ -109,10 +109,10 @@ def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
     batch = Batch.of(rollouts, rewards)
     scores, targets, opens = score(batch, skill=0.5)
     config = make_config(tmp_path, "steps=10", "logger.rollouts_every_steps=3")
-    whys = [f"because of {i}" for i in range(len(rollouts))]
+    reasons = [f"because of {i}" for i in range(len(rollouts))]
     with Records(config, tmp_path, first_step=0) as records:
         for step in (1, 3, 9):
-            records.rollouts(step, rollouts, rewards, whys, opens, scores, targets)
+            records.rollouts(step, rollouts, rewards, reasons, opens, scores, targets)
     assert [step for step, _ in rollout_files(tmp_path)] == [3, 9], "every third step, and the last"
     assert [file.name for file in (tmp_path / "rollouts").iterdir() if "tmp" in file.name] == []
     rows = read_rollouts(tmp_path / "rollouts" / "step_000003.parquet").to_pylist()
@@ -131,7 +131,7 @@ def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
             rollout.prompt.answer,
         )
         assert (row["step"], row["sample"], row["reward"], row["text"]) == (3, rollout.sample, rewards[i], rollout.text)
-        assert (row["finish_reason"], row["temperature"], row["why"]) == (rollout.finish_reason, 1.0, whys[i])
+        assert (row["finish_reason"], row["temperature"], row["why"]) == (rollout.finish_reason, 1.0, reasons[i])
         assert row["policy_versions"] == [3] * len(row["token_ids"])
     with Records(config, tmp_path, first_step=9):
         assert [step for step, _ in rollout_files(tmp_path)] == [3], "step 9 is sampled again"
@@ -140,11 +140,11 @@ def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
 def test_parquet_without_a_critic_and_with_soft_segments(tmp_path: Path) -> None:
     rollouts, rewards = sample_step(0, num_prompts=1, skill=0.5, rng=random.Random(0))
     batch = Batch.of(rollouts, rewards)
-    whys = [""] * len(rollouts)
+    reasons = [""] * len(rollouts)
     scores = Scores(old_logprobs=batch.rollout_logprobs, values=None, ref_logprobs=None)
     targets = Targets(advantages=torch.zeros(batch.num_tokens), returns=None)
     opens = torch.full((batch.num_tokens,), 0.5)
-    rows = read_rollouts(write_rollouts(tmp_path, 0, rollouts, rewards, whys, opens, scores, targets))
+    rows = read_rollouts(write_rollouts(tmp_path, 0, rollouts, rewards, reasons, opens, scores, targets))
     assert rows["values"].to_pylist() == [None, None] and rows["opens"].to_pylist()[1][0] == 0.5
     assert flat_column(rows, "token_ids").tolist() == batch.token_ids.tolist()
     assert flat_column(rows, "values").size == 0

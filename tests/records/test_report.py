@@ -14,8 +14,8 @@ from sae_rl.analysis.charts import Line, line_chart, span, ticks
 from sae_rl.analysis.report import final_table, heldout_parts, write_report
 from sae_rl.analysis.responses import pick_responses
 from sae_rl.analysis.run_files import RunFiles
-from sae_rl.metrics import show
-from sae_rl.rollout_table import read_rollouts
+from sae_rl.records.metrics import show
+from sae_rl.records.rollouts import read_rollouts
 
 from .sample_run import decode, write_sample_run
 

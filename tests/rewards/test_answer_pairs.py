@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sae_rl.rewards.mathematics import Math
+from sae_rl.rewards.math.verifier import Math
 from sae_rl.rewards.pool import RewardPool
 from sae_rl.rewards.verdict import Failed, Sample, Verdict
 
@@ -179,7 +179,7 @@ def test_no_bomb_scores_and_the_pool_goes_on() -> None:
 
 
 def test_a_crash_inside_the_comparison_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_rl.rewards import values
+    from sae_rl.rewards.math import values
 
     def crash(*_: Any, **__: Any) -> Any:
         raise RecursionError("too deep")
@@ -192,7 +192,7 @@ def test_a_crash_inside_the_comparison_is_a_failed_check(monkeypatch: pytest.Mon
 
 
 def test_too_little_memory_is_a_failed_check_even_in_the_parser(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_rl.rewards import expressions
+    from sae_rl.rewards.math import expressions
 
     def swell(*_: Any, **__: Any) -> Any:
         raise MemoryError

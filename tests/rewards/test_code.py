@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from sae_rl.rewards import check_deadline, warnings_of
 from sae_rl.rewards.code import Code, different, program_of, read_tests, same_value
+from sae_rl.rewards.table import check_deadline, warnings_of
 from sae_rl.rewards.verdict import Sample, Verdict
 from sae_rl.rewards.weighted import Weighted
 from sae_rl.sandbox.isolation import CHOSEN, Isolation

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from sae_rl.rewards.choice import Choice
-from sae_rl.rewards.final import final_answer
+from sae_rl.rewards.math.final import final_answer
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.verdict import Sample
 
@@ -116,7 +116,7 @@ def test_long_responses() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_every_pattern(module: str) -> None:
     """By itself, on as much as it is ever given."""
-    for name, pattern in vars(importlib.import_module(f"sae_rl.rewards.{module}")).items():
+    for name, pattern in vars(importlib.import_module(f"sae_rl.rewards.table.{module}")).items():
         if not isinstance(pattern, re.Pattern):
             continue
         for text in repeated(300, 400 if module == "numbers" else 4000):

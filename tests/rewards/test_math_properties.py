@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sae_rl.rewards import READY
-from sae_rl.rewards.numbers import written
+from sae_rl.rewards.math.numbers import written
 from sae_rl.rewards.numeric import Numeric
+from sae_rl.rewards.table import READY
 from sae_rl.rewards.verdict import Sample
 
 INTEGERS = st.integers(-(10**15), 10**15)

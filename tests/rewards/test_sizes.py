@@ -10,9 +10,9 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_rl.rewards import READY
-from sae_rl.rewards.expressions import latex
-from sae_rl.rewards.sizes import MAX_DIGITS, TooLarge, check_size, digits, num_terms
+from sae_rl.rewards.math.expressions import latex
+from sae_rl.rewards.math.sizes import MAX_DIGITS, TooLarge, check_size, digits, num_terms
+from sae_rl.rewards.table import READY
 from sae_rl.rewards.verdict import Sample
 
 

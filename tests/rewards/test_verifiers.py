@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from sae_rl.rewards import READY, VERIFIERS, resolve
+from sae_rl.rewards.exact import Exact
 from sae_rl.rewards.functions import Function
-from sae_rl.rewards.text import Exact
+from sae_rl.rewards.table import READY, VERIFIERS, resolve
 from sae_rl.rewards.verdict import Sample, Verdict, Verifier
 from sae_rl.rewards.weighted import Weighted
 
@@ -70,16 +70,16 @@ def test_resolve() -> None:
     assert resolve("level", {}) is READY["level"]
     assert resolve("mine", {"mine": mine}) is mine
     assert resolve("math", {"math": mine}) is mine, "a configuration may redefine a name"
-    assert resolve("sae_rl.data.level:level", {}) == Function("sae_rl.data.level:level")
+    assert resolve("sae_rl.tasks.level:level", {}) == Function("sae_rl.tasks.level:level")
     for name, message in {
         "levle": "did you mean 'level'",
         "mien": "did you mean 'mine'",
         "zzz": "allowed: choice, code, countdown, exact, level, math, math_verify, mine, numeric, reasoning_gym, or package",
         "weighted": "needs knobs: give it a name in rewards.verifiers",
-        "sae_rl.data.level:leven": "did you mean 'level'",
+        "sae_rl.tasks.level:leven": "did you mean 'level'",
         "no_such_package:f": "cannot import 'no_such_package'",
         ":f": "cannot import ''",
-        "sae_rl.data.countdown:LARGEST": "is int, not a function",
+        "sae_rl.tasks.countdown:LARGEST": "is int, not a function",
     }.items():
         with pytest.raises(ValueError, match=message):
             resolve(name, {"mine": mine})
@@ -91,7 +91,7 @@ def test_ready_verifiers_are_members_of_the_table() -> None:
 
 def test_data_and_rewards_need_no_heavy_library() -> None:
     code = (
-        "import sys, sae_rl.data.prompts, sae_rl.data.sampler, sae_rl.rewards, sae_rl.warm_start\n"
+        "import sys, sae_rl.data.prompts, sae_rl.data.sampler, sae_rl.rewards.table, sae_rl.sft\n"
         "print(sorted({'ray', 'vllm', 'deepspeed', 'math_verify', 'pyarrow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)

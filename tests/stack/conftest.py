@@ -10,14 +10,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sae_rl.compose import load_config
-from sae_rl.config import Config
-from sae_rl.data.level import Level
-from sae_rl.data.tokenizer import build_tokenizer
-from sae_rl.records import read_jsonl
+from sae_rl.config.compose import load_config
+from sae_rl.config.schema import Config
+from sae_rl.records.records import read_jsonl
+from sae_rl.sft import ModelShape, build_model, save
+from sae_rl.tasks.level import Level
+from sae_rl.tasks.tokenizer import build_tokenizer
 from sae_rl.types import Prompt, Rollout, Sampling
-from sae_rl.warm_start import ModelShape, build_model, save
-from sae_rl.workers.crew import Crew
+from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.session import ray_session
 
 Configure = Callable[..., Config]
@@ -97,16 +97,16 @@ def for_learners(**keys: object) -> list[str]:
 
 
 def sampled(
-    crew: Crew, prompts: Sequence[Prompt], *, group_size: int, max_tokens: int, temperature: float = 1.0
+    workers: RunWorkers, prompts: Sequence[Prompt], *, group_size: int, max_tokens: int, temperature: float = 1.0
 ) -> list[Rollout]:
     """Responses in the order of the prompts."""
     groups = {
         group[0].prompt.id: group
-        for group in crew.rollout.generate(
+        for group in workers.rollout.generate(
             prompts,
             group_size=group_size,
             sampling=Sampling(max_tokens=max_tokens, temperature=temperature),
-            stream="test",
+            seed_name="test",
         )
     }
     assert len(groups) == len(prompts), "every prompt is answered, and once"

@@ -36,7 +36,7 @@ def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         start, end = int(batch.offsets[i]), int(batch.offsets[i + 1])
         rows.append(torch.cat([prompt, batch.token_ids[start:end]]))
         for t in range(start, end):
-            if batch.sampled is None or batch.sampled[t]:
+            if batch.action_mask is None or batch.action_mask[t]:
                 at_row.append(i)
                 at_state.append(len(prompt) + t - start - 1)
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -47,7 +47,9 @@ def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def flat(sampled: Tensor, batch: Batch) -> Tensor:
     """Numbers of the sampled tokens -> (N,), 0 elsewhere."""
     everywhere = torch.zeros(batch.num_tokens)
-    everywhere[torch.ones_like(everywhere, dtype=torch.bool) if batch.sampled is None else batch.sampled] = sampled
+    everywhere[torch.ones_like(everywhere, dtype=torch.bool) if batch.action_mask is None else batch.action_mask] = (
+        sampled
+    )
     return everywhere
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae_rl.clock import Clock
+from sae_rl.records.clock import Clock
 from sae_rl.types import Targets
 from sae_rl.workers.group import WorkerError
 from sae_rl.workers.session import start_learners
@@ -23,30 +23,30 @@ pytestmark = pytest.mark.alone
 def test_updates_that_are_not_numbers_are_skipped_and_counted(configure: Configure, ranks: int, stage: int) -> None:
     layout = for_learners(num_workers=ranks, zero_stage=stage, optimizer__max_skipped_updates=3)
     config, batch = configure(*layout), rollouts_of_many_lengths()
-    with start_learners(config, Clock()) as crew:
-        scores = crew.score(batch)
+    with start_learners(config, Clock()) as workers:
+        scores = workers.score(batch)
         draw = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(0))
         good = Targets(advantages=draw, returns=draw.abs())
         everywhere = Targets(advantages=draw * math.nan, returns=draw * math.inf)
-        before = learners_weights(crew)
-        metrics = crew.update(batch, scores, everywhere, seed=0)
+        before = learners_weights(workers)
+        metrics = workers.update(batch, scores, everywhere, seed=0)
         for role in ("policy", "critic"):
             assert metrics[f"{role}/skipped_updates"] == metrics[f"{role}/num_updates"] == 2
             assert math.isnan(metrics[f"{role}/grad_norm"])
-        after = learners_weights(crew)
+        after = learners_weights(workers)
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
-        metrics = crew.update(batch, scores, good, seed=0)
+        metrics = workers.update(batch, scores, good, seed=0)
         for role in ("policy", "critic"):
             assert metrics[f"{role}/skipped_updates"] == 0 and metrics[f"{role}/grad_norm"] > 0
-        learned = learners_weights(crew)
+        learned = learners_weights(workers)
         assert all(bool(tensor.isfinite().all()) for tensor in learned.values())
         assert any(not torch.equal(learned[name], tensor) for name, tensor in before.items())
 
         only_policy = replace(good, advantages=everywhere.advantages)
-        crew.update(batch, scores, only_policy, seed=1)
+        workers.update(batch, scores, only_policy, seed=1)
         with pytest.raises(
             WorkerError, match=r"policy worker [01] failed: FloatingPointError: the gradient's norm is"
         ) as died:
-            crew.update(batch, scores, only_policy, seed=2)
+            workers.update(batch, scores, only_policy, seed=2)
         assert "the 3 before, which were skipped" in str(died.value) and "optimizer.lr" in str(died.value)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
-from sae_rl.clock import Clock
+from sae_rl.records.clock import Clock
 from sae_rl.types import Batch, Prompt, Rollout
-from sae_rl.workers.crew import Crew
+from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.session import start_learners
 from tests.exactness import Exactness, largest_difference
 from tests.stack.conftest import Configure, for_learners
@@ -39,7 +39,7 @@ def rollouts_of_many_lengths() -> Batch:
                 finish_reason="stop",
                 policy_versions=torch.zeros(length, dtype=torch.int64),
                 temperature=0.9,
-                sampled=torch.arange(length) % 5 < 3 if i % 4 == 1 else None,
+                action_mask=torch.arange(length) % 5 < 3 if i % 4 == 1 else None,
             )
         )
     return Batch.of(rollouts, [float(i % 3 == 0) for i in range(16)])
@@ -50,11 +50,11 @@ def weights_of(worker: object) -> dict[str, Tensor]:
     return {name: tensor.float().clone() for name, tensor in worker._learner.full_weights()}  # type: ignore[attr-defined]
 
 
-def learners_weights(crew: Crew) -> dict[str, Tensor]:
+def learners_weights(workers: RunWorkers) -> dict[str, Tensor]:
     """Of both networks; every rank takes part, since ZeRO 3 gathers them."""
     weights = {}
     for role in ("policy", "critic"):
-        ranks = ray.get([worker.__ray_call__.remote(weights_of) for worker in crew._groups[role].workers])  # type: ignore
+        ranks = ray.get([worker.__ray_call__.remote(weights_of) for worker in workers._groups[role].workers])  # type: ignore
         weights |= {f"{role} {name}": tensor for name, tensor in ranks[0].items()}
     return weights
 
@@ -82,14 +82,14 @@ def expected(tiny_model: Path, critic_folder: Path) -> Expected:
     return expected_of(tiny_model, critic_folder, rollouts_of_many_lengths())
 
 
-def differences(crew: Crew, batch: Batch, expected: Expected) -> dict[str, float]:
+def differences(workers: RunWorkers, batch: Batch, expected: Expected) -> dict[str, float]:
     """Largest differences of scores, and of the gradients of one update."""
-    scores = crew.score(batch)
+    scores = workers.score(batch)
     assert scores.entropies is not None and scores.values is not None
-    metrics = crew.update(batch, expected.given, expected.targets, seed=0)
+    metrics = workers.update(batch, expected.given, expected.targets, seed=0)
     for name, value in expected.metrics.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4), name
-    after = learners_weights(crew)
+    after = learners_weights(workers)
     assert after.keys() == expected.weights.keys()
     found = {name: expected.weights[name] - after[name] for name in after}
     gaps = {name: largest_difference(found[name], expected.gradients[name]) for name in found}
@@ -167,13 +167,13 @@ def test_every_layout_is_the_padded_update(
     config = configure(*layout.overrides(critic_folder))
     batch, table = rollouts_of_many_lengths(), "Ranks, ZeRO stages and budgets"
     exactness.record(table, "(the largest number itself)", sizes(expected))
-    with start_learners(config, Clock()) as crew:
-        crew.save(config.output_dir)
+    with start_learners(config, Clock()) as workers:
+        workers.save(config.output_dir)
         for budget in (64, 4096):
             for role in ("policy", "critic"):
-                crew._groups[role].run(lambda worker, b=budget: worker.__ray_call__.remote(set_budget, b))  # type: ignore
-            crew.load(config.output_dir)
-            found = differences(crew, batch, expected)
+                workers._groups[role].run(lambda worker, b=budget: worker.__ray_call__.remote(set_budget, b))  # type: ignore
+            workers.load(config.output_dir)
+            found = differences(workers, batch, expected)
             exactness.record(table, f"{layout}, {budget} tokens a pass", found)
             assert all(gap < 1e-5 for gap in found.values()), found
 
@@ -183,9 +183,9 @@ def test_in_bfloat16_it_is_nearly_that(configure: Configure, expected: Expected,
     """As the recipes for GPUs train; bfloat16 has eight bits, and the gradient is a sum over 200 tokens."""
     config = configure(*Layout(2, 3, recomputed=True).overrides(critic_folder), "model.precision=bfloat16")
     batch = rollouts_of_many_lengths()
-    with start_learners(config, Clock()) as crew:
-        scores = crew.score(batch)
+    with start_learners(config, Clock()) as workers:
+        scores = workers.score(batch)
         torch.testing.assert_close(scores.old_logprobs, expected.logprobs, atol=0.3, rtol=0.05)
-        metrics = crew.update(batch, expected.given, expected.targets, seed=0)
+        metrics = workers.update(batch, expected.given, expected.targets, seed=0)
         for name in ("policy/grad_norm", "critic/grad_norm", "critic/loss"):
             assert metrics[name] == pytest.approx(expected.metrics[name], rel=0.1), name

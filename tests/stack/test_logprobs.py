@@ -9,21 +9,21 @@ import pytest
 import ray
 import torch
 
-from sae_rl.clock import Clock
-from sae_rl.run import load_tokenizer
-from sae_rl.sources import load_task
+from sae_rl.commands.assemble import load_tokenizer
+from sae_rl.data.load import load_task
+from sae_rl.records.clock import Clock
 from sae_rl.types import Batch, Prompt, Targets
-from sae_rl.workers.crew import Crew
+from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import Configure, sampled
 
 pytestmark = pytest.mark.alone
 
 
-def worst_difference(crew: Crew, prompts: list[Prompt], temperature: float) -> tuple[float, Batch]:
-    rollouts = sampled(crew, prompts, group_size=4, max_tokens=24, temperature=temperature)
+def worst_difference(workers: RunWorkers, prompts: list[Prompt], temperature: float) -> tuple[float, Batch]:
+    rollouts = sampled(workers, prompts, group_size=4, max_tokens=24, temperature=temperature)
     batch = Batch.of(rollouts, [0.0] * len(rollouts))
-    return float((batch.rollout_logprobs - crew.score(batch).old_logprobs).abs().max()), batch
+    return float((batch.rollout_logprobs - workers.score(batch).old_logprobs).abs().max()), batch
 
 
 def test_tied_weights_arrive_under_zero_3_and_what_is_missing_is_noticed(
@@ -32,39 +32,43 @@ def test_tied_weights_arrive_under_zero_3_and_what_is_missing_is_noticed(
     """Untied ones, to two engines, are compared in test_lost_engines.py."""
     config = configure("learner.policy.zero_stage=3", model=tied_model)
     prompts = list(load_task(config, load_tokenizer(config.model.path))[0].prompts)[:4]
-    with ray_session(config), start_workers(config, prompts[:2], Clock()) as crew:
-        crew.sync_weights(0)
+    with ray_session(config), start_workers(config, prompts[:2], Clock()) as workers:
+        workers.sync_weights(0)
         before = {}
         for temperature in (1.0, 0.7):
-            difference, before[temperature] = worst_difference(crew, prompts, temperature)
+            difference, before[temperature] = worst_difference(workers, prompts, temperature)
             assert difference < 1e-4, f"before a sync, at temperature {temperature}"
 
         batch = before[1.0]
-        scores = crew.score(batch)
+        scores = workers.score(batch)
         assert scores.values is not None
         advantages = torch.linspace(-1, 1, batch.num_tokens)
-        crew.update(batch, scores, Targets(advantages=advantages, returns=scores.values), seed=0)
-        moved = float((crew.score(batch).old_logprobs - scores.old_logprobs).abs().max())
+        workers.update(batch, scores, Targets(advantages=advantages, returns=scores.values), seed=0)
+        moved = float((workers.score(batch).old_logprobs - scores.old_logprobs).abs().max())
         assert moved > 0.01, "the update must be large enough for stale weights to show"
-        stale = float((worst_difference(crew, prompts, 1.0)[1].rollout_logprobs - batch.rollout_logprobs).abs().max())
+        stale = float(
+            (worst_difference(workers, prompts, 1.0)[1].rollout_logprobs - batch.rollout_logprobs).abs().max()
+        )
         assert stale == 0.0, "the engine samples the same responses until weights are sent"
 
-        assert crew.sync_weights(1)["sync/logprob_diff_max"] < 1e-4
+        assert workers.sync_weights(1)["sync/logprob_diff_max"] < 1e-4
         for temperature in (1.0, 0.7):
-            difference, after = worst_difference(crew, prompts, temperature)
+            difference, after = worst_difference(workers, prompts, temperature)
             assert difference < 1e-4, f"after a sync, at temperature {temperature}"
             assert not torch.equal(after.token_ids, before[temperature].token_ids)
         for version, forget in ((2, forget_head), (3, forget_one)):
-            crew.update(batch, scores, Targets(advantages=batch.rollout_logprobs, returns=scores.values), seed=version)
-            tell(crew, forget)
+            workers.update(
+                batch, scores, Targets(advantages=batch.rollout_logprobs, returns=scores.values), seed=version
+            )
+            tell(workers, forget)
             with pytest.raises(RuntimeError, match=r"differ by .* nats"):
-                crew.sync_weights(version)
-            tell(crew, remember)
-            assert crew.sync_weights(version)["sync/logprob_diff_max"] < 1e-4
+                workers.sync_weights(version)
+            tell(workers, remember)
+            assert workers.sync_weights(version)["sync/logprob_diff_max"] < 1e-4
 
 
-def tell(crew: Crew, what: Callable[[object], None]) -> None:
-    ray.get([worker.__ray_call__.remote(what) for worker in crew._groups["policy"].workers])
+def tell(workers: RunWorkers, what: Callable[[object], None]) -> None:
+    ray.get([worker.__ray_call__.remote(what) for worker in workers._groups["policy"].workers])
 
 
 def forget_head(worker: object) -> None:

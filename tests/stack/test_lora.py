@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sae_rl.clock import Clock
-from sae_rl.records import read_jsonl
-from sae_rl.rollout_table import read_rollouts, rollout_files
+from sae_rl.records.clock import Clock
+from sae_rl.records.records import read_jsonl
+from sae_rl.records.rollouts import read_rollouts, rollout_files
 from sae_rl.types import Batch, Targets
-from sae_rl.workers.crew import Crew
+from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.session import start_learners
 from tests.stack.conftest import Configure, for_learners, overrides, run
 from tests.stack.test_layouts import learners_weights, rollouts_of_many_lengths
@@ -23,10 +23,10 @@ LORA = ["learner.lora.rank=4", "learner.lora.alpha=8", "learner.policy.optimizer
 KL = ["algorithm.token_rewards.kl_coef=0.05", "algorithm.policy_loss.kl_coef=0.1"]
 
 
-def update(crew: Crew, batch: Batch, seed: int) -> None:
+def update(workers: RunWorkers, batch: Batch, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     advantages, returns = (torch.randn(batch.num_tokens, generator=draw) for _ in range(2))
-    crew.update(batch, crew.score(batch), Targets(advantages=advantages, returns=returns), seed=seed)
+    workers.update(batch, workers.score(batch), Targets(advantages=advantages, returns=returns), seed=seed)
 
 
 @pytest.mark.usefixtures("shared_ray")
@@ -38,22 +38,22 @@ def test_the_reference_is_the_frozen_policy_and_adapters_are_saved(
         *LORA, *KL, *for_learners(num_workers=ranks, zero_stage=stage), "cluster.reference.num_workers=0"
     )
     batch = rollouts_of_many_lengths()
-    with start_learners(config, Clock()) as crew:
-        first = crew.score(batch)
+    with start_learners(config, Clock()) as workers:
+        first = workers.score(batch)
         assert first.ref_logprobs is not None
         torch.testing.assert_close(first.ref_logprobs, first.old_logprobs)  # adapters begin by doing nothing
-        update(crew, batch, seed=1)
-        crew.save(config.output_dir)
-        second = crew.score(batch)
+        update(workers, batch, seed=1)
+        workers.save(config.output_dir)
+        second = workers.score(batch)
         assert second.ref_logprobs is not None
         torch.testing.assert_close(second.ref_logprobs, first.ref_logprobs)
         assert float((second.old_logprobs - first.old_logprobs).abs().max()) > 0.01
-        update(crew, batch, seed=2)
-        weights = learners_weights(crew)
-        crew.load(config.output_dir)
-        torch.testing.assert_close(crew.score(batch).old_logprobs, second.old_logprobs)
-        update(crew, batch, seed=2)
-        for name, tensor in learners_weights(crew).items():
+        update(workers, batch, seed=2)
+        weights = learners_weights(workers)
+        workers.load(config.output_dir)
+        torch.testing.assert_close(workers.score(batch).old_logprobs, second.old_logprobs)
+        update(workers, batch, seed=2)
+        for name, tensor in learners_weights(workers).items():
             torch.testing.assert_close(tensor, weights[name], msg=lambda m, n=name: f"{n}: {m}")
     saved = sum(file.stat().st_size for file in (config.output_dir / "policy" / "state").iterdir())
     trained_whole = sum(file.stat().st_size for file in (config.output_dir / "critic" / "state").iterdir())

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_rl.clock import Clock
-from sae_rl.records import read_jsonl
-from sae_rl.rollout_table import read_rollouts, read_step, rollout_files
-from sae_rl.run import load_tokenizer
-from sae_rl.sources import load_task
+from sae_rl.commands.assemble import load_tokenizer
+from sae_rl.data.load import load_task
+from sae_rl.records.clock import Clock
+from sae_rl.records.records import read_jsonl
+from sae_rl.records.rollouts import read_rollouts, read_step, rollout_files
 from sae_rl.types import Batch, Sampling, Targets
 from sae_rl.workers.session import ray_session, start_workers
 from tests.stack.conftest import Configure, sampled, train_rows, trained
@@ -26,19 +26,19 @@ def test_responses_under_way_go_on_with_new_weights(configure: Configure, tmp_pa
     """To 1e-4, also behind the change: keys and values are those of the new weights."""
     config = configure("algorithm=grpo", "rollout.max_response_tokens=256", "learner.policy.micro_batch_tokens=2048")
     prompts = list(load_task(config, load_tokenizer(config.model.path))[0].prompts)
-    with ray_session(config), start_workers(config, prompts[:2], Clock()) as crew:
-        crew.sync_weights(0)
-        first = Batch.of(rollouts := sampled(crew, prompts, group_size=4, max_tokens=64), [0.0] * len(rollouts))
-        crew.save(tmp_path / "before")
+    with ray_session(config), start_workers(config, prompts[:2], Clock()) as workers:
+        workers.sync_weights(0)
+        first = Batch.of(rollouts := sampled(workers, prompts, group_size=4, max_tokens=64), [0.0] * len(rollouts))
+        workers.save(tmp_path / "before")
         draw = torch.randn(first.num_tokens, generator=torch.Generator().manual_seed(0))
-        crew.update(first, crew.score(first), Targets(advantages=draw, returns=None), seed=0)
+        workers.update(first, workers.score(first), Targets(advantages=draw, returns=None), seed=0)
 
-        groups = crew.rollout.open(group_size=4, sampling=Sampling(max_tokens=256))
+        groups = workers.rollout.open(group_size=4, sampling=Sampling(max_tokens=256))
         groups.add(prompts, "test")
         with ThreadPoolExecutor(1) as thread:
             sampling = thread.submit(lambda: [rollout for group in groups for rollout in group])
             time.sleep(0.3)
-            assert crew.sync_weights(1)["sync/logprob_diff_max"] < 1e-4
+            assert workers.sync_weights(1)["sync/logprob_diff_max"] < 1e-4
             rollouts = sampling.result()
         batch = Batch.of(rollouts, [0.0] * len(rollouts))
         assert len(rollouts) == 4 * len(prompts)
@@ -46,9 +46,9 @@ def test_responses_under_way_go_on_with_new_weights(configure: Configure, tmp_pa
         assert len(mixed) > 4, "responses were under way"
         assert all(bool((r.policy_versions.diff() >= 0).all()) for r in rollouts)
 
-        new, after = batch.policy_versions == 1, crew.score(batch).old_logprobs
-        crew.load(tmp_path / "before")
-        before = crew.score(batch).old_logprobs
+        new, after = batch.policy_versions == 1, workers.score(batch).old_logprobs
+        workers.load(tmp_path / "before")
+        before = workers.score(batch).old_logprobs
         assert float((batch.rollout_logprobs - after)[new].abs().max()) < 1e-4
         assert float((batch.rollout_logprobs - before)[~new].abs().max()) < 1e-4
         assert float((before - after)[new].abs().max()) > 0.01, (

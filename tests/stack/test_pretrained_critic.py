@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
-from sae_rl.records import read_jsonl
-from sae_rl.rollout_table import read_rollouts, rollout_files
+from sae_rl.records.records import read_jsonl
+from sae_rl.records.rollouts import read_rollouts, rollout_files
 from tests.stack.conftest import overrides, run
 
 pytestmark = pytest.mark.alone

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sae_rl import checkpoint
-from sae_rl.data.level import Level
-from sae_rl.evaluation.samples import read_samples, step_samples
-from sae_rl.metrics import show
-from sae_rl.records import read_jsonl
-from sae_rl.rollout_table import read_rollouts, rollout_files
+from sae_rl.records.metrics import show
+from sae_rl.records.records import read_jsonl
+from sae_rl.records.rollouts import read_rollouts, rollout_files
+from sae_rl.records.samples import read_samples, step_samples
+from sae_rl.tasks.level import Level
 from tests.stack.conftest import ROOT, command, overrides, run, train_rows, trained
 
 pytestmark = pytest.mark.alone

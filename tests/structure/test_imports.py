@@ -24,46 +24,34 @@ HEAVY = {  # library: the only places that import it
     "triton": ["algo/recursion_gpu.py"],  # imported for tensors on a GPU only, where torch brings it along
 }
 LIGHT = {"torch", "numpy", "numba"}  # beside the standard library
-# Part of the package: what else of the package it may import. Parts that are not named put things together: cli, run,
-# demo, base_model and the tools that only read what a run left.
+# Part of the package: what else of the package it may import. `commands`, `cli` and `__main__` put things together.
 MAY_IMPORT = {
     "types": [],
-    "clock": [],
-    "metrics": [],
-    "algo": ["types"],
-    "plugins": [],
-    "errors": [],
     "seeds": [],
-    "lossless_json": [],
-    "gym_tasks": ["errors", "plugins"],
-    "section": ["plugins"],
-    "source_config": ["data", "plugins", "section"],
-    "config": ["algo", "plugins", "rewards", "section", "source_config", "types"],
-    "config_checks": ["config", "source_config"],
-    "compose": ["errors", "config", "config_checks", "plugins", "section"],
-    "data": ["errors", "gym_tasks", "lossless_json", "plugins", "seeds", "types"],
-    "rewards": ["gym_tasks", "lossless_json", "sandbox", "types"],
+    "settings": [],
+    "algo": ["types"],
     "sandbox": [],
-    "sources": ["config", "data", "errors", "gym_tasks", "rewards", "seeds", "source_config", "types"],
+    "tasks": ["settings"],
+    "reasoning_gym": ["seeds", "settings", "tasks"],
+    "rewards": ["reasoning_gym", "sandbox", "types"],
+    "data": ["reasoning_gym", "rewards", "seeds", "settings", "tasks", "types"],
+    "config": ["algo", "data", "rewards", "settings", "types"],
     "protocols": ["rewards", "types"],
     "checkpoint": ["data", "protocols"],
-    "sampling": ["clock", "config", "data", "protocols", "rewards", "types"],
-    "evaluation": ["algo", "clock", "config", "protocols", "rewards", "rollout_table", "sampling", "types"],
-    "pretraining": ["algo", "config", "protocols", "types"],
+    "records": ["config", "rewards", "types"],
+    "rollouts": ["config", "data", "protocols", "records", "rewards", "types"],
+    "evaluation": ["algo", "config", "protocols", "records", "rewards", "rollouts", "types"],
+    "critic": ["algo", "config", "protocols", "settings", "types"],
     "driver": [
-        *("algo", "checkpoint", "clock", "config", "data", "evaluation"),
-        *("metrics", "pretraining", "protocols", "rewards", "sampling", "seeds", "types"),
+        *("algo", "checkpoint", "config", "critic", "data", "evaluation"),
+        *("protocols", "records", "rewards", "rollouts", "seeds", "types"),
     ],
-    "partial_rollouts": ["clock", "config", "data", "protocols", "rewards", "sampling", "types"],
-    "overlapped": ["clock", "driver", "metrics", "partial_rollouts", "protocols", "sampling"],
-    "replay": ["errors", "config", "driver", "rollout_table", "sampling"],
+    "overlapped": ["driver", "protocols", "records", "rollouts"],
+    "replay": ["driver", "records", "rollouts", "settings"],
     "backends": ["algo", "config", "types"],
-    "workers": ["algo", "backends", "clock", "config", "errors", "seeds", "types"],
-    "rollout_table": ["types"],
-    "records": ["config", "evaluation", "metrics", "rewards", "rollout_table", "terminal", "types"],
-    "terminal": ["config", "metrics"],
-    "warm_start": ["data"],
-    "analysis": ["analysis", "evaluation", "metrics", "records", "rollout_table"],
+    "workers": ["algo", "backends", "config", "records", "seeds", "settings", "types"],
+    "sft": ["data", "tasks"],
+    "analysis": ["evaluation", "records"],
 }
 EMPTY_NAMES = {"utils", "common", "helpers", "base", "misc", "core"}
 
@@ -197,8 +185,8 @@ def run_python(source: str) -> list[str]:
 
 
 def test_pure_parts_leave_heavy_libraries_alone() -> None:
-    parts = ["types", "algo", "config", "compose", "data.prompts", "rewards", "rewards.pool", "protocols", "driver"]
-    parts += ["cli", "records", "backends.packing"]
+    parts = ["types", "algo", "config.schema", "config.compose", "data.prompts", "rewards.table", "rewards.pool", "protocols", "driver"]
+    parts += ["cli", "records.records", "backends.packing"]
     assert run_python(FRESH.format(parts=parts)) == parts
 
 

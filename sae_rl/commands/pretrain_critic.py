@@ -1,0 +1,51 @@
+"""``sae-rl pretrain-critic``: a critic for several runs to start from."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+from sae_rl import checkpoint
+from sae_rl.commands.assemble import assembled
+from sae_rl.commands.run_folder import prepare_output
+from sae_rl.config.schema import Config
+from sae_rl.critic import card as critic_files
+from sae_rl.driver import prepare_critic
+from sae_rl.settings import ConfigError
+from sae_rl.workers.placement import pretraining_roles
+
+
+def run_critic_pretraining(config: Config) -> Path:
+    """Pre-trains a critic for ``model.path`` as configured, without training a policy.
+
+    Returns:
+        The folder with the critic, for ``learner.critic_pretraining.checkpoint`` of runs to come.
+
+    Raises:
+        ConfigError: as in `run_training`; or the estimator has no critic, or there are no prompts to pre-train on.
+        RuntimeError: it failed, or the returns did not vary, so that nothing could be learnt.
+    """
+    key, folder = "learner.critic_pretraining", config.output_dir / "critic"
+    if not config.algorithm.needs_critic:
+        raise ConfigError(
+            ["algorithm.estimator has no critic that could be pre-trained: choose algorithm=sae, gae, ..."]
+        )
+    if not config.learner.critic_pretraining.num_prompts:
+        raise ConfigError([f"{key}.num_prompts = 0: pre-training needs prompts, at least 2"])
+    for found, what in ((folder, "a critic"), (checkpoint.newest(config.output_dir / "checkpoints"), "a run")):
+        if found is not None and found.exists():
+            raise ConfigError([f"output_dir = {config.output_dir} holds {what} already; choose another output_dir"])
+    prepare_output(config)
+    with assembled(config, pretraining_roles(config), None) as run:
+        explained_variance, num_responses = prepare_critic(run)
+        if not math.isfinite(explained_variance):
+            raise RuntimeError(
+                "all responses had the same return, so the critic learnt nothing; are all rewards the same?"
+            )
+        partial = folder.with_name(".partial_critic")
+        shutil.rmtree(partial, ignore_errors=True)
+        run.workers.export_critic(partial)
+        critic_files.write_card(partial, config, explained_variance, num_responses)
+        partial.rename(folder)
+    return folder

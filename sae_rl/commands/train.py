@@ -1,0 +1,44 @@
+"""``sae-rl train``: a training run from prompts to the exported policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sae_rl.commands.assemble import assembled
+from sae_rl.commands.run_folder import find_checkpoint, prepare_output, publish_policy
+from sae_rl.config.schema import Config
+from sae_rl.critic import card as critic_files
+from sae_rl.driver import Run, train
+from sae_rl.overlapped import train_overlapped
+from sae_rl.replay import recorded_files, train_replay
+from sae_rl.workers.placement import roles_of
+
+
+def run_training(config: Config) -> None:
+    """Trains as configured, from prompts to the exported policy in ``output_dir/policy``.
+
+    Raises:
+        ConfigError: data, folders or Ray's resources do not fit the configuration; no worker was started.
+        WorkerError, RuntimeError: the run failed; its last checkpoint is usable.
+    """
+    if config.replay is not None:
+        recorded_files(config.replay, config.steps)
+    prepare_output(config)
+    resume_from, told = find_checkpoint(config), []
+    if config.algorithm.needs_critic and config.learner.critic_pretraining.checkpoint is not None:
+        told.append(critic_files.describe(config))
+    if config.evaluation.every_steps == 0 and config.replay is None:
+        told.append("nothing is evaluated: evaluation.every_steps = 0")
+    roles = [role for role in roles_of(config) if role != "rollout" or config.replay is None]
+    with assembled(config, roles, resume_from) as run:
+        for text in told:
+            run.records.note(text)
+        loop_of(config)(run)
+    publish_policy(config)
+
+
+def loop_of(config: Config) -> Callable[[Run], None]:
+    """The driver that a configuration asks for."""
+    if config.replay is not None:
+        return train_replay
+    return {"synchronous": train, "overlapped": train_overlapped}[config.schedule.mode]

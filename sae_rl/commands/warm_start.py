@@ -1,0 +1,74 @@
+"""``sae-rl warm-start``: the configuration of supervised training, and its progress on the console."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sae_rl.settings import ConfigError, Section, nearest
+from sae_rl.sft import ModelShape, WarmStart, warm_start
+from sae_rl.tasks.table import TASKS
+from sae_rl.tasks.task import Task
+
+
+class DemonstrationsConfig(Section):
+    """What to imitate: a task's demonstrations, or those of a file."""
+
+    task: str
+    knobs: dict[str, Any]
+    file: str | None
+
+
+class WarmStartConfig(Section):
+    """``conf/warm_start.yaml``."""
+
+    output_dir: Path
+    demonstrations: DemonstrationsConfig
+    base_model: str | None
+    shape: ModelShape
+    training: WarmStart
+
+
+def source_of(config: DemonstrationsConfig) -> Task | str:
+    """A task, or the path of a file. Raises ConfigError."""
+    if config.file is not None:
+        return config.file
+    if config.task not in TASKS:
+        raise ConfigError([f"demonstrations.task = {config.task!r} is unknown, {nearest(config.task, list(TASKS))}"])
+    try:
+        return TASKS[config.task](**config.knobs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"demonstrations.knobs = {config.knobs}: {error}"]) from error
+
+
+def run_warm_start(config: WarmStartConfig) -> None:
+    """Trains and saves; says how far it is.
+
+    Raises:
+        ConfigError: the source, the base model or the output folder does not fit.
+    """
+    source = source_of(config.demonstrations)
+    console = Console(file=sys.stdout)
+    columns = (
+        TextColumn("supervised steps"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.3f}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=config.training.steps, loss=float("nan"))
+        try:
+            losses = warm_start(
+                str(config.output_dir),
+                source,
+                config.base_model,
+                config.training,
+                config.shape,
+                on_progress=lambda step, loss: progress.update(bar, completed=step, loss=loss),
+            )
+        except ValueError as error:
+            raise ConfigError(str(error).splitlines()) from error
+    console.print(f"{config.output_dir}: {len(losses)} steps, last loss {losses[-1]:.3f}")

@@ -1,0 +1,1 @@
+"""The configuration of a run: its typed tree, the checks between fields, and how Hydra composes it from ``conf/``."""

@@ -1,0 +1,183 @@
+"""Problems of reasoning-gym (arXiv 2505.24760), drawn in a process of their own.
+
+Some of its tasks order things by the hash of text, which differs from process to process, read the global random numbers,
+or set the precision of all decimals; and one may get lost in a search. So they are drawn in a process whose hashes are
+fixed, with random numbers that are seeded and decimals that are put back for every problem, and under a deadline. Then a
+problem depends on nothing but the arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import decimal
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import sae_rl
+from sae_rl.reasoning_gym import lossless_json
+from sae_rl.reasoning_gym.tasks import knobs_at, make_dataset
+from sae_rl.seeds import derive_seed
+from sae_rl.settings import BadKeys
+from sae_rl.tasks.task import Problem, Split, split_of
+
+CHUNK = 500  # problems of one data set of reasoning-gym, of which there are as many as are needed
+MAX_BARREN_DRAWS = 1000  # in a row that give no new problem of the split
+DRAW_LIMIT_S = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Puzzles:
+    """A source: the first ``num_prompts`` different problems of a task of reasoning-gym that belong to a split."""
+
+    task: str
+    num_prompts: int
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    levels: Mapping[str, int] | int | None = None  # see `knobs_at`
+    split: Split = "train"
+    seed: int = 0
+
+
+def draw_problems(source: Puzzles) -> list[Problem]:
+    """The problems, in this process; `PuzzleProcess` is where they are the same every time.
+
+    Raises:
+        BadKeys: of the task, its knobs or levels; or there are not so many different problems.
+    """
+    knobs = knobs_at(source.task, source.knobs, source.levels)
+    found: list[Problem] = []
+    seen: set[str] = set()
+    barren, last_error = 0, ""
+    for entry in _entries(source, knobs):
+        barren += 1
+        if isinstance(entry, Exception):
+            last_error = f"; the last draw that failed: {type(entry).__name__}: {entry}"
+        elif entry["question"] not in seen:
+            seen.add(entry["question"])
+            if split_of(entry["question"]) == source.split:
+                barren = 0
+                answer = lossless_json.dumps({"task": source.task, "knobs": knobs, "entry": entry})
+                found.append(Problem(prompt=entry["question"], answer=answer))
+                if len(found) == source.num_prompts:
+                    return found
+        if barren == MAX_BARREN_DRAWS:
+            break
+    raise BadKeys(
+        f"num_prompts = {source.num_prompts}: with these knobs {source.task} has {len(found)} different problems in split "
+        f"{source.split}, or hardly more ({MAX_BARREN_DRAWS} draws in a row gave no other); lower num_prompts, or choose "
+        f"knobs that allow more{last_error}"
+    )
+
+
+def _entries(source: Puzzles, knobs: Mapping[str, Any]) -> Iterator[dict[str, Any] | Exception]:
+    """Entry after entry, without end; an exception: this draw failed, as searches of some tasks do."""
+    chunk = 0
+    while True:
+        _seed_everything(f"{source.seed}/{chunk}")
+        # 31 bits: some tasks add the index and give the sum to numpy, which takes 32.
+        dataset = make_dataset(source.task, knobs, seed=derive_seed(source.seed, chunk) % 2**31, size=CHUNK)
+        for index in range(CHUNK):
+            _seed_everything(f"{source.seed}/{chunk}/{index}")
+            try:
+                with _deadline(source.task), decimal.localcontext():  # some change the precision of all decimals
+                    entry: dict[str, Any] | Exception = dataset[index]
+            except BadKeys:
+                raise
+            except Exception as error:  # the code of another library's task, whatever it raises
+                entry = error
+            yield entry
+        chunk += 1
+
+
+def _seed_everything(text: str) -> None:
+    """Random numbers that are not the task's own."""
+    import numpy as np
+    import sympy.core.random
+
+    random.seed(text)
+    np.random.seed(random.getrandbits(32))
+    sympy.core.random.seed(random.getrandbits(32))
+
+
+@contextlib.contextmanager
+def _deadline(task: str) -> Iterator[None]:
+    def overran(*_: object) -> None:
+        raise BadKeys(f"knobs: one problem of {task} took more than {DRAW_LIMIT_S} s to draw; choose easier knobs")
+
+    signal.signal(signal.SIGALRM, overran)
+    signal.alarm(DRAW_LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+class PuzzleProcess:
+    """Draws problems of reasoning-gym in another process, which starts with the first call."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        # Where it runs: to draw a problem of codeio is to run a program, and some of these write files.
+        self._folder = tempfile.TemporaryDirectory(prefix="puzzles_", ignore_cleanup_errors=True)
+
+    def __enter__(self) -> PuzzleProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._folder.cleanup()
+
+    def draw(self, source: Puzzles) -> list[Problem]:
+        """As `draw_problems`.
+
+        Raises:
+            BadKeys: see there.
+            RuntimeError: the process ended.
+        """
+        if self._process is None:
+            here = os.pathsep.join([str(Path(sae_rl.__file__).parents[1]), *filter(None, sys.path)])
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=self._folder.name,
+                env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": here},
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(asdict(source)), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process that draws problems of {source.task} ended with {self._process.wait()}")
+        answer = json.loads(line)
+        if "bad_keys" in answer:
+            raise BadKeys(*answer["bad_keys"])
+        return [Problem(**problem) for problem in answer["problems"]]
+
+
+def serve(requests: TextIO, answers: TextIO) -> None:
+    """One line of JSON for each line of JSON."""
+    for line in requests:
+        answer: dict[str, Any]
+        try:
+            answer = {"problems": [asdict(problem) for problem in draw_problems(Puzzles(**json.loads(line)))]}
+        except BadKeys as error:
+            answer = {"bad_keys": str(error).splitlines()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    # Some tasks print while they draw: what is printed goes nowhere.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as channel, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        serve(sys.stdin, channel)

@@ -1,0 +1,1 @@
+"""What a run writes down: metrics, rollouts, evaluation samples, and the lines on the terminal."""

@@ -1,0 +1,265 @@
+"""What a run leaves behind: metrics as JSONL, TensorBoard and wandb, rollouts as parquet, and what the console shows.
+
+Write-only: nothing in training reads it. A resumed run drops what it is going to write again, so every step is there
+once; a run from the start drops everything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import netrc
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
+from urllib.parse import urlsplit
+
+from torch import Tensor
+
+from sae_rl.config.schema import Config, as_tree
+from sae_rl.records.metrics import Phase, check_names
+from sae_rl.records.rollouts import rollout_files, write_rollouts
+from sae_rl.records.samples import samples_file, step_samples, write_samples
+from sae_rl.records.terminal import Terminal
+from sae_rl.rewards.pool import Rewards
+from sae_rl.types import Rollout, Scores, Targets
+
+if TYPE_CHECKING:
+    import wandb
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Sink(Protocol):
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def first_steps(first_step: int, resumed: bool) -> dict[Phase, float]:
+    """By phase the first step that this process writes; what lies before it is kept."""
+    if not resumed:
+        return {"train": 0, "evaluation": 0, "pretraining": 0}
+    # An evaluation of step s looks at the policy after s steps, so the checkpoint of step s already has it. The steps
+    # of pre-training are epochs, and all of them are done.
+    return {"train": first_step, "evaluation": first_step + 1, "pretraining": math.inf}
+
+
+class Records:
+    """Everything a run records, from ``first_step`` on: the step that a resumed run continues with, or 0.
+
+    ``resumed`` matters at step 0 alone: a checkpoint of step 0 follows the critic's pre-training.
+
+    with Records(config, run_dir, first_step=0) as records:
+        records.note("training starts")
+        records.log(0, {"rollout/reward_mean": 0.2})
+    """
+
+    def __init__(self, config: Config, run_dir: Path, first_step: int, *, resumed: bool = False) -> None:
+        self._config, self._run_dir = config, run_dir
+        starts = first_steps(first_step, resumed or first_step > 0)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for step, file in rollout_files(run_dir):
+            if step >= first_step:
+                file.unlink()
+        for step, file in step_samples(run_dir):
+            if step >= starts["evaluation"]:
+                file.unlink()
+        with ExitStack() as stack:
+            self._terminal = Terminal(config, first_step)
+            stack.callback(self._terminal.close)
+            self._sinks: list[Sink] = [self._terminal]
+            logger = config.logger
+            if logger.jsonl:
+                self._add(stack, Jsonl(run_dir / "metrics.jsonl", starts))
+            if logger.tensorboard:
+                self._add(stack, TensorBoard(run_dir / "tensorboard", starts))
+            if logger.wandb != "off":
+                self._add(stack, Wandb(config, run_dir, self.note))
+            self._stack = stack.pop_all()
+
+    def _add(self, stack: ExitStack, sink: Sink) -> None:
+        stack.callback(sink.close)
+        self._sinks.append(sink)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase = "train") -> None:
+        """Writes one line of metrics everywhere. Names must be in `sae_rl.records.metrics.METRICS`."""
+        assert phase in get_args(Phase), phase
+        check_names(metrics)
+        for sink in self._sinks:
+            sink.log(step, metrics, phase)
+
+    def note(self, text: str) -> None:
+        """A one-off message on the console."""
+        self._terminal.note(text)
+
+    def rollouts(
+        self,
+        step: int,
+        rollouts: Sequence[Rollout],
+        rewards: Sequence[float],
+        reasons: Sequence[str],
+        opens: Tensor,
+        scores: Scores,
+        targets: Targets,
+    ) -> None:
+        """One parquet file with a row per response, every ``logger.rollouts_every_steps`` and at the last step."""
+        every = self._config.logger.rollouts_every_steps
+        if every and (step % every == 0 or step == self._config.steps - 1):
+            write_rollouts(self._run_dir, step, rollouts, rewards, reasons, opens, scores, targets)
+
+    def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards, opens: Sequence[Tensor] | None) -> None:
+        """One parquet file with a row per response of an evaluation, if ``evaluation.record_samples``."""
+        if self._config.evaluation.record_samples:
+            write_samples(samples_file(self._run_dir, step), rollouts, rewards, opens)
+
+
+class Jsonl:
+    """One line per call: ``{"step": 3, "phase": "train", "time": 1763820000.0, "rollout/reward_mean": 0.2, ...}``."""
+
+    def __init__(self, path: Path, starts: Mapping[Phase, float]) -> None:
+        rows = read_jsonl(path) if path.exists() else []
+        kept = [row for row in rows if row["step"] < starts[row["phase"]]]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(path)
+        self._file = path.open("a")
+
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        row = {"step": step, "phase": phase, "time": round(time.time(), 3), **numbers}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that a kill may have torn in its last line, which is then left out.
+
+    Raises:
+        ValueError: another line is no JSON.
+    """
+    lines = path.read_text().split("\n")
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline behind it: the writer was killed
+                break
+            raise ValueError(f"{path}, line {number} is no JSON ({error}); remove that line") from error
+    return rows
+
+
+class TensorBoard:
+    """Event files; evaluation and pre-training in folders of their own, since they count steps in another way."""
+
+    def __init__(self, folder: Path, starts: Mapping[Phase, float]) -> None:
+        self._starts = starts
+        self._folders = {"train": folder, "evaluation": folder / "evaluation", "pretraining": folder / "pretraining"}
+        for phase, start in starts.items():
+            for file in self._folders[phase].glob("events.out.tfevents.*") if start == 0 else ():
+                file.unlink()
+        self._writers: dict[Phase, SummaryWriter] = {}
+
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if phase not in self._writers:
+            start = self._starts[phase]  # TensorBoard hides what a killed run wrote from there on
+            purge_step = int(start) if 0 < start < math.inf else None
+            self._writers[phase] = SummaryWriter(str(self._folders[phase]), purge_step=purge_step)
+        for name, value in metrics.items():
+            self._writers[phase].add_scalar(name, value, step)
+        self._writers[phase].flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+
+class Wandb:
+    """One wandb run per run folder, resumed by the id stored there. Its failures never end a run."""
+
+    def __init__(self, config: Config, run_dir: Path, warn: Callable[[str], None]) -> None:
+        import wandb
+        from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+        from wandb.sdk.mailbox.mailbox import MailboxClosedError
+
+        # wandb's own exceptions, and what a dead wandb process does to the socket to it
+        self._errors = (wandb.Error, WandbApiFailedError, MailboxClosedError, ConnectionError, TimeoutError)
+        self._warn = warn
+        self._run: wandb.Run | None = None
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        try:
+            self._run = wandb.init(
+                project=config.logger.wandb_project,
+                name=config.name,
+                id=id_file.read_text().strip(),
+                resume="allow",
+                dir=str(run_dir),
+                mode=_wandb_mode(config.logger.wandb),
+                config=as_tree(config),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+            # wandb's own step may not go back, as it does on resuming and from pre-training to training
+            self._run.define_metric("*", step_metric="step")
+            self._run.define_metric("pretraining/*", step_metric="pretraining/epoch")
+        except self._errors as error:
+            self._give_up(error)
+
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
+        axis = {} if phase == "pretraining" else {"step": step}
+        self._try(lambda run: run.log({**metrics, **axis}))
+
+    def close(self) -> None:
+        self._try(lambda run: run.finish())
+
+    def _try(self, call: Callable[[wandb.Run], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except self._errors as error:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        self._run = None
+        self._warn(f"wandb failed and is off from here on; the run goes on: {type(error).__name__}: {error}")
+
+
+def _wandb_mode(choice: Literal["auto", "offline", "off"]) -> Literal["online", "offline"] | None:
+    """None leaves the decision to wandb's own environment variable."""
+    if choice == "auto" and os.environ.get("WANDB_MODE"):
+        return None
+    return "online" if choice == "auto" and _has_wandb_key() else "offline"
+
+
+def _has_wandb_key() -> bool:
+    """Whether wandb would find a key by itself; the key is not read."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(file).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,137 @@
+"""Recorded rollouts: ``rollouts/step_000012.parquet``, one row per response, with lists of what each token had.
+
+They hold everything that a step learns from, so that `read_step` gives it back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+
+from sae_rl.types import Prompt, Rollout, Scores, Targets, offsets_of
+
+FOLDER = "rollouts"
+
+
+def rollout_files(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, file) of every recorded step, in order."""
+    return step_files(run_dir / FOLDER)
+
+
+def step_files(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of every ``step_000012.parquet`` in a folder, in order."""
+    found = [(re.fullmatch(r"step_(\d+)\.parquet", file.name), file) for file in folder.glob("*.parquet")]
+    return sorted((int(match[1]), file) for match, file in found if match)
+
+
+def write_rollouts(
+    run_dir: Path,
+    step: int,
+    rollouts: Sequence[Rollout],
+    rewards: Sequence[float],
+    reasons: Sequence[str],
+    opens: Tensor,
+    scores: Scores,
+    targets: Targets,
+) -> Path:
+    """Writes one step. All tensors are (N,), in the order of ``rollouts``."""
+    offsets = offsets_of([r.token_ids.numel() for r in rollouts])
+    flat = {
+        "token_ids": torch.cat([r.token_ids for r in rollouts]).int(),
+        "rollout_logprobs": torch.cat([r.rollout_logprobs for r in rollouts]).float(),
+        "policy_versions": torch.cat([r.policy_versions for r in rollouts]).int(),
+        "action_mask": torch.cat([r.dense_action_mask for r in rollouts]),
+        "old_logprobs": scores.old_logprobs.float(),
+        "values": None if scores.values is None else scores.values.float(),  # None: the estimator has no critic
+        "advantages": targets.advantages.float(),
+        "opens": opens if opens.dtype == torch.bool else opens.float(),  # a soft segmenter gives weights
+    }
+    columns = {
+        "step": pa.array([step] * len(rollouts), pa.int32()),
+        "prompt_id": pa.array([r.prompt.id for r in rollouts]),
+        "prompt": pa.array([r.prompt.text for r in rollouts]),
+        "prompt_token_ids": pa.array([list(r.prompt.token_ids) for r in rollouts], pa.list_(pa.int32())),
+        "answer": pa.array([r.prompt.answer for r in rollouts]),
+        "task": pa.array([r.prompt.task for r in rollouts]),
+        "verifier": pa.array([r.prompt.reward for r in rollouts]),
+        "sample": pa.array([r.sample for r in rollouts], pa.int32()),
+        "text": pa.array([r.text for r in rollouts]),
+        "reward": pa.array(rewards, pa.float32()),
+        "why": pa.array(reasons, pa.string()),
+        "finish_reason": pa.array([r.finish_reason for r in rollouts]),
+        "temperature": pa.array([r.temperature for r in rollouts], pa.float32()),
+    } | {name: ragged(values, offsets) for name, values in flat.items()}
+    return write_table(run_dir / FOLDER / f"step_{step:06d}.parquet", columns)
+
+
+def write_table(file: Path, columns: Mapping[str, pa.Array]) -> Path:
+    """Writes a parquet file, and its folder; a kill leaves no half file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.stem}.tmp")
+    pq.write_table(pa.table(dict(columns)), temporary, compression="zstd")
+    temporary.replace(file)
+    return file
+
+
+def read_rollouts(file: Path) -> pa.Table:
+    """One recorded step."""
+    return pq.read_table(file)
+
+
+def read_step(file: Path) -> tuple[list[Rollout], list[float], list[str]]:
+    """The responses of one recorded step, their rewards, and what the verifiers said.
+
+    Raises:
+        ValueError: it is no such file, or one that an older version wrote.
+    """
+    try:
+        rows = read_rollouts(file).to_pylist()
+        return [_rollout(row) for row in rows], [row["reward"] for row in rows], [row["why"] for row in rows]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{file} holds no rollouts that can be read: {error!r}") from error
+
+
+def _rollout(row: dict[str, Any]) -> Rollout:
+    action_mask = torch.tensor(
+        row["action_mask"] if "action_mask" in row else row["sampled"]
+    )  # its name until version 0.1
+    return Rollout(
+        prompt=Prompt(
+            id=row["prompt_id"],
+            text=row["prompt"],
+            token_ids=tuple(row["prompt_token_ids"]),
+            answer=row["answer"],
+            task=row["task"],
+            reward=row["verifier"],
+        ),
+        sample=row["sample"],
+        token_ids=torch.tensor(row["token_ids"]),
+        rollout_logprobs=torch.tensor(row["rollout_logprobs"], dtype=torch.float32),
+        text=row["text"],
+        finish_reason=row["finish_reason"],
+        policy_versions=torch.tensor(row["policy_versions"]),
+        temperature=row["temperature"],
+        action_mask=None if bool(action_mask.all()) else action_mask,
+    )
+
+
+def flat_column(rows: pa.Table, name: str) -> np.ndarray:
+    """(N,) a per-token column of all responses; empty where it was not recorded."""
+    return np.asarray(rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False))
+
+
+def ragged(values: Tensor | None, offsets: Tensor) -> pa.Array:
+    """Flat (N,) and offsets (B+1,) -> B lists, without a copy per response; 64-bit, since N may pass 2^31 bytes."""
+    num_rows = offsets.numel() - 1
+    if values is None:
+        return pa.nulls(num_rows, pa.large_list(pa.float32()))
+    assert values.shape == (int(offsets[-1]),), f"{tuple(values.shape)} values for {int(offsets[-1])} tokens"
+    return pa.LargeListArray.from_arrays(offsets.numpy(), values.detach().cpu().numpy())

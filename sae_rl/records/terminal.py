@@ -1,0 +1,141 @@
+"""The console of a run: rich with a progress bar, or the same lines as plain text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from sae_rl.config.schema import Config
+from sae_rl.records.metrics import METRICS, PHASES, Phase, data_set_of, show
+
+# label: (metric, width)
+COLUMNS = {
+    "reward": ("rollout/reward_mean", 6),
+    "tokens": ("rollout/tokens_mean", 5),
+    "segments": ("segment/per_response_mean", 5),
+    "explained variance": ("critic/explained_variance", 6),
+    "kl": ("policy/approx_kl", 7),
+    "clipped": ("policy/clip_fraction", 6),
+}
+
+
+class Terminal:
+    """The console: per step a line of what was learned and one of where the time went, above a progress bar."""
+
+    def __init__(self, config: Config, first_step: int) -> None:
+        self._mode = config.logger.console
+        self._console = Console(highlight=False, soft_wrap=True)
+        if self._mode == "rich" and not self._console.is_terminal:
+            self._mode = "plain"  # a file or a pipe: no control codes
+        if self._mode == "plain":
+            self._console = Console(highlight=False, soft_wrap=True, no_color=True, force_terminal=False)
+        self._width = len(str(max(config.steps - 1, 0)))
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps,"),
+            TimeElapsedColumn(),
+            TextColumn("gone,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+            refresh_per_second=2,
+            speed_estimate_period=3600.0,  # rich's 30 s may hold less than one step
+            expand=True,
+        )
+        self._task = self._progress.add_task(config.name, total=config.steps, completed=first_step)
+        if self._mode == "rich":
+            self._progress.start()
+
+    def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
+        first, *rest = lines_of(metrics, phase)
+        title = f"step {step:>{self._width}}" if phase != "pretraining" else f"critic pre-training, epoch {step}"
+        self._print(Text.assemble((title, "bold cyan"), "  ", first))
+        if phase == "train":
+            self._progress.update(self._task, completed=step + 1)
+            rest = [*rest, *self._remaining()]
+        if rest:
+            self._print(Text(" " * len(title) + "  " + ", ".join(rest), style="dim"))
+
+    def _remaining(self) -> list[str]:
+        """For plain text what the bar shows otherwise."""
+        seconds = self._progress.tasks[0].time_remaining
+        if self._mode != "plain" or seconds is None:
+            return []
+        return [f"{timedelta(seconds=round(seconds))} left"]
+
+    def note(self, text: str) -> None:
+        self._print(Text(text))
+
+    def _print(self, text: Text) -> None:
+        if self._mode != "off":
+            self._console.print(text)
+
+    def close(self) -> None:
+        if self._mode == "rich":
+            self._progress.stop()
+
+
+def lines_of(metrics: Mapping[str, float], phase: Phase) -> list[str]:
+    """What there is to say of one call of `Records.log`; the first line is never missing."""
+    if phase == "train":
+        return [summary(metrics), *filter(None, [timing(metrics)])]
+    if phase == "evaluation":
+        data_sets = dict.fromkeys(filter(None, map(data_set_of, metrics)))
+        return [evaluation(metrics), *(f"{name} {success(metrics, f'{name}/')}" for name in data_sets)]
+    return [pretraining(metrics)]
+
+
+def summary(metrics: Mapping[str, float]) -> str:
+    """What was learned in a step; columns have one width, so that steps line up. Absent metrics are left out."""
+    return "  ".join(
+        f"{label} {show(metrics[name], METRICS[name].unit):>{width}}"
+        for label, (name, width) in COLUMNS.items()
+        if name in metrics
+    )
+
+
+def timing(metrics: Mapping[str, float]) -> str:
+    """Seconds by phase in the order of the loop, and tokens per second; phases that round to 0 are left out."""
+    parts = []
+    if "time/step_s" in metrics:
+        phases = [(METRICS[name].title, metrics[name]) for name in PHASES if name in metrics]
+        shown = [f"{title} {seconds:.1f}" for title, seconds in phases if seconds >= 0.05]
+        parts.append(f"{metrics['time/step_s']:.1f} s" + (f" = {' + '.join(shown)}" if shown else ""))
+    if "throughput/tokens_per_s" in metrics:
+        parts.append(f"{show(metrics['throughput/tokens_per_s'])} tokens/s")
+    return ", ".join(parts)
+
+
+def evaluation(metrics: Mapping[str, float]) -> str:
+    text = f"held-out success {success(metrics)}"
+    if metrics.get("evaluation/samples_per_prompt", 1) > 1:
+        n = f"{metrics['evaluation/samples_per_prompt']:g}"
+        found = {f"{what}@{n}": f"evaluation/{what}_at_n_mean" for what in ("pass", "maj")}
+        text += "".join(f"  {label} {show(metrics[name])}" for label, name in found.items() if name in metrics)
+    if "evaluation/response_tokens_mean" in metrics:
+        text += f"  tokens {show(metrics['evaluation/response_tokens_mean'])}"
+    if "evaluation/truncated_fraction" in metrics:
+        text += f"  truncated {show(metrics['evaluation/truncated_fraction'], 'fraction')}"
+    return text
+
+
+def success(metrics: Mapping[str, float], data_set: str = "") -> str:
+    """avg@n and its interval; ``data_set`` is empty or ends with a slash."""
+    mean, low, high = (metrics.get(f"evaluation/{data_set}success_{end}", math.nan) for end in ("mean", "low", "high"))
+    return f"{show(mean)} [{show(low)}, {show(high)}]"
+
+
+def pretraining(metrics: Mapping[str, float]) -> str:
+    shown = {
+        "loss": "pretraining/loss",
+        "explained variance": "pretraining/train_explained_variance",
+        "held out": "pretraining/explained_variance",
+    }
+    return "  ".join(f"{label} {show(metrics[name])}" for label, name in shown.items() if name in metrics)

@@ -1,0 +1,164 @@
+"""Formulas compared by their values.
+
+Two numbers are computed with as many digits as it takes to tell them apart; two formulas are compared at some points.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import sympy
+
+from sae_rl.rewards.math.numbers import Number, same, significant
+from sae_rl.rewards.math.sizes import MAX_DIGITS, digits
+
+# Digits of numbers that are compared, beyond those that their sizes ask for, and how many of these must agree.
+WORKING_DIGITS, AGREEING_DIGITS = 100, 80
+# Where formulas are compared: irrational, of both signs, small and large. One set for all, so that a verdict is reproducible.
+POINTS = (3.1830988618, -2.7182845905, 0.5772156649, -0.4142135624, 11.0901699437)
+SHIFT = 0.7390851332  # between the variables of one formula
+# Formulas with steps are compared at integers too: all remainders by up to 24, and some that are larger. Only at integers
+# if their variables are called like integers.
+STEPS = (*range(1, 25), 59, 60, 97, 100, 144, 365, 1000)
+INTEGERS = "jklmnpqKMN"
+Point = dict[Any, Any]  # values of the variables
+
+
+def symbols_of(found: Any) -> set[sympy.Symbol]:
+    return {symbol for symbol in found.free_symbols if isinstance(symbol, sympy.Symbol)}
+
+
+def same_formula(gold: Any, found: Any, precision: int) -> bool:
+    """Two formulas are one if they have the same values at POINTS; two numbers, if they are the same."""
+    symbols = sorted(symbols_of(gold) | symbols_of(found), key=str)
+    if not symbols:
+        return same_values(gold, found, precision)
+    gold, found = gold.doit(), found.doit()
+    compared = 0
+    for at in points(gold, found, symbols):
+        size = size_of(gold, found, at)
+        wanted, got = value_of(gold, at, size), value_of(found, at, size)
+        if wanted is None or got is None or (wanted.has(sympy.I) and not gold.has(sympy.I)):
+            continue  # not a number there, or outside the real domain of the answer
+        if not close(wanted, got, size, decimals(gold, found, precision)):
+            return False
+        compared += 1
+    if compared > 0:
+        return True
+    return bool(sympy.simplify(gold - found).is_zero)
+
+
+def same_values(gold: Any, found: Any, precision: int) -> bool:
+    exact = gold.doit(), found.doit()
+    if all(isinstance(each, sympy.Rational) for each in exact):
+        return bool(exact[0] == exact[1])
+    size = size_of(gold, found, {})
+    wanted, got = value_of(gold, {}, size), value_of(found, {}, size)
+    if wanted is None or got is None:
+        return False
+    for decimal, other in ((gold, got), (found, wanted)):
+        if isinstance(decimal, sympy.Float) and other.is_Float:
+            written = Number(Fraction(str(decimal)), significant(str(decimal).split("e")[0]))
+            return same(written, Number(Fraction(str(sympy.Float(other, WORKING_DIGITS))), WORKING_DIGITS), precision)
+    return close(wanted, got, size, decimals(gold, found, precision))
+
+
+def same_relation(gold: Any, found: Any, precision: int) -> bool:
+    """One equation is the other, multiplied by a number; one inequality by a positive number, or it is turned round."""
+    if isinstance(found, sympy.GreaterThan | sympy.StrictGreaterThan) != isinstance(
+        gold, sympy.GreaterThan | sympy.StrictGreaterThan
+    ):
+        found = found.reversed
+    if type(gold) is not type(found):
+        return False
+    wanted, got = (each.lhs - each.rhs for each in (gold, found))
+    symbols = sorted(symbols_of(wanted) | symbols_of(got), key=str)
+    ratio = None
+    for at in points(wanted, got, symbols):
+        size = size_of(wanted, got, at)
+        left, right = value_of(wanted.doit(), at, size), value_of(got.doit(), at, size)
+        if left is None or right is None:
+            continue
+        if left == 0 or right == 0:
+            if left != right:
+                return False
+            continue
+        if ratio is None:
+            ratio = left / right
+            if not isinstance(gold, sympy.Eq | sympy.Ne) and not ratio.is_positive:
+                return False
+        if not close(left, ratio * right, size, decimals(wanted, got, precision)):
+            return False
+    return ratio is not None or bool(sympy.simplify(wanted - got).is_zero)
+
+
+def points(gold: Any, found: Any, symbols: list[Any]) -> Iterator[Point]:
+    """Where two formulas are compared."""
+    stepped = in_steps(gold) | in_steps(found)
+    if not stepped or any(symbol.name[0] not in INTEGERS for symbol in stepped):
+        for point in POINTS:
+            yield {symbol: sympy.Float(point + SHIFT * i, WORKING_DIGITS) for i, symbol in enumerate(symbols)}
+    if stepped:
+        rng = random.Random(0)
+        for _ in range(1 if len(symbols) == 1 else 2):
+            columns = [rng.sample(STEPS, len(STEPS)) for _ in symbols]
+            for row in zip(*columns, strict=True):
+                yield dict(zip(symbols, map(sympy.Integer, row), strict=True))
+
+
+def in_steps(formula: Any) -> set[sympy.Symbol]:
+    """Variables at whose integers it says what it does not say between them: n of (-1)^n, and in what is rounded."""
+    steps = formula.atoms(sympy.floor, sympy.ceiling, sympy.Mod)
+    signs = [
+        power.exp for power in formula.atoms(sympy.Pow) if power.base.is_number and not power.base.is_extended_positive
+    ]
+    return set().union(*(symbols_of(each) for each in (*steps, *signs)))
+
+
+def decimals(gold: Any, found: Any, precision: int) -> int:
+    """How many digits a decimal inside a formula may be rounded to; 0: there is none."""
+    return precision if gold.has(sympy.Float) or found.has(sympy.Float) else 0
+
+
+def size_of(gold: Any, found: Any, at: Point) -> float:
+    """The digits before or behind the point of whatever either is made of."""
+    return max(digits(gold, at), digits(found, at))
+
+
+def value_of(formula: Any, at: Point, size: float) -> Any:
+    """A finite real or complex number; None: it has none, or nobody could write it out.
+
+    Terms are between 10^-size and 10^size, so that twice as many digits show the smallest beside the largest.
+    """
+    if not size <= MAX_DIGITS:
+        return None
+    num_digits = WORKING_DIGITS + 2 * math.ceil(size)
+    try:
+        if all(value.is_Integer for value in at.values()):  # exactly: else 4/2 may be rounded down to 1
+            formula, at = formula.xreplace(at), {}
+        value = formula.evalf(num_digits, subs=at)
+        if not value.is_number or not value.is_finite:
+            value = formula.doit().evalf(num_digits, subs=at)
+    except ZeroDivisionError:
+        return None
+    parts = value.as_real_imag() if value.is_number else ()
+    return value if parts and all(part.is_Number and part.is_finite for part in parts) else None
+
+
+def close(wanted: Any, got: Any, size: float, num_decimals: int) -> bool:
+    """Whether no more than rounding is between two values of `value_of`, or of a decimal of so many digits."""
+    larger, ten = max(absolute(wanted), absolute(got)), sympy.Float(10)
+    rounding = max(ten ** -(AGREEING_DIGITS + size), larger * ten ** -(AGREEING_DIGITS + 2 * size))
+    return bool(absolute(wanted - got) <= max(rounding, larger * ten**-num_decimals if num_decimals else 0))
+
+
+def absolute(value: Any) -> Any:
+    """Of a complex number too, also where it is a product that nobody has multiplied out."""
+    if value.is_Number:
+        return abs(value)
+    real, imaginary = value.as_real_imag()
+    return sympy.sqrt(real * real + imaginary * imaginary)

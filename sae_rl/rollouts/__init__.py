@@ -1,0 +1,1 @@
+"""From prompts to the groups that a step trains on."""

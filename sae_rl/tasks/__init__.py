@@ -1,0 +1,1 @@
+"""Procedural tasks: problems that a program writes, with their verifiers."""

@@ -1,0 +1,75 @@
+"""What a procedural task is: problems by number, demonstrations, and a reward that checks them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+from sae_rl.settings import BadKeys
+
+T = TypeVar("T")
+Split = Literal["train", "held_out"]
+HELD_OUT_SHARE = 8  # one problem in so many belongs to the held-out split
+MAX_DRAWS = 10_000  # for one problem of a split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A prompt and what its verifier needs to know, both as text."""
+
+    prompt: str
+    answer: str
+
+
+class Task(Protocol):
+    """A family of problems that a program writes and a program checks.
+
+    Prompts and responses are words separated by single spaces; `words` is the whole vocabulary.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def reward(self) -> str:
+        """Name in `sae_rl.rewards.table.READY`."""
+        ...
+
+    def words(self) -> tuple[str, ...]:
+        """Every word that a prompt or a response may contain, in the order of their ids."""
+        ...
+
+    def problem(self, seed: int, split: Split, index: int) -> Problem:
+        """Problem ``index`` of a split; it depends on nothing but the arguments and the task's knobs."""
+        ...
+
+    def demonstration(self, problem: Problem, rng: random.Random) -> str:
+        """A response in the right format, of the quality that a base policy should have."""
+        ...
+
+
+def split_of(key: str) -> Split:
+    """The split that a problem belongs to, by a hash of its content, so that no seed can mix them."""
+    return "held_out" if hashlib.sha256(key.encode()).digest()[0] % HELD_OUT_SHARE == 0 else "train"
+
+
+def draw_from_split(
+    draw: Callable[[random.Random], T], key: Callable[[T], str], seed: int, split: Split, index: int
+) -> T:
+    """Draws until the problem belongs to ``split``. Raises BadKeys if hardly any does."""
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split: found {split!r}, allowed are 'train' and 'held_out'")
+    if index < 0:
+        raise ValueError(f"index: found {index}, allowed are numbers from 0")
+    rng = random.Random(f"{seed}/{split}/{index}")
+    for _ in range(MAX_DRAWS):
+        problem = draw(rng)
+        if split_of(key(problem)) == split:
+            return problem
+    raise BadKeys(
+        f"knobs: {MAX_DRAWS} draws in a row gave no problem of split {split}, so there are very few problems; choose knobs "
+        "that allow more"
+    )
