@@ -12,8 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from sae_rl.algo.kl import MAX_LOG_RATIO
-from sae_rl.algo.knobs import check_choice, check_number
 from sae_rl.algo.ragged import response_sums
+from sae_rl.knobs import check_choice, check_number
 
 
 @dataclass(frozen=True, slots=True)

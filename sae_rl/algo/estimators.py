@@ -14,10 +14,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from sae_rl.algo.knobs import check_number
 from sae_rl.algo.ragged import check_tokens, response_sums
 from sae_rl.algo.recursion import td_recursion
 from sae_rl.algo.segmenters import checked_opens
+from sae_rl.knobs import Knobs, check_number, number
 from sae_rl.types import Batch, Scores, Targets
 
 GROUP_STD_EPSILON = 1e-6
@@ -51,41 +51,31 @@ def estimate(estimator: Estimator, batch: Batch, scores: Scores, token_rewards: 
 
 
 @dataclass(frozen=True, slots=True)
-class SAE:
+class SAE(Knobs):
     """Segmental Advantage Estimation, arXiv 2601.07320: the trace decays only where a segment opens.
 
     ``lambda_t = lam ^ w_{t+1}``, with ``w`` 1 where a segment opens and 0 inside; soft segments have a w between.
     """
 
-    lam: float = 0.95  # in [0, 1]
-    gamma: float = 1.0  # in [0, 1]
-    value_lam: float = 1.0  # in [0, 1], the lambda of the critic's targets
+    lam: float = number(0.95, low=0, high=1)
+    gamma: float = number(1.0, low=0, high=1)
+    value_lam: float = number(1.0, low=0, high=1)  # the lambda of the critic's targets
 
     needs_critic: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_number("SAE.lam", self.lam, 0, 1)
-        check_number("SAE.gamma", self.gamma, 0, 1)
-        check_number("SAE.value_lam", self.value_lam, 0, 1)
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
         return td_targets(batch, scores, token_rewards, opens, gamma=self.gamma, lam=self.lam, value_lam=self.value_lam)
 
 
 @dataclass(frozen=True, slots=True)
-class GAE:
+class GAE(Knobs):
     """Generalized Advantage Estimation, arXiv 1506.02438: ``lambda_t = lam`` at every token."""
 
-    lam: float = 0.95  # in [0, 1]
-    gamma: float = 1.0  # in [0, 1]
-    value_lam: float = 1.0  # in [0, 1], the lambda of the critic's targets
+    lam: float = number(0.95, low=0, high=1)
+    gamma: float = number(1.0, low=0, high=1)
+    value_lam: float = number(1.0, low=0, high=1)  # the lambda of the critic's targets
 
     needs_critic: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_number("GAE.lam", self.lam, 0, 1)
-        check_number("GAE.gamma", self.gamma, 0, 1)
-        check_number("GAE.value_lam", self.value_lam, 0, 1)
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
         everywhere = torch.ones(batch.num_tokens, dtype=torch.bool)

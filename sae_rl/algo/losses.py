@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sae_rl.algo.corrections import ImportanceCorrection
 from sae_rl.algo.kl import KL_LOSSES, MAX_LOG_RATIO, k3
-from sae_rl.algo.knobs import check_choice, check_integer, check_number
 from sae_rl.algo.ragged import response_sums
+from sae_rl.knobs import check_choice, check_integer, check_number
 
 Surrogate = Literal["ppo", "gspo", "cispo"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]

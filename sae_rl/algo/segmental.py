@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from sae_rl.algo.knobs import check_number
 from sae_rl.algo.ragged import below
 from sae_rl.algo.recursion import td_recursion
+from sae_rl.knobs import check_number
 
 
 def segmental_advantages(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.jit import compiled
-from sae_rl.algo.knobs import check_integer
 from sae_rl.algo.segmenters import (
     AdaptiveProbability,
     Delimiter,
@@ -21,6 +20,7 @@ from sae_rl.algo.segmenters import (
     Segmenter,
     Surprisal,
 )
+from sae_rl.knobs import check_integer
 from sae_rl.types import Batch, Scores
 
 

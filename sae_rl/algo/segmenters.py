@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sae_rl.algo.knobs import check_choice, check_integer, check_number
 from sae_rl.algo.ragged import below, check_shape, check_tokens, positions
+from sae_rl.knobs import check_choice, check_integer, check_number
 from sae_rl.types import Batch, Scores, sampled_only
 
 Boundary = Literal["opens", "closes"]

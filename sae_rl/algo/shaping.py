@@ -12,8 +12,8 @@ from torch import Tensor
 from sae_rl.algo import whitening_cpu
 from sae_rl.algo.jit import empty
 from sae_rl.algo.kl import KL_ESTIMATORS
-from sae_rl.algo.knobs import check_choice, check_integer, check_number
 from sae_rl.algo.ragged import check_tokens, last_tokens
+from sae_rl.knobs import check_choice, check_integer, check_number
 from sae_rl.types import Batch, Scores
 
 WHITEN_EPSILON = 1e-8
