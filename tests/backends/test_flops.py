@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sae_rl.backends.flops import PassCost
 from sae_rl.backends.models import CriticNetwork, PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import build_micro_batch
-from tests.driver.test_packed_models import batch, folder, model_config
+from tests.backends.test_packed_models import batch, folder, model_config
 
 __all__ = ["batch", "folder"]  # fixtures
 
