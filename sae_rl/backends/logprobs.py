@@ -20,7 +20,7 @@ LOGITS_BYTES = 256 * 2**20  # logits of one chunk in float32; a pass holds about
 class OutputHead(nn.Linear):
     """An output layer that returns logprobs. It is called once per pass, so ZeRO 3 gathers its weights once."""
 
-    fused: bool
+    fused = False
 
     @staticmethod
     def of(causal_lm: Any, fused: bool = False) -> None:

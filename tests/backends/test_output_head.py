@@ -17,11 +17,7 @@ VOCABULARY, WIDTH = 37, 8
 
 
 def make_head(bias: bool, dtype: torch.dtype = torch.float64) -> OutputHead:
-    head = nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
-    head.__class__ = OutputHead
-    head.fused = False
-    assert isinstance(head, OutputHead)
-    return head
+    return OutputHead(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
 
 
 def from_all_logits(head: OutputHead, hidden: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
