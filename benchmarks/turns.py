@@ -23,14 +23,14 @@ def take_turns(
         The seconds of every run that counts, by program.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(rounds + 1):
+    for round_number in range(rounds + 1):
         for name, program in programs.items():
-            if turn and seconds[name] and seconds[name][0] > slow_s:
+            if round_number and seconds[name] and seconds[name][0] > slow_s:
                 continue
             started = time.perf_counter()
             program()
             elapsed = time.perf_counter() - started
-            if turn or elapsed > slow_s:
+            if round_number or elapsed > slow_s:
                 seconds[name].append(elapsed)
     return seconds
 
