@@ -97,7 +97,8 @@ class CriticNetwork(nn.Module):
         final = own_values[num_states:]
         if self._group is not None:
             final = self._group.gather(final, micro.final_index, micro.input_ids.numel())
-        return values, torch.zeros_like(values).index_copy(0, micro.counts.cumsum(0) - 1, final)
+        last_tokens = micro.counts.cumsum(0) - 1
+        return values, torch.zeros_like(values).index_copy(0, last_tokens, final)
 
 
 def _own_shard(micro: MicroBatch, group: SequenceGroup | None) -> MicroBatch:

@@ -78,11 +78,11 @@ def pack(
     num_parts = num_ranks * max(1, math.ceil(num_tokens / (max_tokens * num_ranks)))
     while (parts := _fill(tokens, num_parts, max_tokens, attention_tokens)) is None:
         num_parts += num_ranks
-    passes = [
-        parts[i : i + num_ranks] for i in range(0, num_parts, num_ranks)
-    ]  # simultaneous parts cost about the same
-    passes[1::2] = [side_by_side[::-1] for side_by_side in passes[1::2]]  # no rank always gets the costliest part
-    return [[rows[torch.tensor(parts[rank], dtype=torch.int64)] for parts in passes] for rank in range(num_ranks)]
+    # Parts come by cost, so those of a simultaneous pass cost about the same. Every other pass is reversed, so that no
+    # rank always gets the costliest part.
+    passes = [parts[i : i + num_ranks] for i in range(0, num_parts, num_ranks)]
+    passes[1::2] = [side_by_side[::-1] for side_by_side in passes[1::2]]
+    return [[rows[torch.tensor(part[rank], dtype=torch.int64)] for part in passes] for rank in range(num_ranks)]
 
 
 def _fill(tokens: list[int], num_parts: int, max_tokens: int, attention_tokens: float) -> list[list[int]] | None:
