@@ -1,8 +1,8 @@
 """Sends the policy's weights to the rollout engines, for ZeRO stages 0 to 3.
 
-    PolicyWorker.send_weights -> Sender -> a transfer engine of vLLM's API -> worker processes of every rollout engine
+    workers/weight_sync.py -> workers/policy.py -> `Sender` -> transfer engine -> worker processes of each rollout engine
 
-The transfer engine is chosen by `trainer_init_info`:
+The transfer engine implements vLLM's API; `trainer_init_info` chooses it:
 
     CPU                                  `GlooSender`, received by `weight_receiver.GlooReceiver`
     GPUs                                 vLLM's NCCL engine
