@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -12,7 +12,6 @@ from sae_rl.rewards.pool import Rewards
 from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
 
 Metrics = dict[str, float]
-Scoring = Any  # of a part of a batch, under way; the workers' own
 
 
 class Groups(Protocol):
@@ -56,17 +55,8 @@ class Workers(Protocol):
         """That the workers hold; 0 on CPUs."""
         ...
 
-    def start_score(self, rollouts: Sequence[Rollout]) -> Scoring:
-        """Begins to score a part of a batch that is still being sampled."""
-        ...
-
-    def score(self, batch: Batch, started: Sequence[Scoring] = (), rows: Sequence[int] = ()) -> Scores:
-        """V(s_t), log pi_old and log pi_ref of every response token.
-
-        Args:
-            started: parts that are scored already, or none.
-            rows: which responses of those parts are the batch; none: all.
-        """
+    def score(self, batch: Batch) -> Scores:
+        """V(s_t), log pi_old and log pi_ref of every response token."""
         ...
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:

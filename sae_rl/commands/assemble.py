@@ -14,11 +14,11 @@ from sae_rl.commands.run_folder import write_config
 from sae_rl.config.schema import Config, RewardsConfig
 from sae_rl.data.load import load_task
 from sae_rl.data.sampler import PromptSampler
-from sae_rl.driver import Run
 from sae_rl.records.clock import Clock
 from sae_rl.records.records import Records
 from sae_rl.rewards.pool import RewardPool
 from sae_rl.rewards.table import resolve, warnings_of
+from sae_rl.run import Run
 from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
 from sae_rl.workers.placement import Role

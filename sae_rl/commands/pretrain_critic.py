@@ -11,7 +11,7 @@ from sae_rl.commands.assemble import assembled
 from sae_rl.commands.run_folder import prepare_output
 from sae_rl.config.schema import Config
 from sae_rl.critic import card as critic_files
-from sae_rl.driver import prepare_critic
+from sae_rl.critic.pretraining import pretrain
 from sae_rl.settings import ConfigError
 from sae_rl.workers.placement import pretraining_roles
 
@@ -38,7 +38,7 @@ def run_critic_pretraining(config: Config) -> Path:
             raise ConfigError([f"output_dir = {config.output_dir} holds {what} already; choose another output_dir"])
     prepare_output(config)
     with assembled(config, pretraining_roles(config), None) as run:
-        explained_variance, num_responses = prepare_critic(run)
+        explained_variance, num_responses = pretrain(run)
         if not math.isfinite(explained_variance):
             raise RuntimeError(
                 "all responses had the same return, so the critic learnt nothing; are all rewards the same?"

@@ -8,9 +8,11 @@ from sae_rl.commands.assemble import assembled
 from sae_rl.commands.run_folder import find_checkpoint, prepare_output, publish_policy
 from sae_rl.config.schema import Config
 from sae_rl.critic import card as critic_files
-from sae_rl.driver import Run, train
+from sae_rl.driver import train
 from sae_rl.overlapped import train_overlapped
-from sae_rl.replay import recorded_files, train_replay
+from sae_rl.replay import train_replay
+from sae_rl.rollouts.recorded import recorded_files
+from sae_rl.run import Run
 from sae_rl.workers.placement import roles_of
 
 

@@ -146,11 +146,6 @@ def _check_schedule(config: Config) -> list[str]:
             "schedule.weight_updates = in_flight: with schedule.mode = synchronous no response is under way when weights are "
             "sent; use drained, or schedule=overlapped"
         )
-    if schedule.scoring_parts > 1 and (schedule.mode == "overlapped" or config.rollout.dynamic_sampling.mode != "none"):
-        problems.append(
-            f"schedule.scoring_parts = {schedule.scoring_parts}: scoring beside sampling needs schedule=synchronous, and "
-            "rollout.dynamic_sampling.mode=none, which knows what is learnt from before all is sampled; use 1"
-        )
     if config.replay is not None and config.replay.resolve() == config.output_dir.resolve():
         problems.append(f"replay = output_dir = {config.replay}: a run records anew; choose another output_dir")
     if config.replay is not None and schedule.mode == "overlapped":
@@ -172,7 +167,6 @@ def _check_colocation(config: Config) -> list[str]:
         # A replacement could not measure what is free on a GPU where learners work.
         "rollout.max_engine_losses": (config.rollout.max_engine_losses, 0),
         "schedule.mode": (config.schedule.mode, "synchronous"),
-        "schedule.scoring_parts": (config.schedule.scoring_parts, 1),
     }
     return [
         f"cluster.colocate_rollout = true needs {key} = {allowed}, found {found}"

@@ -164,9 +164,6 @@ class ScheduleConfig(Section):
 
     mode: Literal["synchronous", "overlapped"]
     max_staleness: NonNegative  # steps between the weights that begin a batch and the policy that learns from it
-    scoring_parts: (
-        Positive  # synchronous: in how many parts values and logprobs are computed, beside sampling; 1: behind it
-    )
     weight_updates: Literal["drained", "in_flight"]  # wait for responses under way, or let them go on with new weights
 
 

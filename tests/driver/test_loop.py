@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sae_rl import checkpoint
 from sae_rl.algo import SAE, LowProbability
-from sae_rl.driver import throughput, train
+from sae_rl.driver import train
 from sae_rl.records.metrics import check_names
+from sae_rl.records.step_metrics import throughput
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Sampling
 
@@ -58,16 +59,6 @@ def test_the_batch_holds_the_responses_and_their_rewards(tmp_path: Path) -> None
         batch, expected = scored.of["batch"], Batch.of(rollouts, [reward_of(r) for r in rollouts])
         for name in ("token_ids", "offsets", "prompt_token_ids", "rollout_logprobs", "rewards", "groups"):
             assert torch.equal(getattr(batch, name), getattr(expected, name)), name
-
-
-def test_parts_are_scored_while_others_are_sampled(tmp_path: Path) -> None:
-    """The last group of a step comes first; parts are of consecutive prompts, and the batch is in their order."""
-    workers = trained(tmp_path, "steps=2", "rollout.prompts_per_step=5", "schedule.scoring_parts=2")
-    assert [call.name for call in workers.log][2:7] == ["generate", "start_score", "start_score", "reward", "score"]
-    assert [call.of["batch"].num_responses for call in workers.asked("start_score")] == [4, 6] * 2
-    straight = trained(tmp_path / "straight", "steps=2", "rollout.prompts_per_step=5")
-    for one, other in zip(workers.asked("update"), straight.asked("update"), strict=True):
-        assert torch.equal(one.of["batch"].token_ids, other.of["batch"].token_ids)
 
 
 @pytest.mark.parametrize("whitens", [True, False])

@@ -112,7 +112,6 @@ def test_engines_on_the_learners_gpus() -> None:
         (["rollout.tensor_parallel_size=2"], r"needs rollout.tensor_parallel_size = 1, found 2"),
         (["schedule=overlapped"], r"needs schedule.mode = synchronous, found overlapped"),
         (["rollout.max_engine_losses=1"], r"needs rollout.max_engine_losses = 0, found 1"),
-        (["schedule.scoring_parts=4"], r"needs schedule.scoring_parts = 1, found 4"),
     ],
 )
 def test_engines_on_the_learners_gpus_need_all_of_this(overrides: list[str], message: str) -> None:
