@@ -21,14 +21,13 @@ from sae_rl.rewards.table import resolve, warnings_of
 from sae_rl.run import Run
 from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
-from sae_rl.workers.placement import Role
 from sae_rl.workers.session import ray_session, start_workers
 
 NUM_PROBE_PROMPTS = 2
 
 
 @contextlib.contextmanager
-def assembled(config: Config, roles: list[Role], resume_from: Path | None) -> Iterator[Run]:
+def assembled(config: Config, roles: list[str], resume_from: Path | None) -> Iterator[Run]:
     """Everything that a run works with, its workers started; taken apart at the end."""
     tokenizer = load_tokenizer(config.model.path)
     resolved = with_delimiters(config, tokenizer)

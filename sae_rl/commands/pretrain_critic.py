@@ -13,7 +13,7 @@ from sae_rl.config.schema import Config
 from sae_rl.critic import card as critic_files
 from sae_rl.critic.pretraining import pretrain
 from sae_rl.settings import ConfigError
-from sae_rl.workers.placement import pretraining_roles
+from sae_rl.workers.table import pretraining_roles
 
 
 def run_critic_pretraining(config: Config) -> Path:

@@ -13,7 +13,7 @@ from sae_rl.overlapped import train_overlapped
 from sae_rl.replay import train_replay
 from sae_rl.rollouts.recorded import recorded_files
 from sae_rl.run import Run
-from sae_rl.workers.placement import roles_of
+from sae_rl.workers.table import roles_of
 
 
 def run_training(config: Config) -> None:
@@ -31,8 +31,7 @@ def run_training(config: Config) -> None:
         told.append(critic_files.describe(config))
     if config.evaluation.every_steps == 0 and config.replay is None:
         told.append("nothing is evaluated: evaluation.every_steps = 0")
-    roles = [role for role in roles_of(config) if role != "rollout" or config.replay is None]
-    with assembled(config, roles, resume_from) as run:
+    with assembled(config, roles_of(config), resume_from) as run:
         for text in told:
             run.records.note(text)
         loop_of(config)(run)

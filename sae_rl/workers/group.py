@@ -18,7 +18,8 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from sae_rl.workers.placement import Role, Slot
+from sae_rl.config.schema import Config
+from sae_rl.workers.placement import Slot
 
 LOG_LINES = 15
 KILL_S = 30.0  # for a node that may be gone itself
@@ -30,7 +31,7 @@ class WorkerError(RuntimeError):
     ``died`` is the role of a worker whose process is gone.
     """
 
-    def __init__(self, message: str, *, died: Role | None = None) -> None:
+    def __init__(self, message: str, *, died: str | None = None) -> None:
         super().__init__(message)
         self.died = died
 
@@ -49,7 +50,20 @@ class Whereabouts:
 
 
 class Process:
-    """What every worker has: answers where it runs, and ends itself."""
+    """A worker's process: what each role says about itself, and what every process can tell about its place.
+
+    A subclass has a method ``start``. The driver calls it with `settings`; a learner gets its `Rank` first.
+    """
+
+    @staticmethod
+    def is_needed(config: Config) -> bool:
+        """Whether a training run with this configuration starts the role."""
+        raise NotImplementedError
+
+    @staticmethod
+    def settings(config: Config) -> tuple[object, ...]:
+        """The arguments of ``start``. User classes stay out: a worker's node may not be able to import them."""
+        raise NotImplementedError
 
     def whereabouts(self) -> Whereabouts:
         here = psutil.Process()
@@ -108,7 +122,7 @@ def _late(owners: dict[Any, tuple[WorkerGroup, int]], pending: list[Any], timeou
 class WorkerGroup:
     """Ranks 0 .. n-1 of one role."""
 
-    def __init__(self, role: Role, starts: Sequence[Callable[[], ActorHandle]], timeout_s: float) -> None:
+    def __init__(self, role: str, starts: Sequence[Callable[[], ActorHandle]], timeout_s: float) -> None:
         self.role = role
         self.timeout_s = timeout_s
         self._starts = starts
@@ -193,7 +207,7 @@ def _kill(processes: Sequence[tuple[int, float]]) -> None:
                 process.kill()
 
 
-def _advice(role: Role, text: str) -> str:
+def _advice(role: str, text: str) -> str:
     """What to change where memory ran out: of a GPU, of a host, or killed by Ray's memory monitor for it."""
     if not re.search(r"(?i:out of memory|can't allocate memory|memory pressure|low on memory)|\bOOM\b", text):
         return ""

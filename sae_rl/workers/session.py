@@ -16,21 +16,12 @@ from sae_rl.config.schema import Config
 from sae_rl.records.clock import Clock
 from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
-from sae_rl.workers.critic import CriticWorker
-from sae_rl.workers.group import Process, WorkerGroup, start_worker
-from sae_rl.workers.placement import Placement, Role, check_resources, plan, reserve, roles_of
-from sae_rl.workers.policy import PolicyWorker
-from sae_rl.workers.reference import ReferenceWorker
-from sae_rl.workers.rollout import RolloutWorker
+from sae_rl.workers.group import WorkerGroup, start_worker
+from sae_rl.workers.placement import Placement, check_resources, plan, reserve
 from sae_rl.workers.rollout_pool import RolloutPool
 from sae_rl.workers.run_workers import RunWorkers
+from sae_rl.workers.table import WORKERS, roles_of
 
-WORKERS: dict[Role, type[Process]] = {
-    "rollout": RolloutWorker,
-    "policy": PolicyWorker,
-    "critic": CriticWorker,
-    "reference": ReferenceWorker,
-}
 CLOSE_TIMEOUT_S = 4.0
 
 
@@ -64,7 +55,7 @@ def start_workers(
     config: Config,
     probe_prompts: list[Prompt],
     clock: Clock,
-    roles: list[Role] | None = None,
+    roles: list[str] | None = None,
     note: Callable[[str], None] = print,
 ) -> Iterator[RunWorkers]:
     """Places and starts every worker, or those of ``roles``; kills them all at the end, however it comes.
@@ -101,14 +92,14 @@ def start_rollout(config: Config, clock: Clock) -> Iterator[RolloutPool]:
 
 
 @contextlib.contextmanager
-def _placed(config: Config, roles: list[Role]) -> Iterator[dict[Role, WorkerGroup]]:
+def _placed(config: Config, roles: list[str]) -> Iterator[dict[str, WorkerGroup]]:
     placement = plan(config, roles)
     try:
         check_resources(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     reserved = reserve(placement, config.cluster.start_timeout_s)
-    groups: dict[Role, WorkerGroup] = {}
+    groups: dict[str, WorkerGroup] = {}
     try:
         groups = _spawn(config, placement, reserved)
         yield groups
@@ -117,8 +108,8 @@ def _placed(config: Config, roles: list[Role]) -> Iterator[dict[Role, WorkerGrou
         remove_placement_group(reserved)
 
 
-def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[Role, WorkerGroup]:
-    groups: dict[Role, WorkerGroup] = {}
+def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[str, WorkerGroup]:
+    groups: dict[str, WorkerGroup] = {}
     for role, slots in placement.slots.items():
         threads = getattr(config.cluster, role).threads_per_worker
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -129,7 +120,7 @@ def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[
     return groups
 
 
-def close(groups: dict[Role, WorkerGroup]) -> None:
+def close(groups: dict[str, WorkerGroup]) -> None:
     """Asks the engines to end their child processes, then kills every worker."""
     if "rollout" in groups:
         closing = [worker.close.remote() for worker in groups["rollout"].workers]
