@@ -6,8 +6,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := .venv/.installed
 # Strictly typed: everything but the bridges to libraries that have no types.
-TYPED := $(filter-out sae_rl/backends sae_rl/workers sae_rl/commands/train.py sae_rl/commands/demo.py sae_rl/sft.py sae_rl/commands/warm_start.py, \
-         $(wildcard sae_rl/*.py) sae_rl/algo sae_rl/analysis sae_rl/data sae_rl/evaluation sae_rl/rewards sae_rl/sandbox)
+TYPED := $(filter-out sae_rl/__pycache__ sae_rl/backends sae_rl/workers, $(patsubst %/,%,$(wildcard sae_rl/*/)) $(wildcard sae_rl/*.py))
 
 # A file at a time in each of two processes, for tests that start no engine.
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile

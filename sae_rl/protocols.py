@@ -1,4 +1,4 @@
-"""What the driver asks of its workers. Their implementations are in `sae_rl.workers`; tests may bring others."""
+"""What the driver needs from workers and records. `sae_rl.workers` and `sae_rl.records` implement it; so do tests."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Metrics = dict[str, float]
 
 
 class Groups(Protocol):
-    """Groups under way; iterating gives each as soon as it is done, in any order, and ends when none is."""
+    """Pending groups. Iteration yields each as soon as it is finished, in any order, and ends when none is pending."""
 
     def add(self, prompts: Sequence[Prompt], seed_name: str) -> None:
-        """More of them. ``seed_name`` names the random numbers."""
+        """Adds a group for each prompt. Seeds derive from ``seed_name``, among others."""
         ...
 
     def __iter__(self) -> Iterator[list[Rollout]]: ...
@@ -27,20 +27,20 @@ class Groups(Protocol):
 
 
 class RolloutEngines(Protocol):
-    """Everything that samples."""
+    """All rollout engines of a run."""
 
     def generate(
         self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, seed_name: str
     ) -> Iterator[list[Rollout]]:
-        """``group_size`` responses to each prompt, a group as soon as it is done. ``seed_name`` names the random numbers."""
+        """Samples ``group_size`` responses to each prompt, and yields each group as soon as it is finished."""
         ...
 
     def open(self, *, group_size: int, sampling: Sampling) -> Groups:
-        """The same for groups that are added one after the other, such as those of several steps."""
+        """Like `generate`, for groups that are added over time, such as those of several steps."""
         ...
 
     def interrupt(self) -> None:
-        """Whoever waits for responses in another thread gets an exception instead; nothing is sampled after it."""
+        """Makes sampling raise RuntimeError, also in another thread that waits for responses."""
         ...
 
 
@@ -52,7 +52,7 @@ class Workers(Protocol):
 
     @property
     def num_gpus(self) -> int:
-        """That the workers hold; 0 on CPUs."""
+        """GPUs that the workers hold; 0 on CPUs."""
         ...
 
     def score(self, batch: Batch) -> Scores:
@@ -70,7 +70,7 @@ class Workers(Protocol):
         ...
 
     def score_critic(self, batch: Batch) -> Scores:
-        """Values alone; logprobs are nan."""
+        """Values alone; the logprobs are NaN."""
         ...
 
     def set_critic_lr(self, lr: float | None) -> None:
@@ -82,7 +82,7 @@ class Workers(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Weights, optimizers and schedules of policy and critic, and the policy as a Hugging Face folder."""
+        """Writes weights, optimizers and schedules of policy and critic, and the policy as a Hugging Face folder."""
         ...
 
     def load(self, folder: Path) -> None: ...
@@ -92,15 +92,15 @@ class Workers(Protocol):
     def load_critic(self, folder: Path) -> None: ...
 
     def export_critic(self, folder: Path) -> None:
-        """The critic as a Hugging Face folder, for any number of ranks and any run."""
+        """Writes the critic as a Hugging Face folder, which a run with any number of ranks can start from."""
         ...
 
 
 class Recorder(Protocol):
-    """Where a run's numbers and responses go. Nothing in training reads them back."""
+    """Where a run's metrics and responses go. Training never reads them back."""
 
     def note(self, text: str) -> None:
-        """A message for the reader of the console."""
+        """Prints a line for the user."""
         ...
 
     def log(
@@ -117,9 +117,9 @@ class Recorder(Protocol):
         scores: Scores,
         targets: Targets,
     ) -> None:
-        """One step's responses, with what was computed of them."""
+        """Records one step's responses, and what was computed from them."""
         ...
 
     def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards, opens: Sequence[Tensor] | None) -> None:
-        """What an evaluation after ``step`` steps sampled; ``opens`` (T,) of each response, or None: not known."""
+        """Records the responses of an evaluation after ``step`` steps; ``opens`` (T,) for each, None: not computed."""
         ...

@@ -1,4 +1,4 @@
-"""``sae-rl evaluate``: samples a model on held-out prompts and says how good it is."""
+"""``sae-rl evaluate``: scores a model on held-out prompts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def run_evaluation(config: Config) -> Path:
-    """Samples ``model.path`` on ``task.evaluation``, and says how good it is.
+    """Samples ``model.path`` on the prompts of ``task.evaluation`` and scores the responses.
 
     Returns:
-        A new folder in ``output_dir/evaluation`` with the numbers and every sample.
+        A new folder in ``output_dir/evaluation`` with the metrics and every sample.
 
     Raises:
         ConfigError: as in `run_training`.
-        WorkerError, RuntimeError: it failed; nothing was written.
+        WorkerError, RuntimeError: the evaluation failed; nothing was written.
     """
     prepare_output(config)
     tokenizer = load_tokenizer(config.model.path)

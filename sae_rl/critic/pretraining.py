@@ -1,7 +1,7 @@
 """Value pre-training (arXiv 2503.01491): before the policy's first update the critic regresses on its rollouts.
 
-A critic that starts from zero makes the first advantages noise. Prompts are split into training and held-out ones. Training stops when the explained variance on held-out prompts no longer
-rises, and the best critic so far is restored.
+A critic that starts from zero makes the first advantages noise. Prompts are split into training and held-out ones. The
+regression stops when the explained variance on held-out prompts no longer rises, and the best critic so far is restored.
 """
 
 from __future__ import annotations

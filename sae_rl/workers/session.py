@@ -1,4 +1,4 @@
-"""Ray and a run's workers: connected, checked, placed, started, and ended with the run."""
+"""Connects to Ray, and starts and ends a run's workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLOSE_TIMEOUT_S = 4.0
 
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Starts a Ray of its own, or joins ``cluster.address``; leaves it as it was found."""
+    """Joins the Ray cluster at ``cluster.address``, or starts a local one and ends it afterwards."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     options = {"log_to_driver": False, "configure_logging": False}
     terminate = signal.getsignal(signal.SIGTERM)
@@ -39,13 +39,13 @@ def ray_session(config: Config) -> Iterator[None]:
             ray.init(address=address, **options)
     except ConnectionError as error:
         raise ConfigError([f"cluster.address = {address!r}: no Ray cluster answers there ({error})"]) from error
-    signal.signal(signal.SIGTERM, terminate)  # Ray's own would end Ray before the workers are closed
+    signal.signal(signal.SIGTERM, terminate)  # Ray's handler would end Ray before the workers are closed
     try:
         yield
     finally:
         ours = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::")]
         ray.shutdown()
-        for child in ours:  # Ray's agents would take a minute to notice that their raylet is gone
+        for child in ours:  # Ray's agents need a minute to notice that their raylet is gone
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
 
@@ -58,13 +58,15 @@ def start_workers(
     roles: list[str] | None = None,
     note: Callable[[str], None] = print,
 ) -> Iterator[RunWorkers]:
-    """Places and starts every worker, or those of ``roles``; kills them all at the end, however it comes.
+    """Places and starts the workers of ``roles`` (None: of every role that the run needs), and kills them at the end.
 
-    ``note`` tells the reader of the console what happened to them.
+    Args:
+        probe_prompts: what a weight sync is checked with.
+        note: prints a line for the user, such as that an engine was replaced.
 
     Raises:
-        ConfigError: Ray does not have what the run asks for.
-        TimeoutError: it has, but others hold it.
+        ConfigError: Ray does not have the resources that the run needs.
+        TimeoutError: Ray has them, but other jobs hold them.
         WorkerError: a worker failed to start.
     """
     with _placed(config, roles_of(config) if roles is None else roles) as groups:
@@ -84,7 +86,7 @@ def start_learners(config: Config, clock: Clock) -> Iterator[RunWorkers]:
 
 @contextlib.contextmanager
 def start_rollout(config: Config, clock: Clock) -> Iterator[RolloutPool]:
-    """Only the rollout engines, with the weights of ``model.path``."""
+    """Starts the rollout engines alone, with the weights of ``model.path``."""
     with _placed(config, ["rollout"]) as groups:
         workers = RunWorkers(config, groups, [], clock)
         workers.start()
@@ -121,7 +123,7 @@ def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[
 
 
 def close(groups: dict[str, WorkerGroup]) -> None:
-    """Asks the engines to end their child processes, then kills every worker."""
+    """Lets the engines end their child processes, then kills every worker."""
     if "rollout" in groups:
         closing = [worker.close.remote() for worker in groups["rollout"].workers]
         ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
