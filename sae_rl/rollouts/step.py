@@ -53,8 +53,8 @@ class Round:
     """One round of dynamic sampling."""
 
     prompts: list[Prompt]
-    groups: list[Group]  # of each prompt, without what the rule for failed checks leaves out
-    rewards: Rewards  # of every response
+    groups: list[Group]  # one per prompt, without the responses that the rule for failed checks leaves out
+    rewards: Rewards  # one per response
 
 
 def collect(

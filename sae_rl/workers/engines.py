@@ -38,7 +38,7 @@ class Engine:
     state: Literal["ready", "starting", "waiting"] = (
         "ready"  # starting: loads its model; waiting: for the current weights
     )
-    version: int | None = None  # of its weights; None: the weights of model.path
+    version: int | None = None  # version of its weights; None: the weights of model.path
     jobs: dict[Any, Job] = field(default_factory=dict)  # pending groups, by remote call
     starting: Any = None  # the pending remote call that starts a replacement
     started_at: float = 0.0

@@ -40,7 +40,7 @@ class WeightSync:
         self._config, self._policy, self._rollout = config, policy, rollout
         self._policy_lock, self._probe_prompts, self._score = policy_lock, probe_prompts, score
         self._connected: list[ActorHandle] = []  # the engines that the policy has a connection to
-        self.version = 0  # of the policy's weights
+        self.version = 0  # version of the policy's weights
 
     def sync(self, version: int) -> dict[str, float]:
         """Sends the weights to every engine and probes each of them. The caller holds ``policy_lock``.

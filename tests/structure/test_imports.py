@@ -185,7 +185,17 @@ def run_python(source: str) -> list[str]:
 
 
 def test_pure_parts_leave_heavy_libraries_alone() -> None:
-    parts = ["types", "algo", "config.schema", "config.compose", "data.prompts", "rewards.table", "rewards.pool", "protocols", "driver"]
+    parts = [
+        "types",
+        "algo",
+        "config.schema",
+        "config.compose",
+        "data.prompts",
+        "rewards.table",
+        "rewards.pool",
+        "protocols",
+        "driver",
+    ]
     parts += ["cli", "records.records", "backends.packing"]
     assert run_python(FRESH.format(parts=parts)) == parts
 
