@@ -35,7 +35,7 @@ from sae_rl.records.clock import Clock
 from sae_rl.rewards.pool import RewardPool, Rewards
 from sae_rl.rollouts.groups import Early, FailedRule, StepSamples, collect, collected, groups_of, sample
 from sae_rl.seeds import derive_seed
-from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Scores, StepRecord, Targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +223,15 @@ def finish(run: Run, step: int, samples: StepSamples, result: StepResult, more: 
     """Records and checkpoint of step ``step``."""
     config, done = run.config, step + 1
     run.records.rollouts(
-        step, samples.rollouts, samples.scores, samples.reasons, result.opens, result.scores, result.targets
+        StepRecord(
+            step=step,
+            rollouts=samples.rollouts,
+            rewards=samples.scores,
+            reasons=samples.reasons,
+            opens=result.opens,
+            scores=result.scores,
+            targets=result.targets,
+        )
     )
     times = run.clock.lap()
     metrics = samples.metrics | result.metrics | more | times

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from sae_rl.rewards.pool import Rewards
-from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, StepRecord, Targets
 
 Metrics = dict[str, float]
 Scoring = Any  # of a part of a batch, under way; the workers' own
@@ -117,17 +117,8 @@ class Recorder(Protocol):
         self, step: int, metrics: Metrics, phase: Literal["train", "pretraining", "evaluation"] = "train"
     ) -> None: ...
 
-    def rollouts(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        rewards: Sequence[float],
-        reasons: Sequence[str],
-        opens: Tensor,
-        scores: Scores,
-        targets: Targets,
-    ) -> None:
-        """One step's responses, with what was computed of them."""
+    def rollouts(self, record: StepRecord) -> None:
+        """The responses of one training step, and what was computed from them."""
         ...
 
     def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards, opens: Sequence[Tensor] | None) -> None:
