@@ -129,7 +129,9 @@ def summarize(samples: Samples, pass_score: float, segments: Segments | None) ->
     maj@n of all prompts is over the data sets that have answers.
     """
     n = samples.scores.shape[1]
-    member = {name: np.array([name == other for other in samples.data_sets]) for name in dict.fromkeys(samples.data_sets)}
+    member = {
+        name: np.array([name == other for other in samples.data_sets]) for name in dict.fromkeys(samples.data_sets)
+    }
     right, answered = samples.scores >= pass_score, samples.answers != NO_ANSWER
     every = np.ones(len(right), dtype=bool)
     votes = np.any([rows & answered[rows].any() for rows in member.values()], axis=0)
