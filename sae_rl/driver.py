@@ -19,7 +19,7 @@ from sae_rl.rollouts.groups import StepSamples
 from sae_rl.rollouts.step import sample_step
 from sae_rl.run import Run
 from sae_rl.seeds import derive_seed
-from sae_rl.types import Batch, Scores, Targets
+from sae_rl.types import Batch, Scores, StepRecord, Targets
 
 
 def train(run: Run) -> None:
@@ -109,7 +109,15 @@ def finish(run: Run, step: int, samples: StepSamples, result: StepResult, more: 
     """Records step ``step`` and saves a checkpoint if one is due."""
     config, steps_done = run.config, step + 1
     run.records.rollouts(
-        step, samples.rollouts, samples.rewards, samples.reasons, result.opens, result.scores, result.targets
+        StepRecord(
+            step=step,
+            rollouts=samples.rollouts,
+            rewards=samples.rewards,
+            reasons=samples.reasons,
+            opens=result.opens,
+            scores=result.scores,
+            targets=result.targets,
+        )
     )
     times = run.clock.lap()
     metrics = samples.metrics | result.metrics | more | times

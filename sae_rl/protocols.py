@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from sae_rl.rewards.pool import Rewards
-from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, StepRecord, Targets
 
 Metrics = dict[str, float]
 
@@ -107,16 +107,7 @@ class Recorder(Protocol):
         self, step: int, metrics: Metrics, phase: Literal["train", "pretraining", "evaluation"] = "train"
     ) -> None: ...
 
-    def rollouts(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        rewards: Sequence[float],
-        reasons: Sequence[str],
-        opens: Tensor,
-        scores: Scores,
-        targets: Targets,
-    ) -> None:
+    def rollouts(self, record: StepRecord) -> None:
         """Records one step's responses, and what was computed from them."""
         ...
 

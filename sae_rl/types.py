@@ -194,6 +194,19 @@ class Targets:
     returns: Tensor | None  # (N,) the critic's targets; None: the estimator needs no critic
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One training step as it is recorded: the responses that it trained on, and what was computed from them."""
+
+    step: int
+    rollouts: Sequence[Rollout]  # B
+    rewards: Sequence[float]  # B
+    reasons: Sequence[str]  # B, what the verifier said of each response
+    opens: Tensor  # (N,)
+    scores: Scores
+    targets: Targets  # before whitening
+
+
 def offsets_of(lengths: Sequence[int]) -> Tensor:
     """(B,) lengths -> (B+1,) offsets, ``[0, l_0, l_0 + l_1, ...]``."""
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)

@@ -23,7 +23,7 @@ from sae_rl.records.clock import Clock
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.run import Run
-from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, StepRecord, Targets
 
 NUM_PROMPTS = 10
 PATIENCE_S = 20
@@ -256,8 +256,8 @@ class ScriptedRecords:
     def log(self, step: int, metrics: Metrics, phase: str = "train") -> None:
         self._log.append(Asked("log", {"step": step, "metrics": dict(metrics), "phase": phase}))
 
-    def rollouts(self, step: int, *values: Any) -> None:
-        self._log.append(Asked("rollouts", {"step": step, "values": values}))
+    def rollouts(self, record: StepRecord) -> None:
+        self._log.append(Asked("rollouts", {"step": record.step, "record": record}))
 
     def samples(self, step: int, *values: Any) -> None:
         self._log.append(Asked("samples", {"step": step, "values": values}))

@@ -50,8 +50,8 @@ def test_they_are_left_out_of_the_update(tmp_path: Path) -> None:
         assert batch.rewards.tolist() == [reward_of(r) for r in kept]
         assert logged[step]["reward/failed_fraction"] == pytest.approx(1 - len(kept) / len(sampled))
     first = workers.asked("rollouts")[0]
-    rollouts, rewards, reasons, *_ = first.of["values"]
-    assert len(rollouts) == len(rewards) == len(reasons) == batches_of(workers)[0].num_responses
+    record = first.of["record"]
+    assert len(record.rollouts) == len(record.rewards) == len(record.reasons) == batches_of(workers)[0].num_responses
 
 
 def test_they_score_as_the_rule_says(tmp_path: Path) -> None:

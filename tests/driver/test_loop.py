@@ -133,13 +133,13 @@ def test_metrics_of_a_step_are_known_and_complete(tmp_path: Path) -> None:
 def test_records_get_targets_as_the_estimator_made_them(tmp_path: Path) -> None:
     workers = trained(tmp_path, "steps=1")
     (shown,) = workers.asked("rollouts")
-    rollouts, rewards, reasons, opens, scores, targets = shown.of["values"]
+    record = shown.of["record"]
     (updated,) = workers.asked("update")
-    assert scores is updated.of["scores"]
-    assert [reward_of(r) for r in rollouts] == rewards
-    assert [outcome_of(r).why for r in rollouts] == reasons
-    assert len(opens) == updated.of["batch"].num_tokens
-    assert not torch.equal(targets.advantages, updated.of["targets"].advantages)
+    assert record.scores is updated.of["scores"]
+    assert [reward_of(r) for r in record.rollouts] == record.rewards
+    assert [outcome_of(r).why for r in record.rollouts] == record.reasons
+    assert len(record.opens) == updated.of["batch"].num_tokens
+    assert not torch.equal(record.targets.advantages, updated.of["targets"].advantages)
 
 
 @pytest.mark.parametrize(
