@@ -7,6 +7,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := .venv/.installed
 # Strictly typed: everything but the bridges to libraries that have no types.
 TYPED := $(filter-out sae_rl/__pycache__ sae_rl/backends sae_rl/workers, $(patsubst %/,%,$(wildcard sae_rl/*/)) $(wildcard sae_rl/*.py))
+SPELLED := README.md CONTRIBUTING.md Makefile pyproject.toml benchmarks conf docker docs launch sae_rl tests
 
 # A file at a time in each of two processes, for tests that start no engine.
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
@@ -28,17 +29,18 @@ test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 
 test-fast: $(INSTALLED)  ## the tests that start no engine; about three minutes
 	$(BIN)/python -m pytest -m "not alone and not slow" $(TWO_AT_A_TIME)
 
-check: $(INSTALLED)  ## lint, format and types
+check: $(INSTALLED)  ## lint, format, types and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(TYPED)
+	$(BIN)/codespell $(SPELLED)
 
 format: $(INSTALLED)  ## lays out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 exactness: $(INSTALLED)  ## docs/exactness.md: packed, parallel and padded updates compared; about five minutes
-	$(BIN)/python -m pytest tests/driver/test_packed_models.py tests/stack/test_layouts.py --exactness docs/exactness.md
+	$(BIN)/python -m pytest tests/backends/test_packed_models.py tests/stack/test_layouts.py --exactness docs/exactness.md
 
 bench-iteration: $(INSTALLED)  ## one whole PPO iteration in tokens/s, by phase
 	$(BIN)/python -m benchmarks.iteration

@@ -1,8 +1,8 @@
-"""vLLM alone on the workload: one `LLM.generate` each time that a line comes in, one line out when it is done.
+"""vLLM alone on the workload: for each line that it reads it calls `LLM.generate` and prints "done".
 
     python -m benchmarks.bare_vllm --workload FOLDER --threads 2
 
-What it is spared: logprobs, seeds of requests, token ids as prompts.
+Unlike the pool of engines it computes no logprobs and has no seeds of requests, and its prompts are texts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--workload", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bare_") as sockets:  # of its processes, which vLLM does not remove
+    with tempfile.TemporaryDirectory(prefix="bare_") as sockets:  # vLLM does not remove them
         serve(options.workload, options.threads, sockets)
 
 

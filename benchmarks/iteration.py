@@ -1,24 +1,21 @@
-"""One whole PPO iteration in tokens/s, by phase, with the real Ray, vLLM and DeepSpeed; beside it TRL's, if installed.
+"""One whole PPO iteration in tokens/s, by phase, with the real Ray, vLLM and DeepSpeed, and of TRL if it is installed.
 
     python -m benchmarks.iteration [--peer-python PATH] [--rounds 2] [--steps 4]
 
-64 prompts x 4 responses of exactly 128 tokens by the model of `benchmarks.workload`, one optimizer update of sixteen
-micro-batches, in float32; everything else is as ``conf/`` has it for a laptop. Each round starts every program anew and
-drops its first iteration; rounds alternate between the programs, so that a ratio compares runs under like load.
+An iteration has 64 prompts x 4 responses of exactly 128 tokens from the model of `benchmarks.workload`, and one optimizer
+update of sixteen micro-batches, in float32. Other settings are those of ``conf/`` for a laptop. Each round starts every
+program anew and drops its first iteration. Programs alternate, so that a ratio compares runs under similar load.
 
-TRL runs where `benchmarks/peers/requirements.txt` is installed, by default in .venv-peers, with one thread and with two;
-the better one counts. Where others use the cores, two threads wait for each other at every operation and a run can take
-ten times as long: ``--peer-threads 1`` leaves them out. Its PPO evaluates three more networks before the update
-(reference, values, reward model) and gets the logprobs from sampling; `sae_rl` evaluates two, policy and values, and a
-reward function.
+TRL runs in the environment of `benchmarks/peers/requirements.txt`, with one thread and with two; the faster one counts. If
+other work uses the cores, two threads wait for each other at every operation, and a run can take ten times as long:
+``--peer-threads 1`` leaves them out. TRL's PPO evaluates a reference, a value and a reward model before the update and
+gets its logprobs from sampling. `sae_rl` evaluates policy and critic, and calls a reward function.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,15 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import workload as work
+from benchmarks.results import PEER_PYTHON, ROOT, at_least, find_peers, parser, save
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path(__file__).parent / "results" / "iteration.json"
-PEER_PYTHON = Path(".venv-peers/bin/python")
 PHASES = ("generate", "reward", "score", "advantage", "update", "sync", "driver", "step")
 OURS = "sae_rl"
 LIMIT_S = 1800
 
-Row = dict[str, float]  # seconds by phase of one iteration
+Row = dict[str, float]  # seconds of one iteration, by phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +44,7 @@ class Program:
 
     name: str
     algorithm: str
-    threads: int | None  # of one peer process; None: what conf/ says
+    threads: int | None  # of a peer's process; None: as in conf/
 
 
 def programs(peers: list[str], threads: list[int]) -> list[Program]:
@@ -57,26 +52,17 @@ def programs(peers: list[str], threads: list[int]) -> list[Program]:
 
 
 def overrides(folder: Path, output: Path, steps: int) -> list[str]:
-    """What the benchmark changes of ``conf/train.yaml``."""
-    source = [
-        f"task.{key}={value}"
-        for part in ("train", "evaluation")
-        for key, value in (
-            (f"{part}.path", folder / "prompts.jsonl"),
-            (f"{part}.reward", f"{work.__name__}:{work.parity.__name__}"),
-            (f"{part}.columns", "{prompt:prompt,answer:answer,id:id}"),
-        )
-    ]
-    micro_batch_tokens = work.MICRO_BATCH_RESPONSES * (work.MAX_PROMPT_TOKENS + work.RESPONSE_TOKENS)
-    learner = [
-        f"learner.{role}.{key}={value}"
-        for role in ("policy", "critic")
-        for key, value in (
-            ("num_mini_batches", 1),
-            ("micro_batch_tokens", micro_batch_tokens),
-            ("optimizer.lr", work.LR),
-        )
-    ]
+    """The benchmark's changes to ``conf/train.yaml``."""
+    source = {
+        "path": folder / "prompts.jsonl",
+        "reward": f"{work.__name__}:{work.parity.__name__}",
+        "columns": "{prompt:prompt,answer:answer,id:id}",
+    }
+    learner = {
+        "num_mini_batches": 1,
+        "micro_batch_tokens": work.MICRO_BATCH_RESPONSES * (work.MAX_PROMPT_TOKENS + work.RESPONSE_TOKENS),
+        "optimizer.lr": work.LR,
+    }
     return [
         "name=bench",
         f"output_dir={output}",
@@ -84,12 +70,12 @@ def overrides(folder: Path, output: Path, steps: int) -> list[str]:
         "model=local",
         f"model.path={folder / 'model'}",
         "task=dapo_math",  # prompts from a file
-        *source,
+        *(f"task.{part}.{key}={value}" for part in ("train", "evaluation") for key, value in source.items()),
         f"task.max_prompt_tokens={work.MAX_PROMPT_TOKENS}",
         f"rollout.prompts_per_step={work.NUM_PROMPTS}",
         f"rollout.group_size={work.GROUP_SIZE}",
         f"rollout.max_response_tokens={work.RESPONSE_TOKENS}",
-        *learner,
+        *(f"learner.{role}.{key}={value}" for role in ("policy", "critic") for key, value in learner.items()),
         "learner.critic_pretraining.num_prompts=0",
         "checkpoint.every_steps=0",
         "logger=off",
@@ -97,7 +83,7 @@ def overrides(folder: Path, output: Path, steps: int) -> list[str]:
 
 
 def run_ours(folder: Path, steps: int, extra: list[str]) -> list[Row]:
-    """``sae-rl train`` in a process of its own; the times that it wrote to metrics.jsonl."""
+    """Runs ``sae-rl train`` in a process of its own; returns the times in its metrics.jsonl."""
     with tempfile.TemporaryDirectory() as output:
         run([sys.executable, "-m", "sae_rl", "train", *overrides(folder, Path(output), steps), *extra], {})
         lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
@@ -107,6 +93,7 @@ def run_ours(folder: Path, steps: int, extra: list[str]) -> list[Row]:
 
 
 def run_peer(program: Program, python: Path, folder: Path, steps: int) -> list[Row]:
+    """Runs TRL in its own environment; returns its times."""
     with tempfile.TemporaryDirectory() as output:
         file = Path(output) / "times.json"
         command = [str(python), "-m", "benchmarks.peers.trl_ppo", program.algorithm, "--workload", str(folder)]
@@ -117,7 +104,7 @@ def run_peer(program: Program, python: Path, folder: Path, steps: int) -> list[R
 
 
 def run(command: list[str], env: dict[str, str]) -> None:
-    """Runs a program from the repository's root; its output is shown if it fails."""
+    """Runs a program from the repository's root; prints its output if it fails."""
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -133,13 +120,13 @@ def run(command: list[str], env: dict[str, str]) -> None:
 
 
 def medians(rows: Iterable[Row]) -> Row:
-    """By phase; the first row of each program's run has been dropped."""
+    """The median of each phase."""
     rows = list(rows)
     return {phase: statistics.median(row[phase] for row in rows) for phase in PHASES if phase in rows[0]}
 
 
 def best_threads(figures: dict[Program, list[list[Row]]]) -> dict[str, tuple[Program, Row]]:
-    """Of each library's thread counts the one with the shortest iteration."""
+    """For each library the number of threads with the shortest iteration, and its medians."""
     best: dict[str, tuple[Program, Row]] = {}
     for program, rounds in figures.items():
         median = medians(row for rows in rounds for row in rows)
@@ -149,18 +136,14 @@ def best_threads(figures: dict[Program, list[list[Row]]]) -> dict[str, tuple[Pro
 
 
 def ratios(figures: dict[Program, list[list[Row]]], peer: Program) -> list[float]:
-    """Our tokens/s over the peer's, in each round."""
+    """The ratio of our tokens/s to the peer's in each round."""
     ours = next(rounds for program, rounds in figures.items() if program.name == OURS)
     pairs = zip(ours, figures[peer], strict=True)
     return [medians(b)["step"] / medians(a)["step"] for a, b in pairs]
 
 
-def raw(figures: dict[Program, list[list[Row]]]) -> list[dict[str, Any]]:
-    """Every iteration that counts, by program and round."""
-    return [{"name": p.name, "threads": p.threads, "rounds": rounds} for p, rounds in figures.items()]
-
-
 def summarize(figures: dict[Program, list[list[Row]]], loads: list[float]) -> dict[str, Any]:
+    """The results to print and save. ``loads`` are the machine's load averages before each run."""
     summary: dict[str, Any] = {
         "workload": {
             "prompts": work.NUM_PROMPTS,
@@ -169,28 +152,25 @@ def summarize(figures: dict[Program, list[list[Row]]], loads: list[float]) -> di
             "model": work.shape(),
             "num_parameters": sum(parameter.numel() for parameter in work.build_model(0).parameters()),
         },
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "load_before_runs": loads,
-        },
+        "load_before_runs": loads,
         "programs": {},
+        "all": [{"name": p.name, "threads": p.threads, "rounds": rounds} for p, rounds in figures.items()],
     }
     for name, (program, median) in best_threads(figures).items():
+        in_each_round = None if name == OURS else ratios(figures, program)
         summary["programs"][name] = {
             "threads": program.threads,
             "seconds": median,
             "tokens_per_s": work.NUM_TOKENS / median["step"],
             "generate_tokens_per_s": work.NUM_TOKENS / median["generate"],
-            "sae_rl_is_faster_by": None if name == OURS else statistics.median(ratios(figures, program)),
-            "sae_rl_is_faster_by_in_each_round": None if name == OURS else ratios(figures, program),
+            "sae_rl_is_faster_by": None if in_each_round is None else statistics.median(in_each_round),
+            "sae_rl_is_faster_by_in_each_round": in_each_round,
         }
-    summary["all"] = raw(figures)
     return summary
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """A column for each program; seconds by phase, then what follows from them."""
+    """A column for each program: seconds by phase, tokens/s and ratios."""
     shown = Table(title=f"One iteration: {work.NUM_TOKENS:,} response tokens, median seconds")
     found = summary["programs"]
     shown.add_column("")
@@ -208,46 +188,34 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="where TRL is installed")
-    parser.add_argument("--peers", nargs="*", choices=("ppo", "grpo"), default=["ppo", "grpo"])
-    parser.add_argument("--peer-threads", nargs="+", type=int, default=[1, 2], help="2 is only fair on idle cores")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="iterations of one run; the first is not counted")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("extra", nargs="*", help="further overrides for sae-rl, after --")
-    options = parser.parse_args()
-    if options.steps < 2:
-        parser.error(f"--steps: found {options.steps}, allowed: at least 2, as the first is not counted")
-    console = Console()
-    peers = options.peers if options.peer_python.exists() else []
-    if options.peers and not peers:
-        console.print(f"{options.peer_python} is not there, so TRL is left out (benchmarks/peers/requirements.txt)")
+    made = parser(__doc__, "iteration", rounds=2)
+    made.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="interpreter of the environment with TRL")
+    made.add_argument("--peers", nargs="*", choices=("ppo", "grpo"), default=["ppo", "grpo"])
+    made.add_argument(
+        "--peer-threads", nargs="+", type=at_least(1), default=[1, 2], help="2 is only fair on idle cores"
+    )
+    made.add_argument("--steps", type=at_least(2), default=4, help="iterations of a run; the first is not counted")
+    made.add_argument("extra", nargs="*", help="further overrides for sae-rl, after --")
+    options = made.parse_args()
+    peers = options.peers if options.peers and find_peers(options.peer_python) else []
     figures: dict[Program, list[list[Row]]] = {program: [] for program in programs(peers, options.peer_threads)}
     loads = []
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # else DeepSpeed, which transformers imports, warns that it found none
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.output.with_suffix(".partial.json")  # what an interrupted benchmark leaves
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it DeepSpeed, which transformers imports, prints a warning
     with tempfile.TemporaryDirectory() as name:
         work.make(Path(name), options.steps)
-        for turn in range(options.rounds):
+        for round_number in range(options.rounds):
             for program in figures:
                 loads.append(os.getloadavg()[0])
-                console.print(f"round {turn + 1}, {program.name}, threads {program.threads}, load {loads[-1]:.1f}")
+                print(f"round {round_number + 1}, {program.name}, threads {program.threads}, load {loads[-1]:.1f}")
                 if program.name == OURS:
                     rows = run_ours(Path(name), options.steps, options.extra)
                 else:
                     rows = run_peer(program, options.peer_python, Path(name), options.steps)
                 figures[program].append(rows[1:])
-                partial.write_text(json.dumps({"load_before_runs": loads, "all": raw(figures)}, indent=1) + "\n")
-                console.print("  s per iteration: " + ", ".join(f"{row['step']:.2f}" for row in rows))
+                print("  s per iteration: " + ", ".join(f"{row['step']:.2f}" for row in rows))
     summary = summarize(figures, loads)
-    options.output.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.unlink()
-    console.print(table(summary))
-    console.print(f"figures: {options.output}")
+    Console().print(table(summary))
+    save(options.output, summary)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
-"""One policy update, packed as the learner runs it and padded as most trainers do; and the memory of its logprobs.
+"""Time of one policy update, packed as the learner runs it and padded as most trainers do; and the memory of logprobs.
 
     python -m benchmarks.learner [--rounds 3] [--memory-tokens 8192 32768] [--vocabulary 151936]
 
-Time: one optimizer update of PPO on 96 responses of lognormal lengths (sigma 0.8, at most 512 tokens) behind prompts of 16,
-by a Qwen2 of 3 million parameters in float32, on one thread. "Packed" is `sae_rl.backends.deepspeed.Learner`: rows of
-2,048 tokens without padding, attention within each sequence, logprobs in chunks. "Padded" takes the responses in the order
-they came in, eight to a micro-batch, right-padded to its longest, with a mask, and computes the logits of every position.
-"Padded, sorted" takes them by length, and saves most of the padding so. "TRL GRPO" is the update of TRL's GRPOTrainer on
-the same responses, eight to a micro-batch, by a process of its own; it runs where `benchmarks/peers/requirements.txt` is
-installed, by default in .venv-peers. Programs take turns; the table gives the best times, tokens are prompt and response
-tokens without padding.
+Time: one PPO update on 96 responses of lognormal lengths (sigma 0.8, at most 512 tokens) with prompts of 16 tokens, on a
+Qwen2 of 3 million parameters in float32, on one thread. Programs take turns; the table shows best times, and counts prompt
+and response tokens without padding.
 
-Memory: logprobs of N tokens and their gradients to hidden states and output layer, by a process of its own: the highest
-resident size less that before. "All logits" is log_softmax over (N, V), in float32.
+    packed           `sae_rl.backends.deepspeed.Learner`: rows of 2,048 tokens, attention within each sequence, logprobs in
+                     chunks
+    padded           eight responses to a micro-batch in their order, right-padded to the longest, with all logits
+    padded, sorted   the same with responses sorted by length, which saves most of the padding
+    TRL GRPO         the update of TRL's GRPOTrainer, eight responses to a micro-batch, in the environment of
+                     `benchmarks/peers/requirements.txt`
+
+Memory: logprobs of N tokens and their gradients for hidden states and output layer, each way in a process of its own: peak
+resident size minus the size before. "All logits" is log_softmax over (N, V), in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -35,13 +35,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.results import PEER_PYTHON, at_least, find_peers, parser, save
 from benchmarks.turns import in_a_process, take_turns
 
-RESULTS = Path(__file__).parent / "results" / "learner.json"
 PROMPT_TOKENS, MAX_TOKENS, NUM_RESPONSES, BUDGET, ROWS = 16, 512, 96, 2048, 8
-HIDDEN_FOR_MEMORY = 64  # the logits' size does not depend on it
+HIDDEN_FOR_MEMORY = 64  # does not affect the size of the logits
 PACKED, PADDED, SORTED, TRL = "packed", "padded", "padded, sorted", "TRL GRPO"
-PEER_PYTHON = Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 ALL, CHUNKS = "all logits", "in chunks"
 
 
@@ -92,7 +91,7 @@ def packed_update(folder: Path, batch: Any, advantages: Tensor) -> Callable[[], 
     )
     loss = PolicyLoss()
 
-    def of(micro: Any) -> Any:
+    def micro_batch_loss(micro: Any) -> Any:
         logprobs, _ = learner.engine(micro, 1.0, False)
         at = micro.token_index
         return loss(
@@ -105,7 +104,7 @@ def packed_update(folder: Path, batch: Any, advantages: Tensor) -> Callable[[], 
         )
 
     rows = torch.arange(batch.num_responses)
-    return lambda: learner.update(batch, rows, of, loss.total(batch.num_sampled))
+    return lambda: learner.update(batch, rows, micro_batch_loss, loss.total(batch.num_sampled))
 
 
 def padded_update(folder: Path, batch: Any, advantages: Tensor, by_length: bool) -> Callable[[], object]:
@@ -118,10 +117,10 @@ def padded_update(folder: Path, batch: Any, advantages: Tensor, by_length: bool)
     parts = [padded_part(batch, rows, advantages) for rows in order.split(ROWS)]
 
     def update() -> None:
-        for ids, mask, of_response, part_advantages in parts:
+        for ids, mask, in_response, part_advantages in parts:
             logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-            every = torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-            ratios = (every[of_response] + 1.0).exp()  # old_logprobs are -1
+            logprobs = torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+            ratios = (logprobs[in_response] + 1.0).exp()  # old_logprobs are -1
             clipped = ratios.clamp(0.8, 1.2)
             (-torch.minimum(ratios * part_advantages, clipped * part_advantages).sum() / batch.num_tokens).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -133,7 +132,7 @@ def padded_update(folder: Path, batch: Any, advantages: Tensor, by_length: bool)
 
 @contextlib.contextmanager
 def peer_update(python: Path, folder: Path, batch: Any, advantages: Tensor) -> Iterator[Callable[[], object]]:
-    """TRL's, in a process that waits between updates and ends with this one."""
+    """TRL's update, in a process that waits between updates and ends with this one."""
     given = {
         "prompts": batch.prompt_token_ids.view(NUM_RESPONSES, PROMPT_TOKENS),
         "token_ids": batch.token_ids,
@@ -148,7 +147,12 @@ def peer_update(python: Path, folder: Path, batch: Any, advantages: Tensor) -> I
 
 
 def padded_part(batch: Any, rows: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Token ids, attention mask, which of the next tokens are of the response, and their advantages."""
+    """Right-pads some responses.
+
+    Returns:
+        Token ids (b, L), attention mask (b, L), whether token i + 1 belongs to the response (b, L - 1), and advantages
+        (n,) of these tokens.
+    """
     sequences, flat = [], []
     for row in rows.tolist():
         start, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
@@ -158,12 +162,12 @@ def padded_part(batch: Any, rows: Tensor, advantages: Tensor) -> tuple[Tensor, T
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     lengths = torch.tensor([len(sequence) for sequence in sequences])[:, None]
     position = torch.arange(ids.shape[1])[None, :]
-    of_response = (position >= PROMPT_TOKENS) & (position < lengths)
-    return ids, (position < lengths).long(), of_response[:, 1:], torch.cat(flat)
+    in_response = (position >= PROMPT_TOKENS) & (position < lengths)
+    return ids, (position < lengths).long(), in_response[:, 1:], torch.cat(flat)
 
 
 def padding_fraction(batch: Any) -> float:
-    """Of the padded micro-batches in the order that the responses came in."""
+    """The fraction of padding in the micro-batches of "padded"."""
     widths = [(int(part.max()) + PROMPT_TOKENS) * len(part) for part in batch.lengths.split(ROWS)]
     return 1 - (batch.num_tokens + PROMPT_TOKENS * batch.num_responses) / sum(widths)
 
@@ -175,7 +179,7 @@ def measure_updates(rounds: int, peer_python: Path | None) -> dict[str, Any]:
         advantages = torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(1))
         with contextlib.ExitStack() as stack:
             peers = {}
-            if peer_python is not None:  # first: what DeepSpeed writes into the environment would end it
+            if peer_python is not None:  # started first: environment variables that DeepSpeed sets would end it
                 peers = {TRL: stack.enter_context(peer_update(peer_python, folder, batch, advantages))}
             updates = {
                 PACKED: packed_update(folder, batch, advantages),
@@ -202,14 +206,12 @@ def measure_updates(rounds: int, peer_python: Path | None) -> dict[str, Any]:
 
 
 def peak_bytes(way: str, num_tokens: int, vocabulary: int) -> int:
-    """Of this process, above what it held before."""
+    """Peak memory of this process while it computes logprobs, minus its memory before."""
     from sae_rl.backends.logprobs import OutputHead
 
-    head = nn.Linear(HIDDEN_FOR_MEMORY, vocabulary, bias=False)
-    head.__class__ = OutputHead
-    head.fused = False
+    head = OutputHead(HIDDEN_FOR_MEMORY, vocabulary, bias=False)
     hidden, token_ids = torch.randn(num_tokens, HIDDEN_FOR_MEMORY).requires_grad_(), torch.arange(num_tokens)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _resident_bytes("VmRSS")
     if way == CHUNKS:
         logprobs = head(hidden, token_ids, 1.0)[0]
@@ -222,13 +224,13 @@ def peak_bytes(way: str, num_tokens: int, vocabulary: int) -> int:
 
 
 def _resident_bytes(name: str) -> int:
-    """VmRSS now, VmHWM at most."""
+    """``name`` is VmRSS for the current resident size, VmHWM for its peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
 def measure_memory(token_counts: list[int], vocabulary: int) -> list[dict[str, Any]]:
-    """All logits only for the smallest count; their memory grows in proportion, and soon fits no machine."""
+    """Measures "all logits" for the smallest count only, and computes the others: memory is proportional to the count."""
     runs = [(CHUNKS, count) for count in token_counts] + [(ALL, min(token_counts))]
     found = []
     for way, count in runs:
@@ -257,33 +259,22 @@ def show(updates: dict[str, Any], memory: list[dict[str, Any]], vocabulary: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory-tokens", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="where TRL is installed")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # how this program calls itself
-    options = parser.parse_args()
+    made = parser(__doc__, "learner", rounds=3)
+    made.add_argument("--memory-tokens", type=at_least(1), nargs="+", default=[8192, 32768])
+    made.add_argument("--vocabulary", type=at_least(1), default=151_936)
+    made.add_argument("--peer-python", type=Path, default=PEER_PYTHON, help="interpreter of the environment with TRL")
+    made.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # for `measure_memory`
+    options = made.parse_args()
     torch.set_num_threads(1)
     if options.peak is not None:
         way, count, vocabulary = options.peak
         print(peak_bytes(way, int(count), int(vocabulary)))
         return
-    if options.rounds < 1:
-        parser.error(f"--rounds: found {options.rounds}, allowed: at least 1")
-    peer_python = options.peer_python if options.peer_python.exists() else None
-    if peer_python is None:
-        print(f"{options.peer_python} is not there, so TRL is left out (benchmarks/peers/requirements.txt)")
-    updates = measure_updates(options.rounds, peer_python)
+    updates = measure_updates(options.rounds, find_peers(options.peer_python))
     memory = measure_memory(options.memory_tokens, options.vocabulary)
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    results = {"machine": machine, "updates": updates, "vocabulary": options.vocabulary, "memory": memory}
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
     for table in show(updates, memory, options.vocabulary):
         Console().print(table)
-    print(f"figures: {options.output}")
+    save(options.output, {"updates": updates, "vocabulary": options.vocabulary, "memory": memory})
 
 
 if __name__ == "__main__":

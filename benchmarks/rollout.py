@@ -1,23 +1,22 @@
-"""Generation through the pool of engines in tokens/s, beside one bare `LLM.generate`; and what a weight sync costs.
+"""Generation in tokens/s, through the pool of engines and in one bare `LLM.generate`; and the time of a weight sync.
 
     python -m benchmarks.rollout [--rounds 3]
 
-64 prompts x 4 responses of exactly 128 tokens by the Qwen2 of `benchmarks.workload`, in float32, on two cores. "Pool" is what
-training runs: two engines of one thread, one group at a time to the emptier one, a seed for each response, logprobs of the
-sampled tokens. "Bare" is vLLM by itself: one engine, all prompts in one call, no logprobs and no seeds, with one thread
-and with two. Programs take turns; best times.
+The workload is 64 prompts x 4 responses of exactly 128 tokens from the Qwen2 of `benchmarks.workload`, in float32, on two
+cores. Programs take turns; the table shows best times.
 
-A weight sync is that of training, with its probe, after an update of the policy; its share is of a step without a critic:
-generate, score, update and sync.
+    pool    as in training: two engines of one thread, each group goes to the engine with fewer pending responses, a seed
+            for each response, logprobs of sampled tokens
+    bare    vLLM alone: one engine, all prompts in one call, no logprobs, no seeds, with one thread and with two
+
+The weight sync is that of training, with its probe, after an update of the policy. Its share refers to a step without a
+critic: generate, score, update and sync.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -31,9 +30,9 @@ from rich.table import Table
 
 from benchmarks import workload as work
 from benchmarks.iteration import overrides
+from benchmarks.results import parser, save
 from benchmarks.turns import in_a_process, take_turns
 
-RESULTS = Path(__file__).parent / "results" / "rollout.json"
 POOL, THREADS = "pool", (1, 2)
 
 
@@ -59,18 +58,9 @@ def measure(rounds: int) -> dict[str, Any]:
         workers.sync_weights(0)
         programs: dict[str, Callable[[], object]] = {POOL: lambda: list(generate(workers, prompts))}
         for threads in THREADS:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.bare_vllm",
-                "--workload",
-                str(folder),
-                "--threads",
-                str(threads),
-            ]
-            programs[bare(threads)] = stack.enter_context(
-                in_a_process(command, folder / f"bare_{threads}.log", environment)
-            )
+            command = [sys.executable, "-m", "benchmarks.bare_vllm", "--workload", str(folder)]
+            process = in_a_process([*command, "--threads", str(threads)], folder / f"bare_{threads}.log", environment)
+            programs[bare(threads)] = stack.enter_context(process)
         seconds = take_turns(programs, rounds)
         syncs = [step(workers, prompts, version) for version in range(1, rounds + 1)]
     best = {program: min(runs) for program, runs in seconds.items()}
@@ -101,7 +91,7 @@ def generate(workers: Any, prompts: list[Any]) -> Any:
 
 
 def step(workers: Any, prompts: list[Any], version: int) -> tuple[float, float]:
-    """Seconds of the weight sync, and of the whole step."""
+    """Runs a step without a critic; returns the seconds of its weight sync and of the whole step."""
     from sae_rl.types import Batch, Targets
 
     started = time.perf_counter()
@@ -124,19 +114,11 @@ def show(results: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error(f"--rounds: found {options.rounds}, allowed: at least 1")
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    results = {"machine": machine, **measure(options.rounds)}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    options = parser(__doc__, "rollout", rounds=3).parse_args()
+    results = measure(options.rounds)
     Console().print(show(results))
     print(f"a weight sync takes {results['sync_s']:.2f} s, {100 * results['sync_share']:.1f} % of a step")
-    print(f"figures: {options.output}")
+    save(options.output, results)
 
 
 if __name__ == "__main__":

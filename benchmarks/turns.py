@@ -1,4 +1,4 @@
-"""Programs that take turns, so that what the machine does beside them meets all of them alike."""
+"""Times programs in turns, so that other work on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ import psutil
 def take_turns(
     programs: Mapping[str, Callable[[], object]], rounds: int, slow_s: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds of every run that counts: not the first, which compiles and warms up.
+    """Runs each program once without counting, to warm up, and then ``rounds`` times in turns.
 
-    A program that takes longer than ``slow_s`` runs once, and that run counts.
+    A program whose first run takes longer than ``slow_s`` runs only once, and that run counts.
+
+    Returns:
+        The seconds of every run that counts, by program.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for turn in range(rounds + 1):
+    for round_number in range(rounds + 1):
         for name, program in programs.items():
-            if turn and seconds[name] and seconds[name][0] > slow_s:
+            if round_number and seconds[name] and seconds[name][0] > slow_s:
                 continue
             started = time.perf_counter()
             program()
             elapsed = time.perf_counter() - started
-            if turn or elapsed > slow_s:
+            if round_number or elapsed > slow_s:
                 seconds[name].append(elapsed)
     return seconds
 
 
 @contextlib.contextmanager
 def in_a_process(command: Sequence[str], log: Path, env: Mapping[str, str]) -> Iterator[Callable[[], None]]:
-    """A program that works in a process of its own each time that it is called, and ends with this one.
+    """Starts a process that works once per call, and ends it with the context.
 
-    The process works when a line comes in, and prints "done" when it is.
+    The process starts to work when it reads a line, and prints "done" afterwards.
     """
     with log.open("w") as errors:
         process = subprocess.Popen(
@@ -58,10 +61,10 @@ def in_a_process(command: Sequence[str], log: Path, env: Mapping[str, str]) -> I
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
             family = psutil.Process(process.pid).children(recursive=True)
-            process.terminate()  # not killed: it may have children to end
+            process.terminate()  # a killed process could not end its children
             psutil.wait_procs([psutil.Process(process.pid), *family], timeout=20)
             for left in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     left.kill()
             process.kill()
-        process.communicate()  # they all held its output
+        process.communicate()  # closes the pipes

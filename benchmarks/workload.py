@@ -1,10 +1,8 @@
-"""What one iteration is measured on: a 0.8 M-parameter Qwen2 model, prompts of random words, and a reward.
+"""The workload of one iteration: a Qwen2 model of 789,120 parameters, prompts of random words, and a reward.
 
-It imports nothing of ``sae_rl``, so that a peer's environment can read it too.
+The model has 4 layers of width 128, 4 heads of 32, a SwiGLU of 256, and 1,024 tied token embeddings.
 
-The section "End to end on CPU" of our notes on peers gives the size of the model and of the batch, not the shape. This is
-our reading of it: 4 layers of width 128, 4 heads of 32, a SwiGLU of 256, and 1,024 tied token embeddings, which makes
-789,120 parameters.
+This module does not import ``sae_rl``, so that it also runs in the peers' environment.
 """
 
 from __future__ import annotations
@@ -18,9 +16,9 @@ from typing import Any
 NUM_PROMPTS, GROUP_SIZE, RESPONSE_TOKENS = 64, 4, 128
 NUM_RESPONSES = NUM_PROMPTS * GROUP_SIZE
 NUM_TOKENS = NUM_RESPONSES * RESPONSE_TOKENS
-PROMPT_WORDS = (8, 16)  # fewest and most; 15 to 31 tokens
+PROMPT_WORDS = (8, 16)  # minimum and maximum; 15 to 31 tokens
 MAX_PROMPT_TOKENS = 32
-MICRO_BATCH_RESPONSES = 16  # faster than 64 for both, on CPU caches
+MICRO_BATCH_RESPONSES = 16  # faster than 64, for TRL too: fits the CPU's caches
 LR = 1e-5
 
 FIRST, SECOND = string.ascii_letters[:32], string.ascii_letters[:24]
@@ -46,21 +44,21 @@ def make(folder: Path, num_steps: int, seed: int = 0) -> None:
 def build_tokenizer() -> Any:
     """Qwen2's byte-level BPE with 256 bytes and 768 pairs of letters.
 
-    The end token has an id that the model does not have, so no response ends before its limit.
+    The end token's id is outside of the model's vocabulary, so no response ends before its limit.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
     tokens = [*sorted(ByteLevel.alphabet()), *(a + b for a, b in PAIRS)]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    make_tokenizer: Any = Qwen2Tokenizer  # its annotations deny pairs
+    make_tokenizer: Any = Qwen2Tokenizer  # its annotations do not allow merges as pairs
     return make_tokenizer(
         vocab=vocabulary, merges=PAIRS, unk_token=None, eos_token="<eos>", pad_token="<pad>", padding_side="left"
     )
 
 
 def shape() -> dict[str, Any]:
-    """Of the Qwen2 model; there is no end token among its ids."""
+    """Arguments of the model's `Qwen2Config`."""
     return {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 128,
@@ -86,5 +84,5 @@ def build_model(seed: int) -> Any:
 
 
 def parity(prompt: str, response: str, answer: str) -> float:
-    """1 if the response has an even number of characters, as about half of them do, so that advantages differ."""
+    """1 for a response with an even number of characters. About half are even, so advantages differ."""
     return float(len(response) % 2 == 0)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Starts Ray on one machine of a cluster; docs/clusters.md tells the rest.
+# Starts Ray on one machine of a cluster. docs/clusters.md describes the rest.
 #
 #   launch/cluster.sh head            [flags of ray start]   on one machine
-#   launch/cluster.sh worker HEAD_IP  [flags of ray start]   on every other one
-#   launch/cluster.sh token                                  prints the token that all machines share
-#   launch/cluster.sh stop                                   ends every Ray process of this machine
+#   launch/cluster.sh worker HEAD_IP  [flags of ray start]   on every other machine
+#   launch/cluster.sh token                                  prints the cluster's token
+#   launch/cluster.sh stop                                   ends all Ray processes of this machine
 #
-# PORT (6379) is the port of the head; DASHBOARD_HOST (127.0.0.1) is where the dashboard, which takes jobs, listens.
+# Variables: PORT of the head (6379); DASHBOARD_HOST, the address of the dashboard, which accepts jobs (127.0.0.1).
 set -euo pipefail
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -20,7 +20,7 @@ if [[ -z $ray && -x $root/.venv/bin/ray ]]; then ray=$root/.venv/bin/ray; fi
 # A job's `python` is found through the PATH that Ray was started with.
 PATH=$(dirname "$ray"):$PATH
 port=${PORT:-6379}
-# Whoever reaches an open Ray port can run code on the machine. All nodes must share one token and one mode.
+# Without a token anyone who reaches a Ray port can run code. All nodes need the same token and the same mode.
 export PATH RAY_AUTH_MODE=${RAY_AUTH_MODE:-token} RAY_USAGE_STATS_ENABLED=0
 
 command=${1:-}
@@ -28,7 +28,7 @@ command=${1:-}
 case $command in
   head)
     if [[ $RAY_AUTH_MODE == token ]]; then (umask 077; ray get-auth-token --generate >/dev/null); fi
-    ulimit -Sn "$(ulimit -Hn)"  # Ray keeps a connection per worker
+    ulimit -Sn "$(ulimit -Hn)"  # Ray keeps a connection to every worker
     exec ray start --head --port="$port" --include-dashboard=true --dashboard-host="${DASHBOARD_HOST:-127.0.0.1}" \
       --disable-usage-stats "$@"
     ;;

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Submits a training run to a Ray cluster as a job, follows its log, and ends with the job's success.
+"""Submits a training run to a Ray cluster as a job, prints the job's log, and exits with the job's exit code.
 
     launch/submit.py --address http://HOST:8265 -- experiment=paper_8b output_dir=/shared/runs/8b task.train.path=...
 
-What follows ``--`` is what would follow ``sae-rl train``. docs/clusters.md tells how to get a cluster.
+The arguments after ``--`` are those of ``sae-rl train``. docs/clusters.md describes how to set up a cluster.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 CONNECT_TIMEOUT_S = 10.0
-STOP_WAIT_S = 60  # Ray's own 3 s are less than the driver takes to close its engines and records
+STOP_WAIT_S = 60  # Ray's default of 3 s is too short for the driver to close its engines and records
 RETRY_S, MAX_RETRIES = 5.0, 60
-# Besides what .gitignore names, which Ray reads itself.
+# Not uploaded, in addition to the patterns of .gitignore, which Ray reads itself.
 EXCLUDES = (
     ".git/", ".venv/", "venv/", "/outputs/", "/multirun/", "/wandb/", "/benchmarks/results/", "/dist/", "/build/",
     "__pycache__/", ".pytest_cache/", ".mypy_cache/", ".ruff_cache/", ".hypothesis/",
@@ -35,12 +35,12 @@ EXCLUDES = (
 
 
 class SubmitError(RuntimeError):
-    """Why the job could not be submitted or followed, and what to do about it."""
+    """The job could not be submitted or followed; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the command line asks for."""
+    """The parsed command line."""
 
     address: str
     working_dir: Path
@@ -54,7 +54,7 @@ class Options:
 
     @property
     def entrypoint(self) -> str:
-        # exec: the signal that stops the job must reach Python, not a shell around it.
+        # With exec the signal that stops the job reaches Python, and not a shell around it.
         return "exec " + shlex.join([self.python, "-m", "sae_rl", "train", *self.overrides])
 
     @property
@@ -86,31 +86,33 @@ def command_line() -> argparse.ArgumentParser:
         "--driver-cpus",
         type=float,
         default=0.0,
-        help="CPUs to reserve for the driver and its reward processes; 0: none, and the driver runs on the head (0)",
+        help="CPUs to reserve for the driver and its reward processes; with 0 the driver runs on the head (0)",
     )
     add("--python", default="python", help="interpreter on the cluster (%(default)s)")
     add("--no-check", action="store_true", help="do not check the configuration here first")
-    add("--no-follow", action="store_true", help="submit, print the job's id, and leave")
-    add("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job, not only the following")
+    add("--no-follow", action="store_true", help="submit, print the job's id, and exit")
+    add("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job too")
     add("overrides", nargs="*", metavar="key=value", help="as for `sae-rl train`")
     return parser
 
 
 def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
-    """Reads the command line; ``environment`` is where ``--env KEY`` takes its values from. Exits on a mistake."""
+    """Parses the command line; exits if it is wrong. ``environment`` gives the values of ``--env KEY``."""
     parser = command_line()
     found = parser.parse_args(arguments)
     if flags := [override for override in found.overrides if override.startswith("-")]:
-        parser.error(f"after -- only key=value, found {' '.join(flags)}; submit each run of a sweep as its own job")
+        parser.error(
+            f"after --: found {' '.join(flags)}, allowed: key=value; submit each run of a sweep as a job of its own"
+        )
     if not found.working_dir.is_dir():
         parser.error(f"--working-dir {found.working_dir}: no such folder")
     if not found.address.startswith(("http://", "https://")):
-        parser.error(f"--address {found.address}: the dashboard's, for example http://127.0.0.1:8265")
+        parser.error(f"--address {found.address}: give the dashboard's address, for example http://127.0.0.1:8265")
     env: dict[str, str] = {}
     for entry in found.env:
         key, equals, value = entry.partition("=")
         if not equals and key not in environment:
-            parser.error(f"--env {key}: not set here; set it, or write --env {key}=VALUE")
+            parser.error(f"--env {key}: not set here; set the variable, or write --env {key}=VALUE")
         env[key] = value if equals else environment[key]
     overrides = found.overrides
     if not any(override.lstrip("+").startswith("cluster.address=") for override in overrides):
@@ -129,17 +131,17 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
 
 
 def check_run(options: Options) -> None:
-    """Composes and validates the configuration as the job will.
+    """Composes and validates the configuration, as the job will do.
 
     Raises:
-        ValueError: what is wrong with it, one problem per line.
+        ValueError: the configuration is wrong; the message has one problem per line.
     """
-    sys.path.insert(0, str(options.working_dir))  # check the code that is uploaded, if it is ours
+    sys.path.insert(0, str(options.working_dir))  # prefers the uploaded sae_rl to an installed one
     from sae_rl.config.compose import load_config
 
     config = load_config(options.overrides)
     problems = [
-        f"{key} = {path}: a job runs in a folder that Ray deletes; name an absolute path that every node sees"
+        f"{key} = {path}: a job runs in a folder that Ray deletes; give an absolute path that every node sees"
         for key, path in {"output_dir": config.output_dir, "model.path": Path(config.model.path)}.items()
         if not path.is_absolute() and not (key == "model.path" and config.model.is_hub_name)
     ]
@@ -148,17 +150,17 @@ def check_run(options: Options) -> None:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the cluster whose dashboard is at ``address``.
+    """Connects to the cluster whose dashboard is at ``address``.
 
     Raises:
-        SubmitError: nothing answers there, it is no Ray, or it does not accept our token.
+        SubmitError: no Ray cluster responds at the address, or it rejects the token.
     """
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        os.environ.pop(name, None)  # Ray would take these instead of the address it is given
+        os.environ.pop(name, None)  # Ray prefers these variables to the address in a call
     if "RAY_AUTH_MODE" not in os.environ and _has_token():
-        # `ray start` does so itself, Ray's HTTP client does not. Ray reads it when it is imported.
+        # Ray's HTTP client does not turn authentication on by itself, and reads the variable when it is imported.
         os.environ["RAY_AUTH_MODE"] = "token"
-    # EXCLUDES has them; Ray warns of each. Below a warning Ray tells every file it leaves out.
+    # Ray warns about each of its default excludes, which EXCLUDES contains, and logs each file that it leaves out.
     os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
     logging.disable(logging.INFO)
     import requests
@@ -166,17 +168,17 @@ def connect(address: str) -> JobSubmissionClient:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        requests.get(f"{address}/api/version", timeout=CONNECT_TIMEOUT_S)  # the client below would wait for minutes
+        requests.get(f"{address}/api/version", timeout=CONNECT_TIMEOUT_S)  # JobSubmissionClient would wait for minutes
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise SubmitError(
-            f"the cluster at {address} wants another token ({str(error).splitlines()[0]}). On its head, "
-            "`launch/cluster.sh token` prints the token; put it into ~/.ray/auth_token or RAY_AUTH_TOKEN here"
+            f"the cluster at {address} rejects the token ({str(error).splitlines()[0]}). `launch/cluster.sh token` on the "
+            "head prints the right one; put it into ~/.ray/auth_token or RAY_AUTH_TOKEN here"
         ) from error
     except (requests.RequestException, ConnectionError, RuntimeError) as error:
         raise SubmitError(
-            f"no Ray cluster answers at {address} ({type(error).__name__}). Give its dashboard's address, port 8265 "
-            "unless chosen otherwise; where that listens on the head only, open a tunnel with "
+            f"no Ray cluster answers at {address} ({type(error).__name__}). Give the dashboard's address; its port "
+            "is 8265 by default. If the dashboard listens on the head only, open a tunnel with "
             "ssh -N -L 8265:127.0.0.1:8265 HEAD and give http://127.0.0.1:8265"
         ) from error
 
@@ -199,7 +201,7 @@ def submit(client: JobSubmissionClient, options: Options) -> str:
 
 
 async def print_log(client: JobSubmissionClient, job: str) -> None:
-    """Prints the job's log until the job ends; takes a lost connection up again where it broke off."""
+    """Prints the job's log until the job ends. After a lost connection it reconnects and continues where it stopped."""
     import aiohttp
 
     printed, failures = 0, 0
@@ -215,12 +217,12 @@ async def print_log(client: JobSubmissionClient, job: str) -> None:
         except (RuntimeError, OSError, aiohttp.ClientError) as error:
             failures += 1
             if failures > MAX_RETRIES:
-                raise SubmitError(f"lost the cluster while following {job} ({error}); the job may go on") from error
+                raise SubmitError(f"lost the cluster while following {job} ({error}); the job may still run") from error
         await asyncio.sleep(RETRY_S)
 
 
 def outcome(client: JobSubmissionClient, job: str) -> int:
-    """The exit code of the job, which has ended; says what the log does not."""
+    """Returns the exit code of a job that has ended; prints why it failed if the log does not say it."""
     info = client.get_job_info(job)
     if info.status == "SUCCEEDED":
         return 0
@@ -232,7 +234,7 @@ def outcome(client: JobSubmissionClient, job: str) -> int:
 
 def stop(client: JobSubmissionClient, job: str) -> None:
     """Stops the job and waits until it has ended."""
-    print(f"\nstopping job {job}, its last checkpoint stays", file=sys.stderr)
+    print(f"\nstopping job {job}; its last checkpoint stays", file=sys.stderr)
     client.stop_job(job)
     deadline = time.monotonic() + STOP_WAIT_S + 10
     while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
@@ -240,12 +242,13 @@ def stop(client: JobSubmissionClient, job: str) -> None:
 
 
 def by_hand(options: Options, action: str, job: str) -> str:
-    """The command that does ``action`` to the job; Ray's command line needs to be told that there is a token."""
+    """The command line for ``action`` on the job. Ray's command line needs RAY_AUTH_MODE to use a token."""
     mode = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
     return f"{mode}ray job {action} --address {options.address} {job}"
 
 
 def run(options: Options) -> int:
+    """Checks, submits and follows a run; returns the exit code."""
     if options.check:
         try:
             check_run(options)
@@ -266,7 +269,7 @@ def run(options: Options) -> int:
             stop(client, job)
         else:
             follow, end = by_hand(options, "logs --follow", job), by_hand(options, "stop", job)
-            print(f"\njob {job} goes on\nfollow it: {follow}\nstop it:   {end}", file=sys.stderr)
+            print(f"\njob {job} continues\nfollow it: {follow}\nstop it:   {end}", file=sys.stderr)
         return INTERRUPTED
     return outcome(client, job)
 

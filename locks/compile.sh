@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Resolves both lock files anew. Arguments go to the resolution for the CPU and say where torch's CPU build is found, for
-# example: locks/compile.sh --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
-# torch is left out of cpu.txt: the Makefile and the Dockerfile install the CPU build in a step of its own.
+# Resolves both lock files with uv. Arguments are passed to the resolution of cpu.txt and give the index of torch's CPU
+# build: locks/compile.sh --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
+# cpu.txt does not contain torch, since the Makefile and the Dockerfile install its CPU build in a separate step.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 common=(pyproject.toml --extra dev --python-version 3.11 --python-platform x86_64-unknown-linux-gnu

@@ -1,1 +1,1 @@
-"""The same iteration with other libraries, each in an environment of its own."""
+"""The benchmarks of other libraries, which run in an environment of their own."""

@@ -1,10 +1,10 @@
-"""TRL 1.12.0 on the workload: its PPOTrainer or its GRPOTrainer, in one process, generating with transformers.
+"""TRL 1.12.0 on the workload: its PPOTrainer or GRPOTrainer, in one process, with generation by transformers.
 
     TRL_PYTHON -m benchmarks.peers.trl_ppo {ppo,grpo} --workload FOLDER --steps 4 --threads 2 --output FILE
 
-Writes one row per iteration: seconds of ``generate``, ``score`` (what else is computed before the update), ``update`` and
-``step``. PPO cannot do without a reward model and a reference: the first is a value model with random weights, as no
-reward function is taken.
+Writes one row per iteration: seconds of ``generate``, ``score`` (everything else before the update), ``update`` and
+``step``. TRL's PPO requires a reference and a reward model; it takes no reward function, so the reward model is a value
+model with random weights.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks import workload as work
 
 
 class Times(TrainerCallback):
-    """Marks within an iteration; ``on_step_end`` is where TRL ends one."""
+    """Measures the phases of each iteration, which TRL ends with ``on_step_end``."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -79,7 +79,7 @@ class Times(TrainerCallback):
 
 
 def common(folder: str) -> dict[str, Any]:
-    """Settings of both trainers. One optimizer update of sixteen micro-batches, in float32."""
+    """Settings of both trainers: one optimizer update of sixteen micro-batches, in float32."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": work.MICRO_BATCH_RESPONSES,
@@ -101,7 +101,7 @@ def run_ppo(workload: Path, steps: int, generation_batch: int, folder: str, time
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
     tokenizer = AutoTokenizer.from_pretrained(workload / "model")
-    # The model has no id for the padding token, and TRL puts 0 in its place before the model reads it.
+    # The padding token is outside of the model's vocabulary; TRL replaces it by 0 before the forward pass.
     rows = [tokenizer(text)["input_ids"] for text in prompts(workload)[: steps * work.NUM_PROMPTS]]
     dataset = Dataset.from_dict({"input_ids": [ids for ids in rows for _ in range(work.GROUP_SIZE)]})
     args = PPOConfig(
@@ -136,7 +136,7 @@ def run_grpo(workload: Path, steps: int, folder: str, times: Times) -> None:
         return [work.parity(p, c, "even") for p, c in zip(prompts, completions, strict=True)]
 
     tokenizer = AutoTokenizer.from_pretrained(workload / "model")
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # GRPO lets the model read the padding
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # in GRPO the model reads the padding
     args = GRPOConfig(
         **common(folder),
         max_steps=steps,
@@ -152,7 +152,7 @@ def run_grpo(workload: Path, steps: int, folder: str, times: Times) -> None:
         processing_class=tokenizer,
         callbacks=[times],
     )
-    # Once per iteration both; the second calls the first.
+    # TRL calls both once per iteration; the second calls the first.
     trainer._generate = times.generating(trainer._generate)
     trainer._generate_and_score_completions = times.last_before_update(trainer._generate_and_score_completions)
     trainer.train()
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--workload", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--generation-batch", type=int, default=64, help="PPO: sequences generated at the same time")
+    parser.add_argument("--generation-batch", type=int, default=64, help="PPO: sequences generated together")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,10 +1,10 @@
-"""TRL 1.12.0's GRPOTrainer on given responses: one update each time that a line comes in, one line out when it is done.
+"""The update of TRL 1.12.0's GRPOTrainer on given responses: for each line that it reads it runs one, and prints "done".
 
     TRL_PYTHON -m benchmarks.peers.trl_update --model FOLDER --batch FILE --rows 8 --threads 1
 
 The file is `torch.save` of a dict: prompts (B, P), responses as flat ``token_ids`` (N,) and ``lengths`` (B,), and
-``advantages`` (N,). The trainer takes them in place of what it would have sampled; all that follows is its own: it shuffles
-them, cuts them into micro-batches, all of them as wide as the longest response, and does one optimizer update.
+``advantages`` (N,). They replace the responses that the trainer would sample. The rest is TRL's own: it shuffles them, cuts
+them into micro-batches as wide as the longest response of the batch, and runs one optimizer update.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GROUP_SIZE = 8
 
 
 def padded(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the trainer makes of the responses that it samples."""
+    """The responses in the form in which the trainer returns sampled ones."""
     lengths = given["lengths"].tolist()
     ids, advantages = (
         pad_sequence(list(given[name].split(lengths)), batch_first=True) for name in ("token_ids", "advantages")
@@ -50,6 +50,8 @@ def padded(given: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Updates(GRPOTrainer):
+    """Takes given responses instead of sampling."""
+
     given: dict[str, Tensor]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Tensor]:
@@ -59,6 +61,8 @@ class Updates(GRPOTrainer):
 
 
 class Done(TrainerCallback):
+    """Reports the end of each update."""
+
     def on_step_end(self, *_: Any, **__: Any) -> None:
         print("done", flush=True)
 

@@ -1,1 +1,1 @@
-"""The heavy libraries, one per file: vLLM, DeepSpeed and transformers. Never Ray."""
+"""One heavy library per file: vLLM, DeepSpeed, transformers, peft. Nothing here imports Ray."""

@@ -1,7 +1,7 @@
-"""Attention over sequences that lie back to back in one row, for transformers' models on any device.
+"""Attention over packed rows, in which sequences lie back to back, for transformers' models on any device.
 
-Flash attention knows such rows; torch's scaled_dot_product_attention would need a mask over the whole row, whose cost grows
-with the square of all its tokens. Here each sequence is a call of its own, and those of one length are a call together.
+Flash attention supports packed rows. torch's scaled_dot_product_attention would need a mask over the whole row, at a cost
+that grows with the square of its length. So each sequence gets a call of its own, and neighbours of equal length share one.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def packed_sdpa(
     sliding_window: int | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence.
+    """Causal attention within each sequence of a packed row of L tokens.
 
     Args:
         query, key, value: (1, heads, L, d).
-        sequence_lengths: they add up to L.
+        sequence_lengths: tokens of each sequence; their sum is L.
 
     Returns:
-        (1, L, heads, d), and no weights.
+        The output (1, L, heads, d), and None in place of attention weights.
 
     Raises:
         NotImplementedError: a sequence is longer than the model's sliding window.
@@ -44,22 +44,19 @@ def packed_sdpa(
     if sliding_window is not None and max(sequence_lengths) > sliding_window:
         raise NotImplementedError(
             f"a sequence of {max(sequence_lengths)} tokens is longer than the model's sliding window of {sliding_window}, "
-            "which model.attention=sdpa does not know in packed rows: set model.attention=flash_attention_2"
+            "which model.attention=sdpa does not support in packed rows: set model.attention=flash_attention_2"
         )
-    parts, begin = [], 0
+    options = {name: arguments[name] for name in ("dropout", "scaling") if name in arguments}
+    outputs, begin = [], 0
     for length, run in groupby(sequence_lengths):
         count = len(list(run))
         end = begin + count * length
         # (1, heads, count * length, d) -> (count, heads, length, d)
-        pieces = (x[0, :, begin:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
-        found, _ = sdpa_attention_forward(module, *pieces, None, is_causal=True, **_known(arguments))
-        parts.append(found.flatten(0, 1))  # (count * length, heads, d)
+        parts = (x[0, :, begin:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
+        output, _ = sdpa_attention_forward(module, *parts, None, is_causal=True, **options)
+        outputs.append(output.flatten(0, 1))  # (count * length, heads, d)
         begin = end
-    return torch.cat(parts)[None], None
-
-
-def _known(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: arguments[name] for name in ("dropout", "scaling") if name in arguments}
+    return torch.cat(outputs)[None], None
 
 
 AttentionInterface.register(PACKED_SDPA, packed_sdpa)

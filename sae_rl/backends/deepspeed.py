@@ -1,7 +1,6 @@
-"""A network inside a DeepSpeed engine: forward over ragged batches, optimizer updates, checkpoints, full weights.
+"""A network in a DeepSpeed engine: scores of ragged batches, optimizer updates, checkpoints, full weights.
 
-One instance lives in each rank's process. Every public method is a collective: all ranks of the group call it with the
-same batch.
+Each rank's process has one `Learner`. Every public method is a collective: all ranks call it with the same batch.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from sae_rl.types import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
-    """Where this process stands in its data-parallel group."""
+    """This process within its data-parallel group."""
 
     index: int
     size: int
@@ -38,15 +37,15 @@ class Rank:
     master_port: int
     device: Device
     threads: int
-    sequence_parallel_size: int = 1  # neighbours by index that share each row
+    sequence_parallel_size: int = 1  # ranks, consecutive by index, that share each row
 
 
 def join_group(rank: Rank) -> None:
-    """Sets up torch and the process group of this role: gloo on CPU, NCCL on GPU."""
+    """Sets up torch and the role's process group: gloo on CPUs, NCCL on GPUs."""
     os.environ.update(
         RANK=str(rank.index),
         WORLD_SIZE=str(rank.size),
-        LOCAL_RANK="0",  # Ray shows each worker only the GPU that it was given
+        LOCAL_RANK="0",  # Ray hides the GPUs of other workers
         MASTER_ADDR=rank.master_address,
         MASTER_PORT=str(rank.master_port),
     )
@@ -55,14 +54,14 @@ def join_group(rank: Rank) -> None:
         torch.set_num_threads(rank.threads)
     import deepspeed
 
-    # Else DeepSpeed compiles a shared-memory all-reduce for minutes at the first start; training does not use it.
+    # DeepSpeed would spend minutes compiling a shared-memory all-reduce, which training does not use.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = {"cpu": "gloo", "cuda": "nccl"}[rank.device]
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
 class Learner:
-    """One rank of a network trained, or only evaluated, by DeepSpeed ZeRO."""
+    """One rank of a network that DeepSpeed ZeRO trains or evaluates."""
 
     def __init__(
         self,
@@ -75,8 +74,8 @@ class Learner:
     ) -> None:
         """
         Args:
-            build: makes the network, for the ranks that it shares rows with.
-            num_steps: of the run, for the schedule of the learning rate; None: the network is only evaluated.
+            build: makes the network; its argument is the group of ranks that share rows, or None.
+            num_steps: steps of the run, for the learning-rate schedule; None if the network is not trained.
         """
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
@@ -85,14 +84,14 @@ class Learner:
         self.rank = rank
         self.device = torch.device(rank.device)
         self.network: nn.Module
-        self._skipped = 0  # updates in a row
+        self._num_skipped = 0  # consecutive skipped updates
         trainable = num_steps is not None
         self._clips_itself = trainable and config.zero_stage == 0 and model.precision == "float32"
         ds_config = self._deepspeed_config(model, trainable)
-        # from_pretrained shards while it loads as long as this object lives.
+        # While this object lives, from_pretrained shards the weights as it loads them.
         sharded_load = HfDeepSpeedConfig(ds_config) if config.zero_stage == 3 else None
-        self._sharing = SequenceGroup(rank.sequence_parallel_size) if rank.sequence_parallel_size > 1 else None
-        network = build(self._sharing)
+        self._group = SequenceGroup(rank.sequence_parallel_size) if rank.sequence_parallel_size > 1 else None
+        network = build(self._group)
         self._cost = PassCost.of(network)
         del sharded_load
         self._has_frozen = not all(parameter.requires_grad for parameter in network.parameters())
@@ -119,14 +118,14 @@ class Learner:
     def _deepspeed_config(self, model: ModelConfig, trainable: bool) -> dict[str, Any]:
         stage = self.config.zero_stage
         if not trainable and stage in (1, 2):
-            stage = 0  # nothing to shard but gradients and optimizer states
+            stage = 0  # these stages shard gradients and optimizer states, which a frozen network does not have
         zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
         if stage >= 1 and self.config.offload_optimizer and trainable:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.rank.device == "cuda"}
         if stage == 3 and self.config.offload_parameters:
             zero["offload_param"] = {"device": "cpu", "pin_memory": self.rank.device == "cuda"}
         return {
-            # DeepSpeed wants a batch size; the loss is normalised here, by the tokens of the whole mini-batch.
+            # DeepSpeed requires batch sizes, but `update` normalises the loss by the tokens of the whole mini-batch.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
@@ -139,33 +138,33 @@ class Learner:
         }
 
     def _clip(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """ZeRO 0 in float32: DeepSpeed clips but does not tell the norm."""
+        """Clips gradients for ZeRO 0 in float32, where DeepSpeed clips but does not report the norm."""
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.optimizer.max_grad_norm)
         self._grad_norm = float(norm)
-        if not math.isfinite(self._grad_norm):  # as DeepSpeed's own optimizers do, leave everything as it is
+        if not math.isfinite(self._grad_norm):  # skips the update, as DeepSpeed's own optimizers do
             for parameter in self.network.parameters():
                 parameter.grad = None
 
     @property
-    def _answers(self) -> bool:
-        """Whether this rank speaks for those that it shares rows with, which all know the same."""
-        return self._sharing is None or self._sharing.index == 0
+    def _reports(self) -> bool:
+        """Whether this rank returns results; ranks that share rows all have the same ones."""
+        return self._group is None or self._group.index == 0
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the last update's gradient, before clipping."""
+        """Norm of the last update's gradient before clipping."""
         return self._grad_norm if self._clips_itself else float(self.engine.get_global_grad_norm())
 
     def _micro_batches(self, batch: Batch, rows: Tensor) -> Iterator[tuple[MicroBatch, bool]]:
-        """This rank's share of ``rows`` as micro-batches, and whether each counts.
+        """Yields this rank's share of ``rows`` as micro-batches, and whether each of them counts.
 
-        All ranks get the same number of them, since ZeRO runs collectives in every pass: a rank with too few rows runs
-        its first row again, and that pass does not count. Ranks that share rows get the same micro-batches.
+        All ranks get the same number of micro-batches, since every pass runs ZeRO's collectives: a rank with too few
+        rows repeats one, and that pass does not count. Ranks that share rows get the same micro-batches.
         """
-        lengths, sharing = batch.prompt_lengths + batch.lengths, self.rank.sequence_parallel_size
-        budget, num_groups = self.config.micro_batch_tokens * sharing, self.rank.size // sharing
+        lengths, group_size = batch.prompt_lengths + batch.lengths, self.rank.sequence_parallel_size
+        budget, num_groups = self.config.micro_batch_tokens * group_size, self.rank.size // group_size
         parts = pack(rows, lengths, budget, num_groups, self._cost.attention_tokens)
-        for part in parts[self.rank.index // sharing]:
+        for part in parts[self.rank.index // group_size]:
             counts = part.numel() > 0
             yield build_micro_batch(batch, part if counts else rows[:1]).to(self.device), counts
 
@@ -176,16 +175,16 @@ class Learner:
         """Runs ``forward`` over the batch.
 
         Returns:
-            token_index (n,): which of the batch's N tokens this rank answers for, and (n,) results by name.
+            token_index (n,), the indices of this rank's tokens among the batch's N, and their results (n,) by name.
         """
         self.engine.eval()
         index: list[Tensor] = []
         outputs: list[dict[str, Tensor]] = []
         for micro, counts in self._micro_batches(batch, torch.arange(batch.num_responses)):
-            answer = forward(micro)
-            if counts and self._answers:
+            results = forward(micro)
+            if counts and self._reports:
                 index.append(micro.token_index.cpu())
-                outputs.append({name: numbers.cpu() for name, numbers in answer.items()})
+                outputs.append({name: numbers.cpu() for name, numbers in results.items()})
         if not index:
             return torch.empty(0, dtype=torch.int64), {}
         return torch.cat(index), {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
@@ -195,22 +194,38 @@ class Learner:
     ) -> dict[str, float]:
         """One optimizer update on the responses ``rows``.
 
-        The gradient is that of ``sum over the tokens of all ranks / total``, whatever the ranks and micro-batches.
+        The loss is ``sum over the tokens of all ranks / total``, independent of ranks and micro-batches.
 
         Returns:
-            sums over this rank's tokens: the statistics of ``loss`` by metric name, their number as ``tokens``, the model
-            ``flops`` they took, the ``real_positions`` of rows they lie in, and all ``positions`` that were run; and
+            Sums over this rank's micro-batches: the statistics of ``loss`` by metric name, ``tokens`` (sampled ones),
+            model ``flops``, ``real_positions`` (tokens of rows) and ``positions`` (with padding and repeated rows). Also
             ``grad_norm``, ``lr``, ``seconds`` and ``peak_memory_gb``.
+
+        Raises:
+            FloatingPointError: too many consecutive updates had a non-finite gradient.
         """
         started = time.perf_counter()
+        totals = self._backward(batch, rows, loss, total)
+        lr = self._step()
+        return totals | {
+            "grad_norm": self.grad_norm,
+            "lr": lr,
+            "seconds": time.perf_counter() - started,
+            "peak_memory_gb": self.peak_memory_gb(),
+        }
+
+    def _backward(
+        self, batch: Batch, rows: Tensor, loss: Callable[[MicroBatch], LossSum], total: float
+    ) -> dict[str, float]:
+        """Accumulates the gradient; returns the sums that `update` describes."""
         self.engine.train()
         totals = dict.fromkeys(("tokens", "positions", "real_positions", "flops"), 0.0)
         for micro, counts in self._micro_batches(batch, rows):
             summed = loss(micro)
-            # DeepSpeed averages gradients over ranks; the loss needs their sum.
+            # DeepSpeed averages gradients over ranks; a loss that is a sum needs their sum.
             scale = self.rank.size / total if counts else 0.0
             self.engine.backward(summed.sum * scale)
-            if not self._answers:
+            if not self._reports:
                 continue
             totals["positions"] += micro.input_ids.numel() + -micro.input_ids.numel() % self.rank.sequence_parallel_size
             if counts:
@@ -219,30 +234,27 @@ class Learner:
                 totals["real_positions"] += micro.input_ids.numel()
                 for name, value in summed.stats.items():
                     totals[name] = totals.get(name, 0.0) + float(value)
+        return totals
+
+    def _step(self) -> float:
+        """Applies the gradient, or skips it if it is not finite; returns the learning rate."""
         lr, options = self.schedule.next(), self.config.optimizer
-        for (
-            group
-        ) in self.engine.optimizer.param_groups:  # all of them: a checkpoint brings those that it was saved with
+        for group in self.engine.optimizer.param_groups:
+            # A loaded checkpoint brings the options that it was saved with; the configuration's are used instead.
             group.update(lr=lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
         self.engine.step()
-        grad_norm = self.grad_norm
-        self._skipped = 0 if math.isfinite(grad_norm) else self._skipped + 1
-        if self._skipped > self.config.optimizer.max_skipped_updates:
+        self._num_skipped = 0 if math.isfinite(self.grad_norm) else self._num_skipped + 1
+        if self._num_skipped > options.max_skipped_updates:
             raise FloatingPointError(
-                f"the gradient's norm is {grad_norm} in update {self.engine.global_steps}, as in the "
-                f"{self._skipped - 1} before, which were skipped (optimizer.max_skipped_updates = "
-                f"{self.config.optimizer.max_skipped_updates}); lower learner.*.optimizer.lr or max_grad_norm, set "
+                f"the gradient's norm is {self.grad_norm} in update {self.engine.global_steps}, as in the "
+                f"{self._num_skipped - 1} before, which were skipped (optimizer.max_skipped_updates = "
+                f"{options.max_skipped_updates}); lower learner.*.optimizer.lr or max_grad_norm, set "
                 "model.precision=float32, or look at the rewards, values and logprobs of the batch"
             )
-        return totals | {
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "seconds": time.perf_counter() - started,
-            "peak_memory_gb": self.peak_memory_gb(),
-        }
+        return lr
 
     def save(self, folder: Path) -> None:
-        """Weights, optimizer, schedule and random state, each rank its own shard."""
+        """Writes this rank's shard of weights and optimizer, and its schedule and random state."""
         progress = {"num_scheduled": self.schedule.num_done}
         self.engine.save_checkpoint(
             str(folder), "state", progress, save_latest=False, exclude_frozen_parameters=self._has_frozen
@@ -253,7 +265,7 @@ class Learner:
         """Restores what `save` wrote.
 
         Raises:
-            ValueError: the checkpoint was written by another number of ranks, or is incomplete.
+            ValueError: the checkpoint is incomplete or was written by a different number of ranks.
         """
         path, progress = self.engine.load_checkpoint(str(folder), "state", load_module_strict=not self._has_frozen)
         if path is None:
@@ -265,29 +277,29 @@ class Learner:
             torch.cuda.set_rng_state(state["cuda"])
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of the network by name, adapters merged in, gathered one at a time; a collective under ZeRO 3.
+        """Yields (name, full tensor) of every parameter, with adapters merged in.
 
-        A gathered tensor is only valid until the next one is asked for.
+        Under ZeRO 3 each parameter is gathered when its turn comes, and freed when the next one is requested.
         """
         import deepspeed
 
         for weight in merged_weights(self.network):
             if self.config.zero_stage == 3:
-                with deepspeed.zero.GatheredParameters(weight.parameters):
+                with deepspeed.zero.GatheredParameters(weight.parts):
                     yield weight.name, weight.read()
             else:
                 yield weight.name, weight.read()
 
     def weight_shapes(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """(name, type, full shape) of what `full_weights` yields, without gathering."""
-        firsts = [(weight.name, weight.parameters[0]) for weight in merged_weights(self.network)]
-        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in firsts]
+        """(name, type, full shape) of every tensor that `full_weights` yields, without gathering."""
+        found = [(weight.name, weight.parameter) for weight in merged_weights(self.network)]
+        return [(name, p.dtype, tuple(getattr(p, "ds_shape", p.shape))) for name, p in found]  # ds_shape: ZeRO 3's
 
     def peak_memory_gb(self) -> float:
-        """Of the device, or of the process on CPU."""
+        """Peak memory of the GPU, or on a CPU of this process."""
         if self.rank.device == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
-        status = Path("/proc/self/status").read_text()  # getrusage would tell that of the process that started this one
+        status = Path("/proc/self/status").read_text()  # getrusage may report the parent process's peak
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
     def close(self) -> None:
@@ -301,6 +313,6 @@ def _enable_activation_checkpointing(module: nn.Module) -> None:
 
 
 def _random_state(device: Device) -> dict[str, Tensor]:
-    """Models without dropout draw nothing while they train; those with it go on as if never stopped."""
+    """The states of torch's generators, so that dropout continues after a resume as in an uninterrupted run."""
     state = {"cpu": torch.get_rng_state()}
     return state | {"cuda": torch.cuda.get_rng_state()} if device == "cuda" else state

@@ -1,4 +1,4 @@
-"""What a pass of a dense transformer costs in floating-point operations, counted from its matrices."""
+"""Model FLOPs of a pass through a dense transformer, counted from its matrices."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from dataclasses import dataclass
 from torch import nn
 
 HEADS = ("lm_head", "value_head")
-BACKWARD = 2  # times the forward pass: gradients of inputs, and of weights
+BACKWARD = 2  # a backward pass costs two forward passes: gradients of the inputs, and of the weights
 
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """A token takes 2 operations per parameter of a matrix, and causal attention over T tokens ``2 T^2`` per layer and width.
+    """Each token costs 2 FLOPs per matrix weight; causal attention over T tokens costs ``2 T^2`` per layer and unit of width.
 
-    Softmax, norms and embeddings are left out, as is usual for model FLOPs (arXiv 2204.02311, appendix B).
+    Softmax, norms and embeddings are not counted, as is usual for model FLOPs (arXiv 2204.02311, appendix B).
     """
 
-    token_parameters: int  # of the matrices that every token goes through
-    state_parameters: int  # of the head, for the states of sampled tokens alone
-    attention_width: int  # heads x size of a head, over all layers
+    token_parameters: int  # weights that every token passes
+    state_parameters: int  # weights of the head, which only states of sampled tokens pass
+    attention_width: int  # heads x head size, summed over layers
 
     @classmethod
     def of(cls, network: nn.Module) -> PassCost:
+        """Counts the weights of a policy or critic network."""
         matrices = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
         sizes = {name: matrix.in_features * matrix.out_features for name, matrix in matrices.items()}
         heads = sum(size for name, size in sizes.items() if name.rpartition(".")[2] in HEADS)
@@ -33,11 +34,11 @@ class PassCost:
 
     @property
     def attention_tokens(self) -> float:
-        """The length at which attention costs as much as the matrices."""
+        """The sequence length at which attention costs as much as the matrices."""
         return self.token_parameters / self.attention_width if self.attention_width else math.inf
 
     def forward(self, lengths: Sequence[int], num_states: int) -> float:
-        """Operations of one pass over sequences of these lengths that answers for ``num_states`` states."""
+        """FLOPs of a forward pass over sequences of ``lengths`` tokens whose head runs on ``num_states`` states."""
         tokens, pairs = sum(lengths), sum(length**2 for length in lengths)
         return 2.0 * (
             self.token_parameters * tokens + self.state_parameters * num_states + self.attention_width * pairs

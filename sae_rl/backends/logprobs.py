@@ -1,9 +1,9 @@
-"""Log-probabilities and entropies of sampled tokens, at the temperature they were sampled at, without all their logits.
+"""Logprobs and entropies of sampled tokens at the sampling temperature, computed without storing all logits.
 
-The logits of n tokens over V words are by far the largest tensor of a pass, 4 n V bytes, and several times that with
-softmax and gradients. Here at most LOGITS_BYTES of them exist at a time: the tokens go through the output layer in chunks,
-forward, and again backward. On a GPU, cut-cross-entropy's kernel (arXiv 2411.09009) can take their place: it keeps the
-logits of a tile in registers.
+The logits of n tokens over a vocabulary of V are by far the largest tensor of a pass: 4 n V bytes in float32, and several
+times that with softmax and gradients. Here the tokens pass through the output layer in chunks of at most `LOGITS_BYTES`
+of logits, and the backward pass computes each chunk again. On a GPU cut-cross-entropy's kernel (arXiv 2411.09009) can do
+the same in tiles.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LOGITS_BYTES = 256 * 2**20  # of one chunk in float32; a pass holds about three such tensors
+LOGITS_BYTES = 256 * 2**20  # logits of one chunk in float32; a pass holds about three tensors of this size
 
 
 class OutputHead(nn.Linear):
-    """A model's output layer that answers with logprobs, in one call, so that ZeRO 3 gathers its weights once."""
+    """An output layer that returns logprobs. It is called once per pass, so ZeRO 3 gathers its weights once."""
 
-    fused: bool
+    fused = False
 
     @staticmethod
     def of(causal_lm: Any, fused: bool = False) -> None:
-        """Turns the output layer of a Hugging Face model into one, weights and name as they are.
+        """Turns the output layer of a Hugging Face model into an `OutputHead`, in place; weights and names stay.
 
         Args:
-            fused: use cut-cross-entropy's kernel where no entropies are asked for.
+            fused: use cut-cross-entropy's kernel in passes without entropies.
 
         Raises:
-            TypeError: the layer is not a plain matrix, or has a bias, which the kernel does not know.
+            TypeError: the layer is not a `torch.nn.Linear`, or it has a bias, which the kernel does not support.
         """
         head = causal_lm.get_output_embeddings()
         if type(head) is not nn.Linear:
@@ -40,7 +40,7 @@ class OutputHead(nn.Linear):
             )
         if fused and head.bias is not None:
             raise TypeError(
-                f"the output layer of {type(causal_lm).__name__} has a bias, which cut-cross-entropy does not know: set "
+                f"the output layer of {type(causal_lm).__name__} has a bias, which cut-cross-entropy does not support: set "
                 "model.logprobs=chunked"
             )
         head.__class__ = OutputHead
@@ -52,18 +52,19 @@ class OutputHead(nn.Linear):
         """
         Args:
             hidden: (n, H) last hidden states.
-            token_ids: (n,) int64; None: the call of a plain output layer, which returns logits.
-            temperature: of sampling, above 0. vLLM's processed logprobs are at the same temperature.
+            token_ids: (n,) int64 sampled tokens; None returns the logits, as a plain output layer does.
+            temperature: sampling temperature, above 0; the same as that of vLLM's processed logprobs.
 
         Returns:
-            ``log softmax(logits / temperature)[token]`` (n,) and the entropies (n,) in nats, 0 unless asked for; float32.
+            Logprobs (n,), ``log softmax(logits / temperature)[token]``, and entropies (n,) in nats, both float32; the
+            entropies are 0 unless ``with_entropies``.
         """
         if token_ids is None:
             return super().forward(hidden)
         if self.fused and not with_entropies and token_ids.numel():
             from cut_cross_entropy import linear_cross_entropy
 
-            # No gradient is left out (filter_eps): the kernel would drop those that bfloat16 cannot add to a mean.
+            # filter_eps=None keeps all gradients; by default the kernel drops those too small for bfloat16.
             nll = linear_cross_entropy(hidden / temperature, self.weight, token_ids, reduction="none", filter_eps=None)
             return -nll.float(), torch.zeros_like(nll, dtype=torch.float32)
         return _ChunkedLogprobs.apply(hidden, self.weight, self.bias, token_ids, temperature, with_entropies)
@@ -96,23 +97,23 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """``d logprob / d logit_j = [j = token] - p_j`` and ``d H / d logit_j = -p_j (log p_j + H)``, p the probabilities."""
+        """``d logprob / d logit_j = [j = token] - p_j`` and ``d H / d logit_j = -p_j (log p_j + H)``, p = softmax."""
         hidden, weight, bias, token_ids, normalizers, entropies = ctx.saved_tensors
-        of_logprobs, of_entropies = gradients
+        logprob_gradients, entropy_gradients = gradients
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Chunks add up in float32: in bfloat16 each addition would lose what is small beside the sum.
+        # Summed in float32: in bfloat16 a chunk's gradient would be rounded away beside a large sum.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
         for part in _chunks(len(hidden), weight):
             logits = _logits(hidden[part], weight, bias, ctx.temperature)
             logits -= normalizers[part, None]  # log p
             probabilities = logits.exp()
-            slope = of_logprobs[part, None]
+            slope = logprob_gradients[part, None]
             if ctx.with_entropies:
-                slope = slope + of_entropies[part, None] * logits.add_(entropies[part, None])
+                slope = slope + entropy_gradients[part, None] * logits.add_(entropies[part, None])
             gradient = probabilities.mul_(slope).neg_()
-            gradient.scatter_add_(-1, token_ids[part, None], of_logprobs[part, None])
+            gradient.scatter_add_(-1, token_ids[part, None], logprob_gradients[part, None])
             gradient = gradient.div_(ctx.temperature).to(weight.dtype)
             del logits, slope
             if grad_hidden is not None:
@@ -132,7 +133,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """(n, V) float32, over the temperature."""
+    """(n, V) float32 logits, divided by the temperature."""
     return functional.linear(hidden, weight, bias).float() / temperature
 
 

@@ -1,9 +1,9 @@
-"""Low-rank adapters on a frozen policy (peft; arXiv 2106.09685), and the weights that the two make together."""
+"""Low-rank adapters on a frozen policy (peft; arXiv 2106.09685), and the weights with the adapters merged in."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,26 +19,21 @@ ADAPTER = "default"
 
 
 def add_adapters(causal_lm: Any, lora: LoraConfig) -> None:
-    """Freezes the model and gives its layers adapters, in place; they start out as doing nothing.
+    """Freezes the model and adds adapters to its layers, in place. New adapters do not change the model's output.
 
     Raises:
         ValueError: ``lora.target_modules`` names layers that the model does not have.
     """
-    config = PeftConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=_targets(lora), bias="none", task_type="CAUSAL_LM"
-    )
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = PeftConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, bias="none", task_type="CAUSAL_LM")
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same on every rank
+        torch.manual_seed(0)  # every rank must start from the same adapters
         inject_adapter_in_model(config, causal_lm, adapter_name=ADAPTER)
-
-
-def _targets(lora: LoraConfig) -> str | list[str]:
-    return lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
 
 
 @contextlib.contextmanager
 def without_adapters(network: nn.Module) -> Iterator[None]:
-    """The frozen model alone."""
+    """Disables all adapters, so that the network computes what the frozen model does."""
     layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -51,38 +46,32 @@ def without_adapters(network: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One tensor of a network as it is without adapters, or with them merged in."""
+    """One tensor of a network, with its adapter merged in if it has one."""
 
-    name: str
-    parameters: list[nn.Parameter]  # what it is made of; under ZeRO 3 they must be gathered before `read`
-    read: Callable[[], Tensor]
+    name: str  # without peft's additions
+    parameter: nn.Parameter
+    adapter: Any = None  # peft's layer around the parameter
+
+    @property
+    def parts(self) -> list[nn.Parameter]:
+        """The parameters that `read` needs; under ZeRO 3 they must be gathered first."""
+        if self.adapter is None:
+            return [self.parameter]
+        return [self.parameter, self.adapter.lora_A[ADAPTER].weight, self.adapter.lora_B[ADAPTER].weight]
+
+    def read(self) -> Tensor:
+        """The tensor."""
+        if self.adapter is None:
+            return self.parameter.data
+        return self.parameter.data + self.adapter.get_delta_weight(ADAPTER).detach().to(self.parameter.dtype)
 
 
 def merged_weights(network: nn.Module) -> list[Weight]:
-    """Every parameter, each adapter within the matrix that it adapts."""
-    adapted = {
-        f"{name}.base_layer.weight": module
-        for name, module in network.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    }
-    inside = tuple(f"{name.removesuffix('base_layer.weight')}lora_" for name in adapted)
-    weights = []
-    for name, parameter in network.named_parameters():
-        if inside and name.startswith(inside):
-            continue
-        if name in adapted:
-            layer: Any = adapted[name]
-            parts = [parameter, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
-            read = _merged(layer, parameter)
-        else:
-            parts, read = [parameter], _plain(parameter)
-        weights.append(Weight(name.replace(".base_layer.", "."), parts, read))
-    return weights
-
-
-def _plain(parameter: nn.Parameter) -> Callable[[], Tensor]:
-    return lambda: parameter.data
-
-
-def _merged(layer: Any, parameter: nn.Parameter) -> Callable[[], Tensor]:
-    return lambda: parameter.data + layer.get_delta_weight(ADAPTER).detach().to(parameter.dtype)
+    """Every parameter of the network, each adapter merged into the matrix that it adapts."""
+    adapters = {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
+    own = tuple(f"{name}.lora_" for name in adapters)
+    return [
+        Weight(name.replace(".base_layer.", "."), parameter, adapters.get(name.removesuffix(".base_layer.weight")))
+        for name, parameter in network.named_parameters()
+        if not name.startswith(own)
+    ]

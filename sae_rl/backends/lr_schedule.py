@@ -1,4 +1,4 @@
-"""The learning rate of every update: a linear warm-up, then constant, linear or along a cosine to the run's last update."""
+"""The learning rate of each update: linear warm-up, then a constant rate, or linear or cosine decay to the end of the run."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ from sae_rl.config.schema import OptimizerConfig
 
 
 class LrSchedule:
-    """Counts updates and says the learning rate of the next one.
+    """Counts updates and computes the learning rate of the next one.
+
+    transformers' schedules start their warm-up at a rate of 0, which wastes the first update; this one starts a step higher.
 
     Args:
-        options: with ``lr``, the peak, and the schedule's keys.
-        num_updates: of the whole run; what comes after them has the last one's rate.
+        options: the peak rate ``lr`` and the keys of the schedule.
+        num_updates: updates of the whole run; later updates keep the final rate.
     """
 
     def __init__(self, options: OptimizerConfig, num_updates: int) -> None:
         self._options = options
         self._num_updates = num_updates
-        self._held: float | None = None
+        self._constant_lr: float | None = None
         self.num_done = 0
 
     def hold(self, lr: float) -> None:
-        """From now on this rate, behind the warm-up."""
-        self._held = lr
+        """Uses the constant rate ``lr`` from now on, after the warm-up."""
+        self._constant_lr = lr
 
     def restart(self) -> None:
-        """The configured schedule from its beginning."""
-        self._held, self.num_done = None, 0
+        """Starts the configured schedule from its beginning."""
+        self._constant_lr, self.num_done = None, 0
 
     def next(self) -> float:
-        """The rate of the next update, which counts as done."""
+        """Returns the rate of the next update and counts that update as done."""
         options, update = self._options, self.num_done
         self.num_done += 1
-        rise = min(1.0, (update + 1) / max(1, options.warmup_updates))
-        if self._held is not None:
-            return rise * self._held
-        return rise * options.lr * self._decay(update)
+        warmup = min(1.0, (update + 1) / max(1, options.warmup_updates))
+        if self._constant_lr is not None:
+            return warmup * self._constant_lr
+        return warmup * options.lr * self._decay(update)
 
     def _decay(self, update: int) -> float:
         options = self._options

@@ -1,4 +1,4 @@
-"""Policy and critic networks: Hugging Face causal language models that answer per response token."""
+"""Policy and critic networks: Hugging Face language models that return one number for each sampled token."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sae_rl.backends.packing import MicroBatch
 from sae_rl.backends.sequence_parallel import ULYSSES, SequenceGroup
 from sae_rl.config.schema import ModelConfig
 
-ATTENTION = {"sdpa": PACKED_SDPA}  # the others know packed rows
+ATTENTION = {"sdpa": PACKED_SDPA}  # other implementations support packed rows themselves
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_causal_lm(model: ModelConfig, group: SequenceGroup | None = None) -> Any:
-    """The Hugging Face model of ``model.path``, without dropout or a KV cache; ``group`` shares its rows."""
+    """Loads ``model.path`` without a KV cache; the ranks of ``group``, if given, share each row of tokens."""
     return _load(AutoModelForCausalLM, model.path, model, group)
 
 
@@ -36,7 +36,7 @@ def _load(kind: Any, path: str, model: ModelConfig, group: SequenceGroup | None,
 
 
 class PolicyNetwork(nn.Module):
-    """log pi(a_t | s_t) of response tokens. The output layer runs on response positions only."""
+    """Computes log pi(a_t | s_t) of sampled tokens. The output layer runs on their positions only."""
 
     def __init__(self, causal_lm: Any, group: SequenceGroup | None = None, *, fused: bool = False) -> None:
         super().__init__()
@@ -47,18 +47,18 @@ class PolicyNetwork(nn.Module):
     def forward(self, micro: MicroBatch, temperature: float, with_entropies: bool) -> tuple[Tensor, Tensor | None]:
         """
         Returns:
-            logprobs (n,) and entropies (n,), float32; entropies None unless asked for.
+            Logprobs (n,) and entropies (n,), float32; entropies are None unless ``with_entropies``.
         """
-        own = micro if self._group is None else self._group.stretch_of(micro)
+        own = _own_shard(micro, self._group)
         hidden = _hidden_states(self.causal_lm.base_model, own)
         head = self.causal_lm.get_output_embeddings()
         logprobs, entropies = head(hidden[own.state_index], own.token_ids, temperature, with_entropies)
-        logprobs = _of_all_states(logprobs, micro, self._group)
-        return logprobs, _of_all_states(entropies, micro, self._group) if with_entropies else None
+        logprobs = _gather_states(logprobs, micro, self._group)
+        return logprobs, _gather_states(entropies, micro, self._group) if with_entropies else None
 
 
 class CriticNetwork(nn.Module):
-    """V(s_t) of response tokens: a linear head on a language model's last hidden states."""
+    """Computes V(s_t) of sampled tokens: a linear head on a language model's last hidden states."""
 
     def __init__(self, backbone: nn.Module, value_head: nn.Linear, group: SequenceGroup | None = None) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class CriticNetwork(nn.Module):
 
     @classmethod
     def on(cls, causal_lm: Any, group: SequenceGroup | None = None) -> CriticNetwork:
-        """On the weights of a policy, with a head that is zero."""
+        """Makes a critic from a policy's weights, with a value head of zeros."""
         head = nn.Linear(causal_lm.config.hidden_size, 1, dtype=causal_lm.dtype)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
@@ -76,64 +76,69 @@ class CriticNetwork(nn.Module):
 
     @classmethod
     def load(cls, folder: str, model: ModelConfig, group: SequenceGroup | None = None) -> CriticNetwork:
-        """What `export_critic` wrote, or any token classifier of transformers with one label."""
-        found = _load(AutoModelForTokenClassification, folder, model, group, num_labels=1)
-        return cls(found.base_model, found.score, group)
+        """Loads a folder that `export_critic` wrote, or any other token classifier of transformers with one label."""
+        classifier = _load(AutoModelForTokenClassification, folder, model, group, num_labels=1)
+        return cls(classifier.base_model, classifier.score, group)
 
     def forward(self, micro: MicroBatch, with_final: bool = False) -> tuple[Tensor, Tensor | None]:
         """
         Returns:
-            values (n,) and, at the last token of each response, the value (n,) of the state behind it, 0 elsewhere;
-            float32, the second None unless asked for.
+            Values (n,) and final values (n,), float32. The final value of a response is that of the state after its last
+            token; it stands at that token, and other tokens have 0. Final values are None unless ``with_final``.
         """
-        own = micro if self._group is None else self._group.stretch_of(micro)
+        own = _own_shard(micro, self._group)
         hidden = _hidden_states(self.backbone, own)
         index = torch.cat([own.state_index, own.final_index]) if with_final else own.state_index
-        found = self.value_head(hidden[index]).squeeze(-1).float()
-        values = _of_all_states(found[: own.state_index.numel()], micro, self._group)
+        own_values = self.value_head(hidden[index]).squeeze(-1).float()
+        num_states = own.state_index.numel()
+        values = _gather_states(own_values[:num_states], micro, self._group)
         if not with_final:
             return values, None
-        final = found[own.state_index.numel() :]
+        final = own_values[num_states:]
         if self._group is not None:
             final = self._group.gather(final, micro.final_index, micro.input_ids.numel())
         return values, torch.zeros_like(values).index_copy(0, micro.counts.cumsum(0) - 1, final)
 
 
-def _of_all_states(own: Tensor, micro: MicroBatch, group: SequenceGroup | None) -> Tensor:
-    """(n,) numbers of all states of the micro-batch, of which this rank may have computed a part."""
+def _own_shard(micro: MicroBatch, group: SequenceGroup | None) -> MicroBatch:
+    """The part of the row that this rank runs."""
+    return micro if group is None else group.shard(micro)
+
+
+def _gather_states(own: Tensor, micro: MicroBatch, group: SequenceGroup | None) -> Tensor:
+    """(n,) numbers of all states of the row, from the numbers of this rank's states."""
     return own if group is None else group.gather(own, micro.state_index, micro.input_ids.numel())
 
 
 def _hidden_states(backbone: nn.Module, micro: MicroBatch) -> Tensor:
-    """(L, hidden), each sequence by itself."""
-    found = backbone(input_ids=micro.input_ids, position_ids=micro.position_ids, **micro.attention_arguments())
-    states: Tensor = found.last_hidden_state
+    """(L, hidden) last hidden states; attention stays within each sequence."""
+    output = backbone(input_ids=micro.input_ids, position_ids=micro.position_ids, **micro.attention_arguments())
+    states: Tensor = output.last_hidden_state
     return states[0]
 
 
 def export_critic(network: CriticNetwork, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:
-    """Writes the critic as a token classifier of transformers with one label; arguments are those of `export_causal_lm`."""
+    """Writes the critic as a token classifier of transformers with one label; for the arguments see `export_causal_lm`."""
     config = AutoConfig.for_model(**{**network.backbone.config.to_dict(), "num_labels": 1})
     with torch.device("meta"):
         classifier = AutoModelForTokenClassification.from_config(config)
-    names = {"backbone": classifier.base_model_prefix, "value_head": "score"}
-    state = {}
-    for name, tensor in weights:
-        part, _, rest = name.partition(".")
-        state[f"{names[part]}.{rest}"] = tensor.detach().cpu().clone()
-    classifier.save_pretrained(folder, state_dict=state)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    prefixes = {"backbone": classifier.base_model_prefix, "value_head": "score"}
+    renamed = ((name.partition("."), tensor) for name, tensor in weights)
+    _save(classifier, ((f"{prefixes[part]}.{rest}", tensor) for (part, _, rest), tensor in renamed), base, folder)
 
 
 def export_causal_lm(causal_lm: Any, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:
-    """Writes a folder that transformers and vLLM load: weights, configuration, and the tokenizer of ``base``.
+    """Writes a folder that transformers and vLLM load: weights, configuration and tokenizer.
 
     Args:
-        causal_lm: the model whose architecture is written.
-        weights: (name, full tensor) of `PolicyNetwork`'s parameters, one at a time.
-        base: folder or hub name that the tokenizer comes from.
-        folder: written whole or not at all is the caller's care.
+        causal_lm: model with the architecture and configuration to write.
+        weights: (name, full tensor) of each parameter of `PolicyNetwork`; a tensor is only valid until the next one.
+        base: folder or hub name of the tokenizer.
+        folder: target; an interrupted call leaves it incomplete.
     """
-    state = {name.removeprefix("causal_lm."): tensor.detach().cpu().clone() for name, tensor in weights}
-    causal_lm.save_pretrained(folder, state_dict=state)
+    _save(causal_lm, ((name.removeprefix("causal_lm."), tensor) for name, tensor in weights), base, folder)
+
+
+def _save(model: Any, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:
+    model.save_pretrained(folder, state_dict={name: tensor.detach().cpu().clone() for name, tensor in weights})
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)

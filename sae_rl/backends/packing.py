@@ -1,9 +1,9 @@
-"""How the responses of a batch are dealt to mini-batches, ranks and micro-batches.
+"""Distributes the responses of a batch over mini-batches, ranks and micro-batches.
 
-Nothing here may change a result: a gradient is a sum over the tokens of a mini-batch divided by their number, so it does
-not depend on which rank or micro-batch a response lands in. Mini-batches are therefore drawn before ranks are known.
+The distribution must not change results. A gradient is a sum over the tokens of a mini-batch divided by their number, so
+it does not depend on the rank or micro-batch of a response. Mini-batches are drawn independently of the number of ranks.
 
-A micro-batch is one row of sequences, prompt and response each, one after the other: nothing is padded.
+A micro-batch is one packed row: sequences of prompt and response back to back, without padding.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from sae_rl.types import Batch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Sequences back to back, L tokens in all. Attention must stay within each: see `attention_arguments`."""
+    """b sequences packed into a row of L tokens, n of them sampled. Attention must stay within each sequence."""
 
-    rows: Tensor  # (b,) int64, indices into the batch
+    rows: Tensor  # (b,) int64, indices of the responses in the batch
     input_ids: Tensor  # (1, L) int64
-    position_ids: Tensor  # (1, L) int64, from 0 in every sequence
-    lengths: tuple[int, ...]  # of the b sequences
-    state_index: Tensor  # (n,) int64 into the L: the position whose output predicts token i
-    token_ids: Tensor  # (n,) int64, the sampled tokens of the responses, row after row
-    token_index: Tensor  # (n,) int64, where these tokens are in the batch's flat (N,) tensors
-    final_index: Tensor  # (b,) int64 into the L: the last token of each sequence
-    counts: Tensor  # (b,) int64, sampled tokens of each row
+    position_ids: Tensor  # (1, L) int64, starting at 0 in every sequence
+    lengths: tuple[int, ...]  # b lengths in tokens, which add up to L
+    state_index: Tensor  # (n,) int64, position in the row whose output predicts sampled token i
+    token_ids: Tensor  # (n,) int64, sampled tokens, response after response
+    token_index: Tensor  # (n,) int64, index of each sampled token in the batch's flat (N,) tensors
+    final_index: Tensor  # (b,) int64, position in the row of each sequence's last token
+    counts: Tensor  # (b,) int64, sampled tokens of each response
 
     def to(self, device: torch.device) -> MicroBatch:
+        """The micro-batch with its tensors on ``device``."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "lengths"}
         return replace(self, **moved)
 
     def attention_arguments(self) -> dict[str, Any]:
-        """What flash attention, and `attention.packed_sdpa`, need to know of the sequences."""
+        """Keyword arguments that tell flash attention and `attention.packed_sdpa` where sequences begin and end."""
         ends = torch.tensor([0, *self.lengths], device=self.input_ids.device).cumsum(0, dtype=torch.int32)
         return {
             "cu_seq_lens_q": ends,
@@ -50,7 +51,7 @@ class MicroBatch:
 
 
 def draw_mini_batches(num_responses: int, num_mini_batches: int, seed: int) -> list[Tensor]:
-    """A seeded permutation of the responses, cut into equal mini-batches of indices."""
+    """Splits a seeded permutation of the responses into equal mini-batches of indices."""
     order = torch.randperm(num_responses, generator=torch.Generator().manual_seed(seed))
     return list(order.chunk(num_mini_batches))
 
@@ -58,18 +59,18 @@ def draw_mini_batches(num_responses: int, num_mini_batches: int, seed: int) -> l
 def pack(
     rows: Tensor, lengths: Tensor, max_tokens: int, num_ranks: int, attention_tokens: float = math.inf
 ) -> list[list[Tensor]]:
-    """Deals rows to micro-batches and these to ranks, so that the ranks' passes cost about the same one by one.
+    """Packs responses into micro-batches and assigns these to ranks, so that simultaneous passes cost about the same.
 
     Args:
-        rows: (k,) indices.
-        lengths: (B,) prompt + response tokens of every row of the batch.
-        max_tokens: of a micro-batch; a longer row gets one of its own.
-        num_ranks: each gets as many micro-batches as the others.
-        attention_tokens: the length at which attention costs as much as all the rest of a pass: a sequence of T tokens
-            counts T + T^2 / attention_tokens.
+        rows: (k,) int64 indices of responses.
+        lengths: (B,) prompt + response tokens of every response of the batch.
+        max_tokens: limit of a micro-batch; a longer sequence gets a micro-batch of its own.
+        num_ranks: ranks, which all get the same number of micro-batches.
+        attention_tokens: sequence length at which attention costs as much as the rest of a pass; a sequence of T tokens
+            costs ``T + T^2 / attention_tokens``.
 
     Returns:
-        for each rank its micro-batches, (b,) indices each; some are empty where there are too few rows.
+        The micro-batches of each rank, (b,) indices each. Some are empty if there are too few responses.
     """
     rows = rows[lengths[rows].argsort(descending=True, stable=True)]
     tokens = lengths[rows].tolist()
@@ -77,13 +78,19 @@ def pack(
     num_parts = num_ranks * max(1, math.ceil(num_tokens / (max_tokens * num_ranks)))
     while (parts := _fill(tokens, num_parts, max_tokens, attention_tokens)) is None:
         num_parts += num_ranks
-    passes = [parts[i : i + num_ranks] for i in range(0, num_parts, num_ranks)]  # side by side those of like cost
-    dealt = [one if turn % 2 == 0 else one[::-1] for turn, one in enumerate(passes)]
-    return [[rows[torch.tensor(one[rank], dtype=torch.int64)] for one in dealt] for rank in range(num_ranks)]
+    passes = [
+        parts[i : i + num_ranks] for i in range(0, num_parts, num_ranks)
+    ]  # simultaneous parts cost about the same
+    passes[1::2] = [side_by_side[::-1] for side_by_side in passes[1::2]]  # no rank always gets the costliest part
+    return [[rows[torch.tensor(parts[rank], dtype=torch.int64)] for parts in passes] for rank in range(num_ranks)]
 
 
 def _fill(tokens: list[int], num_parts: int, max_tokens: int, attention_tokens: float) -> list[list[int]] | None:
-    """Each sequence, longest first, to the cheapest part that has room; the parts by cost, or None if they are too few."""
+    """Puts each sequence, longest first, into the cheapest part with room.
+
+    Returns:
+        The parts in descending order of cost, or None if a sequence fits in no part.
+    """
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     room, costs = [max_tokens] * num_parts, [0.0] * num_parts
     heap = [(0.0, part) for part in range(num_parts)]
@@ -97,15 +104,15 @@ def _fill(tokens: list[int], num_parts: int, max_tokens: int, attention_tokens: 
         parts[part].append(i)
         room[part] -= length
         costs[part] = cost + length + length**2 / attention_tokens
-        for one in (*full, (costs[part], part)):
-            heapq.heappush(heap, one)
+        for entry in (*full, (costs[part], part)):
+            heapq.heappush(heap, entry)
     return [parts[part] for part in sorted(range(num_parts), key=lambda part: -costs[part])]
 
 
 def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
-    """Lays out the given responses behind their prompts."""
+    """Packs the given responses, each after its prompt, into one row."""
     ids, positions, states, tokens, ends, lengths = [], [], [], [], [], []
-    begin = 0  # of the sequence in the row
+    begin = 0  # position in the row where the sequence begins
     for row in rows.tolist():
         prompt = batch.prompt_token_ids[batch.prompt_offsets[row] : batch.prompt_offsets[row + 1]]
         start, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
@@ -113,7 +120,7 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
         ids += [prompt, batch.token_ids[start:end]]
         positions.append(torch.arange(p + t))
         own = torch.arange(t) if batch.action_mask is None else batch.action_mask[start:end].nonzero().flatten()
-        states.append(begin + p - 1 + own)  # s_t is the prompt and t response tokens: its last one is at p + t - 1
+        states.append(begin + p - 1 + own)  # s_t is the prompt and t response tokens; its last token is at p + t - 1
         tokens.append(start + own)
         begin += p + t
         ends.append(begin - 1)

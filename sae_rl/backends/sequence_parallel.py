@@ -1,8 +1,8 @@
-"""Ulysses: ranks that share each row of tokens, for responses whose activations do not fit one of them (arXiv 2309.14509).
+"""Ulysses sequence parallelism (arXiv 2309.14509): ranks share each row of tokens, so that long responses fit in memory.
 
-Every rank of a group is given the whole micro-batch and runs its own stretch of the row. Attention is DeepSpeed's
-`UlyssesSPAttentionHF`: it exchanges stretches for heads, so that each rank attends over the whole row with its share of the
-heads, and back. Logprobs and values, a number per token, are then gathered, so that the loss knows nothing of all this.
+Every rank of a group gets the whole micro-batch and runs its shard, a contiguous part of the row. Attention is DeepSpeed's
+`UlyssesSPAttentionHF`: an all-to-all gives each rank all tokens of some heads, and a second one brings the outputs back.
+Logprobs and values are gathered, one number per token, so the loss sees the whole row on every rank.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ ULYSSES = "sae_rl_ulysses"
 
 
 class SequenceGroup:
-    """The ranks that this one shares rows with: ``size`` neighbours by index.
+    """The ``size`` ranks, consecutive by index, that share rows with this one.
 
     Raises:
-        ValueError: the number of ranks is no multiple of ``size``.
+        ValueError: ``size`` does not divide the number of ranks.
     """
 
     def __init__(self, size: int) -> None:
@@ -38,10 +38,10 @@ class SequenceGroup:
         self.process_group = groups[dist.get_rank() // size]
 
     def attend_with(self, causal_lm_config: Any, attention: str) -> None:
-        """Registers `ULYSSES` as an attention of transformers, with ``attention`` inside.
+        """Registers `ULYSSES` with transformers; it runs transformers' implementation ``attention`` on each rank.
 
         Raises:
-            ValueError: the model's heads cannot be shared by so many ranks.
+            ValueError: the group's size does not fit the model's numbers of heads.
         """
         from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
@@ -64,12 +64,12 @@ class SequenceGroup:
         )
         AttentionInterface.register(ULYSSES, ulysses.forward)
 
-    def stretch_of(self, micro: MicroBatch) -> MicroBatch:
-        """This rank's tokens and states. ``lengths`` stays that of the whole row, which attention sees.
+    def shard(self, micro: MicroBatch) -> MicroBatch:
+        """This rank's tokens and states; ``lengths`` still describes the whole row, which attention sees.
 
-        A row that the ranks cannot share evenly gets a few tokens more, which are a sequence of their own.
+        If ``size`` does not divide the row's tokens, a short sequence of padding is appended.
         """
-        micro = self._evened(micro)
+        micro = self._padded(micro)
         length = micro.input_ids.shape[1] // self.size
         begin, end = self.index * length, (self.index + 1) * length
         states = (micro.state_index >= begin) & (micro.state_index < end)
@@ -83,20 +83,29 @@ class SequenceGroup:
             final_index=micro.final_index[finals] - begin,
         )
 
-    def _evened(self, micro: MicroBatch) -> MicroBatch:
+    def _padded(self, micro: MicroBatch) -> MicroBatch:
         missing = -micro.input_ids.shape[1] % self.size
         if not missing:
             return micro
-        more = torch.arange(missing, device=micro.input_ids.device)[None]
+        positions = torch.arange(missing, device=micro.input_ids.device)[None]
         return replace(
             micro,
-            input_ids=torch.cat([micro.input_ids, torch.zeros_like(more)], 1),
-            position_ids=torch.cat([micro.position_ids, more], 1),
+            input_ids=torch.cat([micro.input_ids, torch.zeros_like(positions)], 1),
+            position_ids=torch.cat([micro.position_ids, positions], 1),
             lengths=(*micro.lengths, missing),
         )
 
     def gather(self, own: Tensor, index: Tensor, row_tokens: int) -> Tensor:
-        """(n,) numbers of all ranks, in the order of their places ``index`` (n,) in a row of ``row_tokens``."""
+        """Concatenates the ranks' numbers.
+
+        Args:
+            own: numbers of this rank's shard.
+            index: (n,) int64 positions in the row that all ranks' numbers belong to, ascending.
+            row_tokens: length of the row.
+
+        Returns:
+            (n,) numbers in the order of ``index``.
+        """
         length = -(-row_tokens // self.size)
         counts = torch.bincount(index.cpu() // length, minlength=self.size).tolist()
         gathered: Tensor = _Gather.apply(own, counts, self.index, self.process_group)
@@ -104,7 +113,7 @@ class SequenceGroup:
 
 
 class _Gather(torch.autograd.Function):
-    """Every rank computes the same loss from what is gathered, so the gradient of its own part needs no exchange."""
+    """Every rank computes the same loss from the gathered numbers, so the backward pass needs no communication."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, counts: list[int], index: int, group: Any) -> Tensor:

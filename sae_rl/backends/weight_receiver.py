@@ -1,12 +1,10 @@
-"""The receiving half of weight transfer over gloo, inside vLLM's own worker processes.
+"""Receives the policy's weights over gloo, inside vLLM's worker processes. `weight_sender` describes the whole path.
 
-vLLM brings weight-transfer engines for NCCL and CUDA IPC; this is one for gloo, so that the same calls work on a CPU. The
-module is named as ``worker_extension_cls``, which makes vLLM's workers import it and so register the engine. On a CPU
-vLLM packs its linear weights at load, so weights must arrive through the layerwise reload; writing into the parameters
-fails.
+vLLM has weight-transfer engines for NCCL and CUDA IPC; this module adds one for CPUs. ``worker_extension_cls`` names its
+`WorkerExtension`, so vLLM's workers import the module, which registers the engine.
 
-It imports nothing of ours that imports numba: vLLM inspects every loaded module when a worker starts, and llvmlite breaks
-that.
+vLLM inspects every loaded module when a worker starts, and llvmlite's wrappers break that. So nothing that this module
+imports may import numba.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ BUCKET_BYTES = 64 * 2**20
 
 @dataclass
 class GlooInitInfo(WeightTransferInitInfo):
-    """The sender is rank 0; an engine's tensor-parallel worker k is rank ``rank_offset + k``."""
+    """Where to join the process group: the sender has rank 0, an engine's worker k has rank ``rank_offset + k``."""
 
     master_address: str
     master_port: int
@@ -43,26 +41,42 @@ class GlooInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """The parameters of one transfer, in the order in which they are sent."""
+
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
 
+    @classmethod
+    def of(cls, metadata: list[ParamMeta]) -> GlooUpdateInfo:
+        """From vLLM's metadata of parameters; `metadata` is the inverse."""
+        return cls(
+            names=[meta.name for meta in metadata],
+            dtype_names=[str(meta.dtype).removeprefix("torch.") for meta in metadata],
+            shapes=[list(meta.shape) for meta in metadata],
+        )
+
+    def metadata(self) -> list[ParamMeta]:
+        columns = zip(self.names, self.dtype_names, self.shapes, strict=True)
+        return [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in columns]
+
 
 def join(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
-    """A process group beside torch's default one, which each side already uses for itself."""
+    """Joins the transfer's process group. It is separate from torch's default group, which both sides use otherwise."""
     timeout = timedelta(seconds=timeout_s)
     store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
     return ProcessGroupGloo(store, rank, world_size, timeout)
 
 
 def broadcast(group: ProcessGroupGloo, tensor: Tensor) -> None:
+    """Sends ``tensor`` from rank 0, and overwrites it on all other ranks."""
     options = BroadcastOptions()
     options.rootRank = 0
     group.broadcast([tensor], options).wait()
 
 
 def buckets(metadata: list[ParamMeta]) -> Iterator[list[ParamMeta]]:
-    """Consecutive parameters of one type, at most `BUCKET_BYTES` together unless a single one is larger."""
+    """Splits parameters into consecutive runs of one type and at most `BUCKET_BYTES`; a larger parameter has its own."""
     bucket: list[ParamMeta] = []
     size = 0
     for meta in metadata:
@@ -77,47 +91,52 @@ def buckets(metadata: list[ParamMeta]) -> Iterator[list[ParamMeta]]:
 
 
 class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """vLLM's side: lives in each worker process of an engine."""
+    """vLLM's side of the transfer, in each worker process of an engine.
+
+    On a CPU vLLM packs linear weights when it loads them, so copying into the parameters would fail; the weights go
+    through vLLM's layerwise reload instead.
+    """
 
     init_info_cls = GlooInitInfo
     update_info_cls = GlooUpdateInfo
     _group: ProcessGroupGloo | None = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        """Joins the process group."""
         rank = init_info.rank_offset + self.parallel_config.rank
         self._group = join(
             init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_s
         )
 
     def start_weight_update(self) -> None:
+        """Begins the layerwise reload."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """Receives bucket after bucket and loads each into the model."""
         assert self._group is not None, "init_transfer_engine comes first"
-        metadata = [
-            ParamMeta(name, getattr(torch, dtype), tuple(shape))
-            for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
-        ]
-        for bucket in buckets(metadata):
+        for bucket in buckets(update_info.metadata()):
             sizes = [torch.Size(meta.shape).numel() for meta in bucket]
             buffer = torch.empty(sum(sizes), dtype=bucket[0].dtype)
             broadcast(self._group, buffer)
-            pieces = zip(bucket, buffer.split(sizes), strict=True)
-            self.model.load_weights([(meta.name, piece.view(meta.shape)) for meta, piece in pieces])
+            parts = zip(bucket, buffer.split(sizes), strict=True)
+            self.model.load_weights([(meta.name, part.view(meta.shape)) for meta, part in parts])
 
     def finish_weight_update(self) -> None:
+        """Ends the layerwise reload."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
+        """Leaves the process group."""
         self._group = None
 
 
 class WorkerExtension:
-    """Empty: naming it makes vLLM's worker processes import this module."""
+    """Empty; vLLM's worker processes import this module to find it."""
 
 
 WeightTransferEngineFactory.register_engine(GLOO, GlooReceiver)

@@ -1,4 +1,4 @@
-"""``sae-rl warm-start``: the configuration of supervised training, and its progress on the console."""
+"""``sae-rl warm-start``: supervised training, with its progress on the console."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sae_rl.tasks.task import Task
 
 
 class DemonstrationsConfig(Section):
-    """What to imitate: a task's demonstrations, or those of a file."""
+    """What to imitate: a task's demonstrations or the responses in a file."""
 
     task: str
     knobs: dict[str, Any]
@@ -34,7 +34,11 @@ class WarmStartConfig(Section):
 
 
 def source_of(config: DemonstrationsConfig) -> Task | str:
-    """A task, or the path of a file. Raises ConfigError."""
+    """The task, or the path of the file.
+
+    Raises:
+        ConfigError: the task is unknown or its knobs are wrong.
+    """
     if config.file is not None:
         return config.file
     if config.task not in TASKS:
@@ -46,10 +50,10 @@ def source_of(config: DemonstrationsConfig) -> Task | str:
 
 
 def run_warm_start(config: WarmStartConfig) -> None:
-    """Trains and saves; says how far it is.
+    """Trains a model and saves it.
 
     Raises:
-        ConfigError: the source, the base model or the output folder does not fit.
+        ConfigError: the source, the base model or the output folder is wrong.
     """
     source = source_of(config.demonstrations)
     console = Console(file=sys.stdout)

@@ -1,4 +1,4 @@
-"""The benchmark of one iteration: its configuration loads, its responses cannot end early, its sums are right."""
+"""The benchmark of one iteration: the configuration loads, responses cannot end early, and ratios are right."""
 
 import json
 from pathlib import Path

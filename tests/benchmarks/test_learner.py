@@ -1,4 +1,4 @@
-"""The benchmark of the learner: padded and packed updates are the same update, and memory is what it says."""
+"""The benchmark of the learner: padded and packed updates have the same gradient, and memory is measured as described."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_workload_is_about_half_padding() -> None:
 
 
 def test_the_padded_update_is_the_packed_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its gradient, of a few responses, against ours."""
+    """Compares gradients on a few responses."""
     monkeypatch.setattr(learner, "NUM_RESPONSES", 5)
     monkeypatch.setattr(learner, "ROWS", 2)
     batch = learner.make_batch(4096)
@@ -60,7 +60,7 @@ def test_the_padded_update_is_the_packed_one(folder: Path, monkeypatch: pytest.M
 
 
 def test_memory_of_chunks_does_not_grow_with_the_tokens() -> None:
-    """In processes of their own: 16 times the tokens, and not even twice the chunk of 256 MiB three times over."""
+    """With 16 times the tokens memory stays below twice the three tensors of 256 MiB of a chunk."""
     found = {(one["way"], one["tokens"]): one for one in learner.measure_memory([1000, 16000], vocabulary=30_000)}
     chunks, more = found[learner.CHUNKS, 1000]["peak_gb"], found[learner.CHUNKS, 16000]["peak_gb"]
     assert 0 < chunks < more < 1.5

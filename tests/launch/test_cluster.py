@@ -134,7 +134,7 @@ def test_a_misspelt_key_is_refused_before_anything_is_sent(cluster: Cluster, tin
 def test_without_the_token_the_cluster_is_closed(cluster: Cluster, tiny_model: Path, tmp_path: Path) -> None:
     env = cluster.env | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     done = cluster.submit(*tiny_run(tiny_model, tmp_path / "run"), env=env)
-    assert done.returncode == 1 and "wants another token" in done.stderr
+    assert done.returncode == 1 and "rejects the token" in done.stderr
 
 
 def test_a_run_is_submitted_followed_and_finished(cluster: Cluster, tiny_model: Path, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_interrupting_stops_the_job_only_if_asked_to(cluster: Cluster, tiny_mode
     wait_for_file(output / "config.yaml", following)
     following.send_signal(signal.SIGINT)
     text, _ = following.communicate(timeout=120)
-    assert following.returncode == 130 and "goes on" in text and "RAY_AUTH_MODE=token ray job stop" in text
+    assert following.returncode == 130 and "continues" in text and "RAY_AUTH_MODE=token ray job stop" in text
     assert list_jobs(cluster).count("RUNNING") == 1
     stop = next(line for line in text.splitlines() if line.startswith("stop it:")).removeprefix("stop it:")
     subprocess.run(["bash", "-c", stop], env=cluster.env, check=True, capture_output=True, timeout=120)

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "replay": ["driver", "records", "rollouts", "settings"],
     "backends": ["algo", "config", "types"],
     "workers": ["algo", "backends", "config", "records", "seeds", "settings", "types"],
-    "sft": ["data", "tasks"],
+    "sft": ["data", "knobs", "tasks"],
     "analysis": ["evaluation", "records"],
 }
 EMPTY_NAMES = {"utils", "common", "helpers", "base", "misc", "core"}

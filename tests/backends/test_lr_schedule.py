@@ -1,4 +1,4 @@
-"""The learning rate of each update, against the schedules of transformers."""
+"""Learning rates against the schedules of transformers."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ def rates_of_transformers(schedule: str, least: float) -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "least"), [("constant", 0.0), ("linear", 0.0), ("cosine", 0.0), ("cosine", 0.2)])
-def test_behind_the_warm_up_rates_are_those_of_transformers(name: str, least: float) -> None:
-    """Its warm-up begins at 0, which wastes an update; ours a step higher."""
+def test_after_the_warm_up_rates_are_those_of_transformers(name: str, least: float) -> None:
+    """The warm-up of transformers starts at 0, ours a step higher."""
     schedule = LrSchedule(options(name, least), NUM_UPDATES)
     found = [schedule.next() for _ in range(NUM_UPDATES)]
     assert found[:WARMUP] == pytest.approx([LR * (i + 1) / WARMUP for i in range(WARMUP)])
     assert found[WARMUP:] == pytest.approx(rates_of_transformers(name, least)[WARMUP:])
 
 
-def test_what_comes_behind_the_last_update_has_its_end() -> None:
+def test_updates_after_the_last_keep_the_final_rate() -> None:
     schedule = LrSchedule(options("linear", 0.1), 10)
     rates = [schedule.next() for _ in range(20)]
     assert rates[10:] == pytest.approx([0.1 * LR] * 10)

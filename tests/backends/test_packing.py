@@ -1,4 +1,4 @@
-"""Mini-batches, ranks and micro-batches: whatever the layout, every token is seen once and every rank runs in step."""
+"""Packing: in every layout each token is seen once, and all ranks run equally many passes."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def make_batch(rows: Sequence[Shape]) -> Batch:
 
 
 def budget_of(rows: Sequence[Shape], share: float) -> int:
-    """At least one whole row, as `sae_rl.config.checks.check` demands."""
+    """A share of all tokens, but at least the longest row, as `sae_rl.config.checks.check` requires."""
     longest, total = max(map(sum, rows)), sum(map(sum, rows))
     return max(longest, int(share * total))
 
 
 def passes_of(batch: Batch, rows: Tensor, num_ranks: int, budget: int) -> list[list[tuple[MicroBatch, bool]]]:
-    """What each rank's learner runs, by the learner's own code, without DeepSpeed behind it."""
+    """The micro-batches of each rank, from the learner's own code but without DeepSpeed."""
     learners = [
         SimpleNamespace(
             rank=SimpleNamespace(index=index, size=num_ranks, sequence_parallel_size=1),
@@ -79,7 +79,7 @@ def test_every_token_is_seen_exactly_once(rows: list[Shape], num_ranks: int, sha
 @quickly
 @given(shapes, st.integers(1, 6), st.floats(0, 1))
 def test_all_ranks_run_as_many_passes(rows: list[Shape], num_ranks: int, share: float) -> None:
-    """ZeRO's collectives wait for every rank in every pass; so also for a rank that got no response."""
+    """ZeRO's collectives wait for every rank in every pass, so a rank without responses runs passes too."""
     ranks = passes_of(make_batch(rows), torch.arange(len(rows)), num_ranks, budget_of(rows, share))
     assert len({len(passes) for passes in ranks}) == 1
     assert len(ranks[0]) >= 1
@@ -105,7 +105,7 @@ def test_no_pass_exceeds_the_budget_and_none_holds_padding(rows: list[Shape], nu
 @quickly
 @given(shapes, st.integers(1, 6), st.floats(0, 1))
 def test_passes_side_by_side_cost_about_the_same(rows: list[Shape], num_ranks: int, share: float) -> None:
-    """No two differ by more than the costliest row, where the budget leaves the choice."""
+    """Without a limit of tokens, costs differ by no more than the costliest row."""
     lengths = torch.tensor([sum(row) for row in rows])
     costs = lengths + lengths**2 / 50.0
     ranks = pack(torch.arange(len(rows)), lengths, 10**6, num_ranks, 50.0)
@@ -115,7 +115,7 @@ def test_passes_side_by_side_cost_about_the_same(rows: list[Shape], num_ranks: i
 
 
 def test_a_long_row_weighs_more_than_its_tokens() -> None:
-    """One of 100 tokens and twelve of 10: with attention it is more work than all others together."""
+    """With attention counted, a row of 100 tokens costs more than twelve rows of 10 together."""
     lengths = torch.tensor([100, *[10] * 12])
     sizes = {}
     for attention_tokens in (math.inf, 10.0):
@@ -154,7 +154,7 @@ def test_mini_batches_are_equal_and_the_same_for_any_number_of_ranks(size: int, 
             assert sorted(seen.tolist()) == sorted(rows.tolist())
 
 
-def test_another_seed_draws_others() -> None:
+def test_another_seed_draws_other_mini_batches() -> None:
     a, b = (torch.cat(draw_mini_batches(64, 4, seed)) for seed in (1, 2))
     assert not torch.equal(a, b)
 
@@ -166,7 +166,7 @@ def test_a_micro_batch_is_prompts_and_responses_back_to_back(rows: list[Shape], 
     chosen = random.sample(range(len(rows)), random.randint(1, len(rows)))
     micro = build_micro_batch(batch, torch.tensor(chosen))
     expected: list[int] = []
-    before: list[int] = []  # the token that stands before each response token
+    before: list[int] = []  # the token before each response token
     for i in chosen:
         prompt = batch.prompt_token_ids[batch.prompt_offsets[i] : batch.prompt_offsets[i + 1]].tolist()
         response = batch.token_ids[batch.offsets[i] : batch.offsets[i + 1]].tolist()
@@ -201,8 +201,8 @@ def test_only_sampled_tokens_are_learnt_from_and_all_are_read(rows: list[Shape],
 
 
 @pytest.mark.parametrize("holes", [[], [2, 4, 12]], ids=["all sampled", "tool output"])
-def test_the_critic_tells_the_value_behind_a_response(tiny_model: Path, holes: list[int]) -> None:
-    """As it would of the next token's state, if the response went on."""
+def test_the_critic_returns_the_value_of_the_state_after_a_response(tiny_model: Path, holes: list[int]) -> None:
+    """The final value is the value of the next token's state if the response continued."""
     batch = make_batch([(3, 5), (2, 1), (4, 7)])
     action_mask = ~torch.isin(torch.arange(batch.num_tokens), torch.tensor(holes))
     batch = replace(batch, action_mask=action_mask if holes else None)

@@ -1,4 +1,4 @@
-"""A packed row is what transformers makes of each sequence padded: for every architecture, to rounding."""
+"""Packed rows give the results of transformers' padded models, for every architecture, up to rounding."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("model")
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[request.param])
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)  # far from uniform, so that a leak between sequences would show
+        nn.init.normal_(parameter, std=0.3)  # predictions far from uniform reveal a leak between sequences
     model.save_pretrained(path)
     return path
 
@@ -71,7 +71,7 @@ def model_config(folder: Path, attention: Any = "sdpa") -> ModelConfig:
 
 
 def padded(batch: Batch) -> tuple[Tensor, Tensor]:
-    """(B, width) token ids and mask, padded at the right, as transformers wants them."""
+    """(B, width) token ids and mask, padded on the right."""
     rows = []
     for i in range(batch.num_responses):
         prompt = batch.prompt_token_ids[batch.prompt_offsets[i] : batch.prompt_offsets[i + 1]]
@@ -82,7 +82,7 @@ def padded(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def padded_answers(folder: Path, batch: Batch) -> tuple[Any, Tensor, Tensor, Tensor]:
-    """A fresh model, and the logprobs, entropies and last hidden states of response tokens as transformers computes them."""
+    """A new model of transformers, and its logprobs, entropies and last hidden states of response tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     ids, mask = padded(batch)
     output = model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
@@ -153,11 +153,11 @@ def test_critic(folder: Path, batch: Batch) -> None:
 
 
 def test_no_token_sees_another_sequence(folder: Path, batch: Batch) -> None:
-    """Another neighbour, other tokens before and behind: the same bits."""
+    """Other tokens in the sequences before and after do not change a bit."""
     policy = PolicyNetwork(load_causal_lm(model_config(folder)))
     micro = build_micro_batch(batch, torch.tensor([0, 2, 3]))
     other = replace(batch, token_ids=batch.token_ids.clone(), prompt_token_ids=batch.prompt_token_ids.clone())
-    for i in (0, 3):  # the one before and the one behind
+    for i in (0, 3):  # the sequences before and after
         other.token_ids[other.offsets[i] : other.offsets[i + 1]] += 1
         other.prompt_token_ids[other.prompt_offsets[i] : other.prompt_offsets[i + 1]] += 1
     other = replace(other, token_ids=other.token_ids % VOCABULARY, prompt_token_ids=other.prompt_token_ids % VOCABULARY)
@@ -181,7 +181,7 @@ def test_a_sliding_window_is_refused_where_it_matters(tmp_path: Path, batch: Bat
 
 
 def test_the_length_at_which_attention_costs_as_much_as_the_matrices(folder: Path) -> None:
-    """Operations a token: two for each weight; QK^T and PV over half of the T tokens on average."""
+    """A token costs two FLOPs per weight, and QK^T and PV over half of the T tokens on average."""
     policy = PolicyNetwork(load_causal_lm(model_config(folder)))
     found = PassCost.of(policy).attention_tokens
     config = policy.causal_lm.config

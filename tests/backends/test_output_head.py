@@ -1,4 +1,4 @@
-"""Logprobs in chunks: the same as from all logits at once, with their gradients, and never more logits than a chunk."""
+"""Logprobs in chunks equal those from all logits, and so do their gradients; no more logits than a chunk exist at once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ VOCABULARY, WIDTH = 37, 8
 
 
 def make_head(bias: bool, dtype: torch.dtype = torch.float64) -> OutputHead:
-    head = nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
-    head.__class__ = OutputHead
-    head.fused = False
-    assert isinstance(head, OutputHead)
-    return head
+    return OutputHead(WIDTH, VOCABULARY, bias=bias, dtype=dtype)
 
 
 def from_all_logits(head: OutputHead, hidden: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -86,7 +82,7 @@ def test_no_more_logits_than_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_gradients_of_many_chunks_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sum of 4,000 bfloat16 gradients one by one would be off by far more than the rounding of each."""
+    """Summing 4,000 gradients one by one in bfloat16 would add up their rounding errors."""
     torch.manual_seed(0)
     head = make_head(False, torch.bfloat16)
     hidden = torch.ones(4000, WIDTH, dtype=torch.bfloat16)
@@ -135,11 +131,11 @@ def test_the_fused_kernel_in_tritons_interpreter() -> None:
 
 
 def interpret() -> None:
-    """In float16: the kernel's gradients know no float32, and the interpreter no bfloat16."""
+    """Runs in float16: the kernel's gradients do not support float32, and the interpreter does not support bfloat16."""
     import triton.language as tl
     from triton.language.extra import libdevice
 
-    libdevice.log1p = lambda x: tl.log(x + 1.0)  # the interpreter has none
+    libdevice.log1p = lambda x: tl.log(x + 1.0)  # missing in the interpreter
     torch.cuda.get_device_capability = lambda _=None: (9, 0)  # type: ignore[assignment]
     torch.cuda.current_device = lambda: 0
     torch.manual_seed(0)
@@ -161,7 +157,7 @@ def interpret() -> None:
     assert head(given[:0], token_ids[:0], 0.7)[0].shape == (0,)
 
 
-def test_the_fused_kernel_knows_no_bias() -> None:
+def test_the_fused_kernel_does_not_support_a_bias() -> None:
     class Model(nn.Module):
         def get_output_embeddings(self) -> nn.Module:
             return nn.Linear(2, 3)

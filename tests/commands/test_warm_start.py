@@ -116,10 +116,10 @@ def test_errors(trained: tuple, tmp_path: Path) -> None:
         warm_start(new, str(rows), str(trained[0]), quick)
     assert not Path(new).exists()
     for make, message in (
-        (lambda: WarmStart(steps=0), "warm_start.steps: found 0"),
-        (lambda: WarmStart(lr=0.0), "warm_start.lr"),
-        (lambda: ModelShape(hidden_size=65), "shape.hidden_size: found 65"),
-        (lambda: ModelShape(architecture="gpt5"), "shape.architecture: found 'gpt5'"),  # type: ignore[arg-type]
+        (lambda: WarmStart(steps=0), "WarmStart.steps = 0"),
+        (lambda: WarmStart(lr=0.0), "WarmStart.lr = 0.0"),
+        (lambda: ModelShape(hidden_size=65), "ModelShape.hidden_size = 65"),
+        (lambda: ModelShape(architecture="gpt5"), "ModelShape.architecture = 'gpt5'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValueError, match=message):
             make()
