@@ -40,26 +40,21 @@ def train(arguments: list[str]) -> None:
 
 
 def sweep(overrides: list[str]) -> None:
-    """Hydra's multirun: runs every combination, each in a folder of ``output_dir`` that is named after its overrides."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, OmegaConf
+    """Trains every combination in turn. A run that fails does not end the sweep: its error is raised after the last run."""
+    from sae_rl.config.compose import load_sweep
 
+    configs = load_sweep(overrides)
     from sae_rl.commands.train import run_training
-    from sae_rl.config.compose import CONF, check_sweep, validate, with_additions
 
-    overrides = with_additions(overrides)
-    fixed = check_sweep(overrides)
-
-    def job(tree: DictConfig) -> None:
-        folder = HydraConfig.get().runtime.output_dir
-        OmegaConf.resolve(tree)  # paths below output_dir, such as a base model's, are those of the sweep
-        tree.output_dir = folder
-        run_training(validate(tree))
-
-    names = f"hydra.job.config.override_dirname.exclude_keys={fixed}"
-    sys.argv = ["sae-rl", "--multirun", *overrides, names]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
+    failures: list[Exception] = []
+    for config in configs:
+        try:
+            run_training(config)
+        except Exception as error:
+            print(f"error: {config.output_dir}: {error or type(error).__name__}", file=sys.stderr)
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def show(overrides: list[str]) -> None:

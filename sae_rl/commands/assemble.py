@@ -10,9 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_rl import checkpoint
 from sae_rl.algo import with_vocabulary
+from sae_rl.commands.prompts import load_task
 from sae_rl.commands.run_folder import write_config
 from sae_rl.config.schema import Config, RewardsConfig
-from sae_rl.data.load import load_task
 from sae_rl.data.sampler import PromptSampler
 from sae_rl.records.clock import Clock
 from sae_rl.records.records import Records

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sae_rl.analysis.samples_page import write_samples_page
 from sae_rl.commands.assemble import load_tokenizer, reward_pool, verifier_warnings, with_delimiters
+from sae_rl.commands.prompts import load_heldout
 from sae_rl.commands.run_folder import prepare_output
 from sae_rl.config.schema import Config
-from sae_rl.data.load import load_heldout
 from sae_rl.evaluation.evaluate import evaluate
 from sae_rl.evaluation.files import publish, unpublished, write_evaluation
 from sae_rl.records.clock import Clock

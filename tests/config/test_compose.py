@@ -13,7 +13,7 @@ from sae_rl.algo import ESTIMATORS, SEGMENTERS
 from sae_rl.config.checks import check
 from sae_rl.config.compose import CONF, load_config, load_evaluation_config
 from sae_rl.config.schema import Config, as_tree
-from sae_rl.data.templates import REASONING_GYM_TEMPLATE
+from sae_rl.data.sources.reasoning_gym import TEMPLATE
 from sae_rl.settings import ConfigError
 from sae_rl.types import Batch, Prompt, Rollout, Scores
 
@@ -199,7 +199,7 @@ def test_an_evaluation_needs_no_training_file() -> None:
 
 
 def test_reasoning_gym_has_one_template() -> None:
-    assert load_config([*MODEL, "task=reasoning_gym"]).task.train.template == REASONING_GYM_TEMPLATE
+    assert load_config([*MODEL, "task=reasoning_gym"]).task.train.template == TEMPLATE
 
 
 def test_an_evaluation_samples_at_the_temperature_of_training() -> None:
