@@ -28,7 +28,7 @@ from sae_rl.data.sources import (
 )
 from sae_rl.data.templates import Shape
 from sae_rl.reasoning_gym.puzzles import PuzzleProcess, Puzzles
-from sae_rl.rewards.table import check_deadline, resolve
+from sae_rl.rewards.table import check_verifier, resolve
 from sae_rl.seeds import derive_seed
 from sae_rl.settings import BadKeys, ConfigError
 from sae_rl.tasks.table import make_task
@@ -76,7 +76,7 @@ class _Loader:
 
     def _check(self, reward: str) -> None:
         rewards = self._config.rewards
-        check_deadline(reward, resolve(reward, rewards.verifiers), rewards.deadline_s)
+        check_verifier(reward, resolve(reward, rewards.verifiers), rewards.deadline_s)
 
     def sampler(self, source: AnySource, key: str, seed: int) -> PromptSampler | None:
         """What a source is drawn from in training; None: something is wrong with it."""

@@ -10,7 +10,7 @@ from benchmarks import iteration, workload
 from sae_rl.config.compose import load_config
 from sae_rl.data.files import File
 from sae_rl.data.prompts import load_prompts
-from sae_rl.rewards.functions import imported
+from sae_rl.rewards.function import imported
 
 
 @pytest.fixture(scope="module")

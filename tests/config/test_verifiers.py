@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sae_rl.rewards.functions import Function
+from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
 
 from sae_rl.commands.assemble import verifier_warnings
 from sae_rl.config.compose import load_config
 from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.exact import Exact
-from sae_rl.rewards.functions import Function
 from sae_rl.rewards.http import Http
 from sae_rl.rewards.math.verifier import Math
 from sae_rl.rewards.math_verify import MathVerify
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.reasoning_gym import ReasoningGym
-from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
 from sae_rl.rewards.table import READY, VERIFIERS, check_deadline, resolve
 from sae_rl.rewards.weighted import Weighted
 from sae_rl.settings import ConfigError
