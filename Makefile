@@ -57,8 +57,9 @@ bench-rollout: $(INSTALLED)  ## generation through the pool of engines, beside b
 bench-verifiers: $(INSTALLED)  ## mathematical answers checked per second, beside math-verify by itself
 	$(BIN)/python -m benchmarks.verifiers
 
-docs: $(INSTALLED)  ## the pages that code writes: the table of metrics, and the bias of SAE on a chain with known values
+docs: $(INSTALLED)  ## what code writes: the tables of metrics and verifiers, and the bias of SAE on a chain with known values
 	$(BIN)/python docs/generate_metrics.py
+	$(BIN)/python docs/generate_verifiers.py
 	$(BIN)/python docs/generate_bias.py
 
 setup: $(INSTALLED)  ## the environment in .venv, from locks/cpu.txt; about three minutes when it is not there

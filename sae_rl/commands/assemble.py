@@ -17,10 +17,8 @@ from sae_rl.data.sampler import PromptSampler
 from sae_rl.records.clock import Clock
 from sae_rl.records.records import Records
 from sae_rl.rewards.pool import RewardPool
-from sae_rl.rewards.table import resolve, warnings_of
 from sae_rl.run import Run
 from sae_rl.settings import ConfigError
-from sae_rl.types import Prompt
 from sae_rl.workers.session import ray_session, start_workers
 
 NUM_PROBE_PROMPTS = 2
@@ -38,8 +36,6 @@ def assembled(config: Config, roles: list[str], resume_from: Path | None) -> Ite
         records = stack.enter_context(Records(config, config.output_dir, first_step, resumed=resume_from is not None))
         write_config(config, records)
         records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
-        for text in verifier_warnings(config, [*sampler.prompts, *heldout]):
-            records.note(text)
         stack.enter_context(ray_session(config))
         workers = stack.enter_context(
             start_workers(config, list(sampler.prompts[:NUM_PROBE_PROMPTS]), clock, roles, records.note)
@@ -80,19 +76,6 @@ def reward_pool(config: RewardsConfig) -> RewardPool:
         max_failed_fraction=config.max_failed_fraction,
         verifiers=config.verifiers,
     )
-
-
-def verifier_warnings(config: Config, prompts: list[Prompt]) -> list[str]:
-    """Warnings of the verifiers that these prompts use.
-
-    Raises:
-        ConfigError: a verifier cannot work on this machine.
-    """
-    names = sorted({prompt.reward for prompt in prompts})
-    try:
-        return warnings_of(resolve(name, config.rewards.verifiers) for name in names)
-    except OSError as error:
-        raise ConfigError([f"rewards.verifiers: {error}"]) from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from pathlib import Path
 
 from sae_rl.analysis.samples_page import write_samples_page
-from sae_rl.commands.assemble import load_tokenizer, reward_pool, verifier_warnings, with_delimiters
+from sae_rl.commands.assemble import load_tokenizer, reward_pool, with_delimiters
 from sae_rl.commands.prompts import load_heldout
 from sae_rl.commands.run_folder import prepare_output
 from sae_rl.config.schema import Config
@@ -15,8 +14,6 @@ from sae_rl.evaluation.evaluate import evaluate
 from sae_rl.evaluation.files import publish, unpublished, write_evaluation
 from sae_rl.records.clock import Clock
 from sae_rl.workers.session import ray_session, start_rollout
-
-logger = logging.getLogger(__name__)
 
 
 def run_evaluation(config: Config) -> Path:
@@ -33,8 +30,6 @@ def run_evaluation(config: Config) -> Path:
     tokenizer = load_tokenizer(config.model.path)
     segmenter = with_delimiters(config, tokenizer).algorithm.segmenter
     prompts = load_heldout(config, tokenizer)
-    for text in verifier_warnings(config, prompts):
-        logger.warning(text)
     clock, max_tokens = Clock(), config.rollout.max_response_tokens
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_session(config))

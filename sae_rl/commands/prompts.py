@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from sae_rl.config.schema import Config
 from sae_rl.data.loader import Loader
 from sae_rl.data.sampler import PromptSampler
-from sae_rl.rewards.table import check_deadline, resolve
+from sae_rl.rewards.table import check_verifier, resolve
 from sae_rl.types import Prompt
 
 
@@ -38,7 +38,7 @@ def load_heldout(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pro
 def _loader(config: Config, tokenizer: PreTrainedTokenizerBase) -> Loader:
     @cache  # rows of a file ask again and again
     def check_reward(name: str) -> None:
-        check_deadline(name, resolve(name, config.rewards.verifiers), config.rewards.deadline_s)
+        check_verifier(name, resolve(name, config.rewards.verifiers), config.rewards.deadline_s)
 
     at_once = {
         "rollout.prompts_per_step": config.rollout.prompts_per_step,

@@ -220,14 +220,14 @@ class LearnersConfig(Section):
 
 
 class RewardsConfig(Section):
-    """How responses are checked. A failed check crashed, or overran its deadline or its memory: no wrong answer."""
+    """How responses are checked. A check fails if it crashes, or exceeds its deadline or its memory."""
 
     num_processes: Positive
-    deadline_s: Annotated[float, Field(gt=0)]  # of one check; its process is killed
-    memory_gb: Annotated[float, Field(gt=0)]  # that one process may allocate
-    failed: Literal["leave_out", "score"]  # of training: a response whose check failed is not learnt from, or scores
-    failed_score: float  # this; in an evaluation always
-    max_failed_fraction: Fraction  # of a step's checks; above it the run stops
+    deadline_s: Annotated[float, Field(gt=0)]  # time for one check; after it, its process is killed
+    memory_gb: Annotated[float, Field(gt=0)]  # memory that one process may allocate
+    failed: Literal["leave_out", "score"]  # training leaves out responses whose check failed, or uses failed_score
+    failed_score: float  # score of a failed check: in evaluations, and in training with failed=score
+    max_failed_fraction: Fraction  # if more of a step's checks fail, the run ends
     verifiers: dict[str, Annotated[Verifier, PlainValidator(member_of(VERIFIERS))]]  # by the name that sources use
 
 

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import iteration, workload
 from sae_rl.config.compose import load_config
-from sae_rl.rewards.functions import imported
+from sae_rl.rewards.function import imported
 from tests.data.loading import file_source, load_prompts
 
 
