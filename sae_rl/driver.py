@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_rl import checkpoint
 from sae_rl.algo.estimators import estimate
-from sae_rl.algo.segmenters import segment
+from sae_rl.algo.segmentation import segment
 from sae_rl.algo.stats import (
     advantage_stats,
     critic_stats,

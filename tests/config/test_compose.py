@@ -9,7 +9,8 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from sae_rl.algo import ESTIMATORS, SEGMENTERS
+from sae_rl.algo.estimators import ESTIMATORS
+from sae_rl.algo.segmenters import SEGMENTERS
 from sae_rl.config.checks import check
 from sae_rl.config.compose import CONF, load_config, load_evaluation_config
 from sae_rl.config.schema import Config, as_tree
