@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sae_rl import checkpoint
 from sae_rl.algo.estimators import estimate
-from sae_rl.algo.segmenters import segment
+from sae_rl.algo.segmentation import segment
 from sae_rl.critic.pretraining import pretrain
 from sae_rl.data.sampler import SamplerState
 from sae_rl.evaluation.evaluate import evaluate

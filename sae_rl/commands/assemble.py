@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_rl import checkpoint
-from sae_rl.algo import with_vocabulary
+from sae_rl.algo.segmenters import with_vocabulary
 from sae_rl.commands.prompts import load_task
 from sae_rl.commands.run_folder import write_config
 from sae_rl.config.schema import Config, RewardsConfig

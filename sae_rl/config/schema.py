@@ -15,8 +15,8 @@ from pydantic import Field, PlainValidator, field_validator
 
 from sae_rl.algo.estimators import ESTIMATORS, Estimator
 from sae_rl.algo.losses import PolicyLoss, ValueLoss
-from sae_rl.algo.segmenter_sets import SEGMENTERS
-from sae_rl.algo.segmenters import Segmenter
+from sae_rl.algo.segmentation import Segmenter
+from sae_rl.algo.segmenters import SEGMENTERS
 from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.data.task import TaskConfig
 from sae_rl.rewards.table import VERIFIERS

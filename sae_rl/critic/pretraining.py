@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_rl.algo.estimators import estimate
 from sae_rl.algo.ragged import sampled_tokens
-from sae_rl.algo.segmenters import segment
+from sae_rl.algo.segmentation import segment
 from sae_rl.algo.stats import explained_variance
 from sae_rl.config.schema import AlgorithmConfig, CriticPretrainingConfig
 from sae_rl.protocols import Metrics, Workers

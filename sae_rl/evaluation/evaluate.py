@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sae_rl.algo.segmenters import Segmenter
+from sae_rl.algo.segmentation import Segmenter
 from sae_rl.config.schema import EvaluationConfig
 from sae_rl.evaluation.segments import Segments, cut
 from sae_rl.evaluation.summary import Samples, Summary, summarize

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_rl.algo.segmenters import Segmenter, segment
+from sae_rl.algo.segmentation import Segmenter, segment
 from sae_rl.types import Batch, Rollout, Sampling, Scores, sampled_only
 
 

@@ -9,7 +9,8 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from sae_rl.algo import ESTIMATORS, SEGMENTERS
+from sae_rl.algo.estimators import ESTIMATORS
+from sae_rl.algo.segmenters import SEGMENTERS
 from sae_rl.config.checks import check
 from sae_rl.config.compose import CONF, load_config, load_evaluation_config
 from sae_rl.config.schema import Config, as_tree
@@ -28,8 +29,8 @@ NEEDED = {  # what an option leaves for the user to say
     "task=verl": ("task.max_prompt_tokens=32", *FILES),
     "task=gsm8k": ("task.max_prompt_tokens=32", *FILES),
     "task=mixture": ("task.train.parts.gsm8k.path=/no/a.jsonl", "task.evaluation.parts.gsm8k.path=/no/b.jsonl"),
-    "algorithm=custom": ("algorithm.estimator.name=sae_rl.algo:SAE",),
-    "algorithm/segmenter=custom": ("algorithm.segmenter.name=sae_rl.algo:LowProbability",),
+    "algorithm=custom": ("algorithm.estimator.name=sae_rl.algo.estimators:SAE",),
+    "algorithm/segmenter=custom": ("algorithm.segmenter.name=sae_rl.algo.segmenters:LowProbability",),
     "rollout=paper": ("rollout.max_response_tokens=448", "rollout.kv_cache_gb=1"),
 }
 PAPER = {"paper_4b": 8, "paper_8b": 16, "paper_14b": 32}

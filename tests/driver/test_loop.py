@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sae_rl import checkpoint
-from sae_rl.algo import SAE, LowProbability
+from sae_rl.algo.estimators import SAE
+from sae_rl.algo.segmenters import LowProbability
 from sae_rl.driver import train
 from sae_rl.records.metrics import check_names
 from sae_rl.records.step_metrics import throughput

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_rl.algo import LowProbability
-from sae_rl.algo.segmenter_sets import Union
-from sae_rl.algo.segmenters import Entropy, FixedLength, Segmenter, Surprisal
+from sae_rl.algo import Segmenter
+from sae_rl.algo.segmenters import Entropy, FixedLength, LowProbability, Surprisal, Union
 from sae_rl.evaluation.evaluate import Evaluation
 from sae_rl.evaluation.segments import Segments, cut
 from sae_rl.evaluation.summary import Samples, Summary, summarize

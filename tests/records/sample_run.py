@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
-from sae_rl.algo import SAE, LowProbability, explained_variance, mismatch_stats, rollout_stats, segment_stats
+from sae_rl.algo.estimators import SAE
+from sae_rl.algo.segmenters import LowProbability
 from sae_rl.algo.shaping import TokenRewards
+from sae_rl.algo.stats import explained_variance, mismatch_stats, rollout_stats, segment_stats
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Config
 from sae_rl.records.records import Records
