@@ -84,7 +84,8 @@ class RunWorkers:
     @property
     def num_gpus(self) -> int:
         """GPUs that these workers hold; 0 on CPUs."""
-        return int(plan(self._config, list(self._groups)).total.get("GPU", 0))
+        total = plan(self._config, list(self._groups)).total
+        return int(total.get("GPU", 0))
 
     def score(self, batch: Batch) -> Scores:
         with self._clock.phase("score"), self._policy_lock:
