@@ -6,8 +6,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := .venv/.installed
 # Strictly typed: everything but the bridges to libraries that have no types.
-TYPED := $(filter-out sae_rl/backends sae_rl/workers sae_rl/commands/train.py sae_rl/commands/demo.py sae_rl/sft.py sae_rl/commands/warm_start.py, \
-         $(wildcard sae_rl/*.py) sae_rl/algo sae_rl/analysis sae_rl/data sae_rl/evaluation sae_rl/rewards sae_rl/sandbox)
+TYPED := $(filter-out sae_rl/__pycache__ sae_rl/backends sae_rl/workers, $(patsubst %/,%,$(wildcard sae_rl/*/)) $(wildcard sae_rl/*.py))
 SPELLED := README.md CONTRIBUTING.md Makefile pyproject.toml benchmarks conf docker docs launch sae_rl tests
 
 # A file at a time in each of two processes, for tests that start no engine.
@@ -58,8 +57,9 @@ bench-rollout: $(INSTALLED)  ## generation through the pool of engines, beside b
 bench-verifiers: $(INSTALLED)  ## mathematical answers checked per second, beside math-verify by itself
 	$(BIN)/python -m benchmarks.verifiers
 
-docs: $(INSTALLED)  ## the pages that code writes: the table of metrics, and the bias of SAE on a chain with known values
+docs: $(INSTALLED)  ## what code writes: the tables of metrics and verifiers, and the bias of SAE on a chain with known values
 	$(BIN)/python docs/generate_metrics.py
+	$(BIN)/python docs/generate_verifiers.py
 	$(BIN)/python docs/generate_bias.py
 
 setup: $(INSTALLED)  ## the environment in .venv, from locks/cpu.txt; about three minutes when it is not there

@@ -77,7 +77,7 @@ def make_model(folder: Path) -> int:
 
 
 def packed_update(folder: Path, batch: Any, advantages: Tensor) -> Callable[[], object]:
-    from sae_rl.algo import PolicyLoss, PolicyTokens
+    from sae_rl.algo.losses import PolicyLoss, PolicyTokens
     from sae_rl.backends.deepspeed import Learner, Rank, join_group
     from sae_rl.backends.models import PolicyNetwork, load_causal_lm
     from sae_rl.config.compose import load_config

@@ -1,9 +1,9 @@
-"""Everything that decides the next step, saved so that a crash at any moment leaves the last checkpoint usable.
+"""Checkpoints hold everything that decides the next step. A crash at any moment leaves the last one usable.
 
 A checkpoint is a folder ``step_000040``: ``driver.json`` (step, sampler), ``policy/`` and ``critic/`` (DeepSpeed: weights,
 optimizer, schedule, random states) and ``hf/`` (the policy for transformers and vLLM). It is written under another name
-and renamed when it is complete, so a folder of that name is whole. Seeds of sampling and of mini-batches derive from the
-run's seed and the step, so they need no saving.
+and renamed when it is complete. Seeds of sampling and of mini-batches derive from the run's seed and the step, so they
+are not saved.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PREFIX = "step_"
 class DriverState:
     """The driver's part of a checkpoint."""
 
-    step: int  # steps that are done
+    step: int  # number of steps done
     sampler: SamplerState
 
 
 def save(root: Path, state: DriverState, workers: Workers, keep_last: int) -> Path:
-    """Writes one checkpoint and removes those older than the newest ``keep_last``."""
+    """Writes one checkpoint and removes all but the newest ``keep_last``."""
     target = root / f"{PREFIX}{state.step:06d}"
     partial = root / f".partial_{target.name}"
     for leftover in root.glob(".partial_*"):
@@ -42,15 +42,15 @@ def save(root: Path, state: DriverState, workers: Workers, keep_last: int) -> Pa
         shutil.rmtree(target)
     partial.rename(target)
     _sync_to_disk(root)
-    for old in _finished(root)[:-keep_last]:
+    for old in _complete(root)[:-keep_last]:
         shutil.rmtree(old)
     return target
 
 
 def newest(root: Path) -> Path | None:
-    """The last finished checkpoint."""
-    finished = _finished(root)
-    return finished[-1] if finished else None
+    """The newest complete checkpoint; None: there is none."""
+    complete = _complete(root)
+    return complete[-1] if complete else None
 
 
 def read_state(folder: Path) -> DriverState:
@@ -66,12 +66,12 @@ def read_state(folder: Path) -> DriverState:
         raise ValueError(f"{folder} is no checkpoint: {file} cannot be read ({error})") from error
 
 
-def _finished(root: Path) -> list[Path]:
+def _complete(root: Path) -> list[Path]:
     return sorted(folder for folder in root.glob(f"{PREFIX}*") if folder.is_dir())
 
 
 def _sync_to_disk(folder: Path) -> None:
-    """A rename must not reach the disk before what it names."""
+    """Flushes a folder to the disk, so that its rename cannot get there first."""
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

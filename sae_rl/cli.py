@@ -1,4 +1,8 @@
-"""The command line: ``sae-rl COMMAND [key=value ...]``. Every command takes Hydra overrides."""
+"""The command line: ``sae-rl COMMAND [key=value ...]``. Every command takes Hydra overrides.
+
+Imports are inside functions: reward processes import this module too, and a wrong override is reported before Ray and
+transformers are loaded.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-
-from sae_rl.settings import ConfigError
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -31,37 +33,32 @@ def train(arguments: list[str]) -> None:
         return sweep([argument for argument in arguments if argument not in ("-m", "--multirun")])
     if "--print" in arguments:
         return show([argument for argument in arguments if argument != "--print"])
-    config = load_config(arguments)  # before Ray and torch's companions are imported, which takes seconds
+    config = load_config(arguments)
     from sae_rl.commands.train import run_training
 
     return run_training(config)
 
 
 def sweep(overrides: list[str]) -> None:
-    """Hydra's multirun: every combination in turn, each in a folder of its own inside output_dir, named after what varies."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, OmegaConf
+    """Trains every combination in turn. A run that fails does not end the sweep: its error is raised after the last run."""
+    from sae_rl.config.compose import load_sweep
 
+    configs = load_sweep(overrides)
     from sae_rl.commands.train import run_training
-    from sae_rl.config.compose import CONF, check_sweep, validate, with_additions
 
-    overrides = with_additions(overrides)
-    fixed = check_sweep(overrides)
-
-    def job(tree: DictConfig) -> None:
-        folder = HydraConfig.get().runtime.output_dir
-        OmegaConf.resolve(tree)  # paths below output_dir, such as a base model's, are those of the sweep
-        tree.output_dir = folder
-        run_training(validate(tree))
-
-    names = f"hydra.job.config.override_dirname.exclude_keys={fixed}"
-    sys.argv = ["sae-rl", "--multirun", *overrides, names]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
+    failures: list[Exception] = []
+    for config in configs:
+        try:
+            run_training(config)
+        except Exception as error:
+            print(f"error: {config.output_dir}: {error or type(error).__name__}", file=sys.stderr)
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def show(overrides: list[str]) -> None:
-    """The resolved and validated configuration."""
+    """Prints the resolved and validated configuration."""
     import yaml
 
     from sae_rl.config.compose import load_config
@@ -105,6 +102,7 @@ def demo(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     from sae_rl.commands.demo import write_run_report
+    from sae_rl.settings import ConfigError
 
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ConfigError([f"sae-rl report takes the folder of one run, found {arguments}"])
@@ -116,11 +114,11 @@ COMMANDS = {
     "evaluate": Command(
         evaluate, "avg@k, pass@k and maj@k of model.path, a folder or a checkpoint, on task.evaluation"
     ),
-    "pretrain-critic": Command(
-        pretrain_critic, "a critic of model.path's returns, for any number of runs to start from"
+    "pretrain-critic": Command(pretrain_critic, "pre-train a critic for model.path that several runs can start from"),
+    "warm-start": Command(
+        warm_start, "supervised training: a small base model from scratch, or a local model on a file"
     ),
-    "warm-start": Command(warm_start, "make a small base model, or fine-tune a local one on a file"),
-    "demo": Command(demo, "the whole way on a laptop: base model, training with SAE, report"),
+    "demo": Command(demo, "everything on a laptop: base model, training with SAE, report"),
     "report": Command(report, "write report.html of a run's folder"),
 }
 
@@ -139,25 +137,25 @@ def usage() -> str:
 
 
 def main() -> None:
-    """Entry point of ``sae-rl``; exits with 2 where the user has to change something, 1 where a run failed."""
+    """Entry point of ``sae-rl``. Exit code 2: the user has to change something; 1: a run failed; 130: interrupted."""
+    from sae_rl.settings import ConfigError, nearest
+
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return
     if arguments[0] not in COMMANDS:
-        from sae_rl.settings import nearest
-
         _exit(USAGE_ERROR, f"unknown command {arguments[0]!r}, {nearest(arguments[0], list(COMMANDS))}\n\n{usage()}")
     if {"-h", "--help"} & set(arguments):
         print(f"sae-rl {arguments[0]}: {COMMANDS[arguments[0]].help}\n\n{usage()}")
         return
-    signal.signal(signal.SIGTERM, _interrupt)  # `kill`, and Ray's job manager: leave as tidily as with Ctrl-C
+    signal.signal(signal.SIGTERM, _interrupt)  # sent by `kill` and by Ray's job manager; the run closes as with Ctrl-C
     try:
         COMMANDS[arguments[0]].run(arguments[1:])
     except ConfigError as error:
         _exit(USAGE_ERROR, "\n".join(f"error: {line}" for line in str(error).splitlines()))
     except KeyboardInterrupt:
-        _exit(INTERRUPTED, "interrupted; the same command goes on from the last checkpoint")
+        _exit(INTERRUPTED, "interrupted; the same command continues from the last checkpoint")
     except Exception as error:
         if os.environ.get("SAE_RL_TRACEBACK"):
             traceback.print_exc()

@@ -1,10 +1,10 @@
-"""Knobs of frozen dataclasses that check themselves: a field says its default and its range in one line.
+"""Fields of frozen dataclasses that check their own values.
 
     @dataclass(frozen=True, slots=True)
     class SAE(Knobs):
         lam: float = number(0.95, low=0, high=1)
 
-Every error says which knob, what was found, and what is allowed.
+Each error names the field, the value that was found, and the values that are allowed.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ from dataclasses import MISSING, field, fields
 from functools import partial
 from typing import Any
 
-CHECK = "check"  # the key of a field's metadata
+CHECK = "check"  # key in the metadata of a field
 
 
 class Knobs:
-    """Base of a frozen dataclass with fields made by `number`, `integer` and `choice`; it checks them when it is made.
-
-    A class with rules between its fields extends `__post_init__`.
+    """Base of a frozen dataclass: checks the fields made by `number`, `integer`, `flag` and `choice` on construction.
 
     Raises:
-        ValueError: a knob is not in its range.
+        ValueError: a field is out of its range, or `check_together` objects.
     """
 
     __slots__ = ()
@@ -33,6 +31,10 @@ class Knobs:
         for knob in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             if CHECK in knob.metadata:
                 knob.metadata[CHECK](f"{type(self).__name__}.{knob.name}", getattr(self, knob.name))
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Raises ValueError if fields contradict each other. Subclasses override it."""
 
 
 def number(
@@ -43,26 +45,31 @@ def number(
     above_low: bool = False,
     optional: bool = False,
 ) -> Any:
-    """A finite number in [low, high], or in (low, high] with ``above_low``; None too if it is ``optional``."""
+    """A field for a finite number in [low, high], or in (low, high] with ``above_low``. ``optional`` allows None."""
     return _field(default, partial(check_number, low=low, high=high, above_low=above_low), optional)
 
 
 def integer(default: int | None = MISSING, *, low: int, optional: bool = False) -> Any:  # type: ignore[assignment]
-    """An integer of at least ``low``; None too if it is ``optional``."""
+    """A field for an integer of at least ``low``. ``optional`` allows None."""
     return _field(default, partial(check_integer, low=low), optional)
 
 
+def flag(default: bool = MISSING) -> Any:  # type: ignore[assignment]
+    """A field for true or false."""
+    return _field(default, check_flag)
+
+
 def choice(default: str = MISSING, *, allowed: Iterable[str]) -> Any:  # type: ignore[assignment]
-    """One of some words."""
-    return _field(default, partial(check_choice, allowed=tuple(allowed)), False)
+    """A field for one of the words in ``allowed``; for a Literal pass ``typing.get_args`` of it."""
+    return _field(default, partial(check_choice, allowed=tuple(allowed)))
 
 
-def _field(default: object, check: Callable[[str, Any], None], optional: bool) -> Any:
+def _field(default: object, check: Callable[[str, Any], None], optional: bool = False) -> Any:
     def unless_none(key: str, value: Any) -> None:
-        if not (optional and value is None):
+        if value is not None:
             check(key, value)
 
-    return field(default=default, metadata={CHECK: unless_none})
+    return field(default=default, metadata={CHECK: unless_none if optional else check})
 
 
 def check_number(key: str, value: object, low: float, high: float = math.inf, *, above_low: bool = False) -> None:
@@ -78,6 +85,12 @@ def check_integer(key: str, value: object, low: int) -> None:
     """Raises ValueError unless ``value`` is an integer of at least ``low``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < low:
         raise ValueError(f"{key} = {value!r}, but it must be an integer of at least {low}")
+
+
+def check_flag(key: str, value: object) -> None:
+    """Raises ValueError unless ``value`` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} = {value!r}, but it must be true or false")
 
 
 def check_choice(key: str, value: object, allowed: Iterable[str]) -> None:

@@ -1,25 +1,24 @@
-"""What the driver asks of its workers. Their implementations are in `sae_rl.workers`; tests may bring others."""
+"""What the driver needs from workers and records. `sae_rl.workers` and `sae_rl.records` implement it; so do tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from sae_rl.rewards.pool import Rewards
-from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, StepRecord, Targets
 
 Metrics = dict[str, float]
-Scoring = Any  # of a part of a batch, under way; the workers' own
 
 
 class Groups(Protocol):
-    """Groups under way; iterating gives each as soon as it is done, in any order, and ends when none is."""
+    """Pending groups. Iteration yields each as soon as it is finished, in any order, and ends when none is pending."""
 
     def add(self, prompts: Sequence[Prompt], seed_name: str) -> None:
-        """More of them. ``seed_name`` names the random numbers."""
+        """Adds a group for each prompt. Seeds derive from ``seed_name``, among others."""
         ...
 
     def __iter__(self) -> Iterator[list[Rollout]]: ...
@@ -28,20 +27,20 @@ class Groups(Protocol):
 
 
 class RolloutEngines(Protocol):
-    """Everything that samples."""
+    """All rollout engines of a run."""
 
     def generate(
         self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, seed_name: str
     ) -> Iterator[list[Rollout]]:
-        """``group_size`` responses to each prompt, a group as soon as it is done. ``seed_name`` names the random numbers."""
+        """Samples ``group_size`` responses to each prompt, and yields each group as soon as it is finished."""
         ...
 
     def open(self, *, group_size: int, sampling: Sampling) -> Groups:
-        """The same for groups that are added one after the other, such as those of several steps."""
+        """Like `generate`, for groups that are added over time, such as those of several steps."""
         ...
 
     def interrupt(self) -> None:
-        """Whoever waits for responses in another thread gets an exception instead; nothing is sampled after it."""
+        """Makes sampling raise RuntimeError, also in another thread that waits for responses."""
         ...
 
 
@@ -53,20 +52,11 @@ class Workers(Protocol):
 
     @property
     def num_gpus(self) -> int:
-        """That the workers hold; 0 on CPUs."""
+        """GPUs that the workers hold; 0 on CPUs."""
         ...
 
-    def start_score(self, rollouts: Sequence[Rollout]) -> Scoring:
-        """Begins to score a part of a batch that is still being sampled."""
-        ...
-
-    def score(self, batch: Batch, started: Sequence[Scoring] = (), rows: Sequence[int] = ()) -> Scores:
-        """V(s_t), log pi_old and log pi_ref of every response token.
-
-        Args:
-            started: parts that are scored already, or none.
-            rows: which responses of those parts are the batch; none: all.
-        """
+    def score(self, batch: Batch) -> Scores:
+        """V(s_t), log pi_old and log pi_ref of every response token."""
         ...
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:
@@ -80,7 +70,7 @@ class Workers(Protocol):
         ...
 
     def score_critic(self, batch: Batch) -> Scores:
-        """Values alone; logprobs are nan."""
+        """Values alone; the logprobs are NaN."""
         ...
 
     def set_critic_lr(self, lr: float | None) -> None:
@@ -92,7 +82,7 @@ class Workers(Protocol):
         ...
 
     def save(self, folder: Path) -> None:
-        """Weights, optimizers and schedules of policy and critic, and the policy as a Hugging Face folder."""
+        """Writes weights, optimizers and schedules of policy and critic, and the policy as a Hugging Face folder."""
         ...
 
     def load(self, folder: Path) -> None: ...
@@ -102,34 +92,25 @@ class Workers(Protocol):
     def load_critic(self, folder: Path) -> None: ...
 
     def export_critic(self, folder: Path) -> None:
-        """The critic as a Hugging Face folder, for any number of ranks and any run."""
+        """Writes the critic as a Hugging Face folder, which a run with any number of ranks can start from."""
         ...
 
 
 class Recorder(Protocol):
-    """Where a run's numbers and responses go. Nothing in training reads them back."""
+    """Where a run's metrics and responses go. Training never reads them back."""
 
     def note(self, text: str) -> None:
-        """A message for the reader of the console."""
+        """Prints a line for the user."""
         ...
 
     def log(
         self, step: int, metrics: Metrics, phase: Literal["train", "pretraining", "evaluation"] = "train"
     ) -> None: ...
 
-    def rollouts(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        rewards: Sequence[float],
-        reasons: Sequence[str],
-        opens: Tensor,
-        scores: Scores,
-        targets: Targets,
-    ) -> None:
-        """One step's responses, with what was computed of them."""
+    def rollouts(self, record: StepRecord) -> None:
+        """Records one step's responses, and what was computed from them."""
         ...
 
     def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards, opens: Sequence[Tensor] | None) -> None:
-        """What an evaluation after ``step`` steps sampled; ``opens`` (T,) of each response, or None: not known."""
+        """Records the responses of an evaluation after ``step`` steps; ``opens`` (T,) for each, None: not computed."""
         ...

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sae_rl.data.files import prompt_at, text_at
+from sae_rl.data.columns import prompt_at, text_at
 from sae_rl.data.prompts import prompt_token_ids
 from sae_rl.data.rows import parse_rows
 from sae_rl.knobs import Knobs, choice, integer, number

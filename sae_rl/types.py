@@ -25,19 +25,19 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One problem: what the model reads, and what the verifier compares its response with."""
+    """One problem: the text that the model reads, and the answer that the verifier compares its response with."""
 
-    id: str  # unique within its data set; seeds of sampling derive from it
+    id: str  # unique within its data set; the seeds of its responses derive from it
     text: str
     token_ids: tuple[int, ...]
-    answer: str  # ground truth, in the form that `reward` understands
-    task: str  # where it comes from; metrics are split by it
-    reward: str  # name in the table of `sae_rl.rewards.table`, or an import path
+    answer: str  # ground truth, in the form that the verifier reads
+    task: str  # the data set it comes from; evaluation metrics are split by it
+    reward: str  # name of the verifier in `sae_rl.rewards.table`, or an import path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn, in vLLM's terms. Training changes nothing but the temperature: see `Rollout`."""
+    """Sampling parameters, in vLLM's terms. Training changes only the temperature: see `Rollout`."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -49,7 +49,7 @@ class Sampling:
     frequency_penalty: float = 0.0
 
     def changes(self) -> list[tuple[str, float, float]]:
-        """What, besides the temperature, makes the distribution another than the policy's: (name, value, neutral value)."""
+        """Parameters besides the temperature that change the policy's distribution: (name, value, neutral value)."""
         plain = Sampling(max_tokens=self.max_tokens, temperature=self.temperature)
         found = [(f.name, getattr(self, f.name), getattr(plain, f.name)) for f in fields(self)]
         return [(name, value, neutral) for name, value, neutral in found if value != neutral]
@@ -65,7 +65,7 @@ class Rollout:
     rollout_logprobs: Tensor  # (T,) float32, log pi_rollout(a_t | s_t) at `temperature`, untruncated
     text: str
     finish_reason: FinishReason  # "length": cut at the limit, the end token was not sampled
-    policy_versions: Tensor  # (T,) int64, of each token the step whose weights sampled it
+    policy_versions: Tensor  # (T,) int64, the step whose weights sampled each token
     temperature: float
     action_mask: Tensor | None = None  # (T,) bool, see `Batch.action_mask`
 
@@ -84,7 +84,7 @@ class Rollout:
 
     @property
     def dense_action_mask(self) -> Tensor:
-        """(T,) bool, ``action_mask`` written out."""
+        """(T,) bool, ``action_mask`` with None as all True."""
         return torch.ones_like(self.token_ids, dtype=torch.bool) if self.action_mask is None else self.action_mask
 
 
@@ -102,8 +102,8 @@ class Batch:
     groups: Tensor  # (B,) int64, responses to the same prompt share a number
     truncated: Tensor  # (B,) bool, cut at the length limit
     temperature: float
-    # (N,) bool, false: not the policy's own, as a tool's output. Such a token is read, but it has no advantage and no
-    # loss, and its logprobs and values are 0. None: all are sampled.
+    # (N,) bool; False: the policy did not sample the token, as in a tool's output. The networks read such a token, but it
+    # has no advantage and no loss, and its logprobs and values are 0. None: the policy sampled all tokens.
     action_mask: Tensor | None = None
 
     @staticmethod
@@ -138,7 +138,7 @@ class Batch:
             groups=torch.tensor(groups, dtype=torch.int64),
             truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),
             temperature=temperatures.pop(),
-            action_mask=_marks(rollouts),
+            action_mask=_action_mask(rollouts),
         )
 
     @property
@@ -164,7 +164,7 @@ class Batch:
 
     @property
     def last_sampled(self) -> Tensor:
-        """(B,) where the last sampled token of each response is in the flat tensors."""
+        """(B,) index into the flat tensors of each response's last sampled token."""
         if self.action_mask is None:
             return self.offsets[1:] - 1
         return self.action_mask.nonzero().flatten()[self.num_sampled.cumsum(0) - 1]
@@ -177,21 +177,34 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What the trained networks say of a batch before it is used for an update."""
+    """What the networks compute from a batch before its update."""
 
     old_logprobs: Tensor  # (N,) log pi_theta_old(a_t | s_t): the denominator of the PPO ratio
-    values: Tensor | None  # (N,) V(s_t), before token t is read; None: the estimator needs no critic
-    ref_logprobs: Tensor | None  # (N,) log pi_ref(a_t | s_t); None: no KL term asks for it
-    entropies: Tensor | None = None  # (N,) entropy of pi_theta_old(. | s_t); None: nothing asks for it
-    final_values: Tensor | None = None  # (B,) V after the last token; None: every response ends there
+    values: Tensor | None  # (N,) V(s_t), computed before token t is read; None: the estimator needs no critic
+    ref_logprobs: Tensor | None  # (N,) log pi_ref(a_t | s_t); None: no KL term reads it
+    entropies: Tensor | None = None  # (N,) entropy of pi_theta_old(. | s_t); None: nothing reads it
+    final_values: Tensor | None = None  # (B,) V after the last token; None: V is 0 there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """What an estimator makes of rewards, values and segments."""
+    """What an estimator computes from rewards, values and segments."""
 
     advantages: Tensor  # (N,)
     returns: Tensor | None  # (N,) the critic's targets; None: the estimator needs no critic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """One training step as it is recorded: the responses that it trained on, and what was computed from them."""
+
+    step: int
+    rollouts: Sequence[Rollout]  # B
+    rewards: Sequence[float]  # B
+    reasons: Sequence[str]  # B, what the verifier said of each response
+    opens: Tensor  # (N,)
+    scores: Scores
+    targets: Targets  # before whitening
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:
@@ -199,7 +212,7 @@ def offsets_of(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
 
 
-def _marks(rollouts: Sequence[Rollout]) -> Tensor | None:
+def _action_mask(rollouts: Sequence[Rollout]) -> Tensor | None:
     if all(r.action_mask is None for r in rollouts):
         return None
     return torch.cat([r.dense_action_mask for r in rollouts])
@@ -230,7 +243,7 @@ def select(batch: Batch, indices: Tensor) -> Batch:
 
 
 def sampled_only(batch: Batch, scores: Scores) -> tuple[Batch, Scores]:
-    """The same without the tokens that the policy did not sample, as if they had never been there."""
+    """Removes the tokens that the policy did not sample."""
     action_mask = batch.action_mask
     if action_mask is None:
         return batch, scores

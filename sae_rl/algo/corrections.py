@@ -1,40 +1,39 @@
-"""Importance weights for tokens that another distribution sampled than the one whose gradient is taken.
+"""Importance weights for the difference between the policy that sampled and the policy that is trained.
 
-The rollout engine and the trainer never agree to the last digit, and with stale weights they differ on purpose. The weight
-``w = pi_old / pi_rollout`` corrects the surrogate for it; truncated (TIS) or masked, since rare tokens make it explode.
+The rollout engine and the trainer compute slightly different probabilities, and with stale weights they are different
+policies. The weight ``w = pi_old / pi_rollout`` corrects the surrogate for that. It is truncated or masked because it can
+be very large at rare tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from sae_rl.algo.kl import MAX_LOG_RATIO
 from sae_rl.algo.ragged import response_sums
-from sae_rl.knobs import check_choice, check_number
+from sae_rl.knobs import Knobs, choice, number
+
+Mode = Literal["none", "truncate", "mask"]
+Level = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True, slots=True)
-class ImportanceCorrection:
-    """A weight for each token, no gradient: of the token itself, or of its whole response, the product over its tokens.
+class ImportanceCorrection(Knobs):
+    """One weight per token, without gradient. With ``level="sequence"`` w is the product over the tokens of the response.
 
-    ``truncate``: ``min(w, cap)``, truncated importance sampling. ``mask``: ``w`` where ``1 / cap <= w <= cap``, else 0, so
-    that tokens or responses that are too far off teach nothing.
+    - ``truncate``: ``min(w, cap)``, truncated importance sampling (TIS)
+    - ``mask``: ``w`` where ``1 / cap <= w <= cap``, and 0 elsewhere, so that those tokens or responses have no gradient
     """
 
-    mode: Literal["none", "truncate", "mask"] = "none"
-    level: Literal["token", "sequence"] = "token"
-    cap: float = 2.0  # above 1
-
-    def __post_init__(self) -> None:
-        check_choice("ImportanceCorrection.mode", self.mode, ("none", "truncate", "mask"))
-        check_choice("ImportanceCorrection.level", self.level, ("token", "sequence"))
-        check_number("ImportanceCorrection.cap", self.cap, 1, above_low=True)
+    mode: Mode = choice("none", allowed=get_args(Mode))
+    level: Level = choice("token", allowed=get_args(Level))
+    cap: float = number(2.0, low=1, above_low=True)
 
     def __call__(self, old_logprobs: Tensor, rollout_logprobs: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,), (n,), tokens of each response (b,) -> weights (n,), and where the cap changed them (n,) bool."""
+        """Logprobs (n,) of b responses with ``counts`` (b,) tokens -> (weights (n,), where the cap changed them (n,))."""
         log_ratios = old_logprobs - rollout_logprobs
         if self.level == "sequence":
             log_ratios = response_sums(log_ratios, counts).repeat_interleave(counts)

@@ -1,9 +1,9 @@
-"""Rewards, values and segments -> advantages and critic targets. A new estimator is one class here and one line below.
+"""Advantages and critic targets. A new estimator is one class here and one line in `ESTIMATORS` at the end.
 
-All TD estimators are the recursion of `recursion` and differ only in ``lambda_t``. Their critic targets come from the
-same recursion with a lambda of their own, ``value_lam``: 1 gives the Monte-Carlo return. A response ends with its last
-token, V = 0 behind it, unless the scores bring ``final_values`` for those cut at the length limit. Step-level GAE, as in
-AlphaMath (arXiv 2405.03553), is SAE with the delimiter segmenter. Advantages are not whitened here.
+All TD estimators are the recursion of `recursion` and differ only in ``lambda_t``. The critic's targets come from the same
+recursion with a separate lambda, ``value_lam``; 1 gives the Monte-Carlo return. V = 0 after the last token of a response,
+unless ``scores.final_values`` gives a value to responses cut at the length limit. Step-level GAE, as in AlphaMath (arXiv
+2405.03553), is SAE with the delimiter segmenter. Estimators do not whiten advantages.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sae_rl.algo.ragged import check_tokens, response_sums
 from sae_rl.algo.recursion import td_recursion
-from sae_rl.algo.segmenters import checked_opens
-from sae_rl.knobs import Knobs, check_number, number
+from sae_rl.algo.segmentation import checked_opens
+from sae_rl.knobs import Knobs, flag, number
 from sae_rl.types import Batch, Scores, Targets
 
 GROUP_STD_EPSILON = 1e-6
@@ -26,7 +26,8 @@ GROUP_STD_EPSILON = 1e-6
 class Estimator(Protocol):
     """(batch, scores, token_rewards (N,), opens (N,)) -> Targets.
 
-    A class may also set ``needs_entropies = True``: then ``scores.entropies`` are computed.
+    ``needs_critic`` says whether ``scores.values`` is given and ``Targets.returns`` is expected. A class that also sets
+    ``needs_entropies = True`` is given ``scores.entropies``.
     """
 
     needs_critic: ClassVar[bool]
@@ -35,10 +36,10 @@ class Estimator(Protocol):
 
 
 def estimate(estimator: Estimator, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
-    """The estimator's answer, checked: nothing that is not a number gets into an update.
+    """Calls the estimator and checks its targets, so that no NaN reaches an update.
 
     Raises:
-        ValueError: an advantage or a critic's target is missing, has another shape or is not finite.
+        ValueError: advantages or critic targets are missing, have another shape, or are not finite.
     """
     targets = estimator(batch, scores, token_rewards, opens)
     name = type(estimator).__name__
@@ -46,7 +47,7 @@ def estimate(estimator: Estimator, batch: Batch, scores: Scores, token_rewards: 
     if targets.returns is not None:
         check_tokens(f"{name}'s returns", targets.returns, batch)
     elif estimator.needs_critic:
-        raise ValueError(f"{name} needs a critic, but gives it no returns to learn")
+        raise ValueError(f"{name} needs a critic, but its returns are None: the critic would have no targets")
     return targets
 
 
@@ -54,12 +55,12 @@ def estimate(estimator: Estimator, batch: Batch, scores: Scores, token_rewards: 
 class SAE(Knobs):
     """Segmental Advantage Estimation, arXiv 2601.07320: the trace decays only where a segment opens.
 
-    ``lambda_t = lam ^ w_{t+1}``, with ``w`` 1 where a segment opens and 0 inside; soft segments have a w between.
+    ``lambda_t = lam ^ w_{t+1}``, where w = 1 if the token opens a segment and 0 if not. Soft segments have w in [0, 1].
     """
 
     lam: float = number(0.95, low=0, high=1)
     gamma: float = number(1.0, low=0, high=1)
-    value_lam: float = number(1.0, low=0, high=1)  # the lambda of the critic's targets
+    value_lam: float = number(1.0, low=0, high=1)  # lambda of the critic's targets
 
     needs_critic: ClassVar[bool] = True
 
@@ -73,7 +74,7 @@ class GAE(Knobs):
 
     lam: float = number(0.95, low=0, high=1)
     gamma: float = number(1.0, low=0, high=1)
-    value_lam: float = number(1.0, low=0, high=1)  # the lambda of the critic's targets
+    value_lam: float = number(1.0, low=0, high=1)  # lambda of the critic's targets
 
     needs_critic: ClassVar[bool] = True
 
@@ -85,15 +86,12 @@ class GAE(Knobs):
 
 
 @dataclass(frozen=True, slots=True)
-class MonteCarlo:
-    """The return less a baseline, ``A_t = G_t - V_t``: ``lambda_t = 1``. PPO as most reasoning recipes run it."""
+class MonteCarlo(Knobs):
+    """The return minus the value, ``A_t = G_t - V_t``, which is ``lambda_t = 1``. Most reasoning recipes with PPO use it."""
 
-    gamma: float = 1.0  # in [0, 1]
+    gamma: float = number(1.0, low=0, high=1)
 
     needs_critic: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_number("MonteCarlo.gamma", self.gamma, 0, 1)
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
         nowhere = torch.zeros(batch.num_tokens, dtype=torch.bool)
@@ -101,19 +99,14 @@ class MonteCarlo:
 
 
 @dataclass(frozen=True, slots=True)
-class LengthAdaptiveGAE:
-    """VAPO, arXiv 2504.05118: ``lambda_t = max(0, 1 - 1 / (alpha * T))``, one lambda per response of T tokens."""
+class LengthAdaptiveGAE(Knobs):
+    """VAPO, arXiv 2504.05118: ``lambda_t = max(0, 1 - 1 / (alpha * T))`` for all tokens of a response of T tokens."""
 
-    alpha: float = 0.05  # above 0
-    gamma: float = 1.0  # in [0, 1]
-    value_lam: float = 1.0  # in [0, 1], the lambda of the critic's targets
+    alpha: float = number(0.05, low=0, above_low=True)
+    gamma: float = number(1.0, low=0, high=1)
+    value_lam: float = number(1.0, low=0, high=1)  # lambda of the critic's targets
 
     needs_critic: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_number("LengthAdaptiveGAE.alpha", self.alpha, 0, above_low=True)
-        check_number("LengthAdaptiveGAE.gamma", self.gamma, 0, 1)
-        check_number("LengthAdaptiveGAE.value_lam", self.value_lam, 0, 1)
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
         everywhere = torch.ones(batch.num_tokens, dtype=torch.bool)
@@ -124,20 +117,16 @@ class LengthAdaptiveGAE:
 
 
 @dataclass(frozen=True, slots=True)
-class GRPO:
-    """Group-relative and without a critic, arXiv 2402.03300: ``A_t = (R - mean) / (std + 1e-6)`` at every token.
+class GRPO(Knobs):
+    """Group-relative advantages without a critic, arXiv 2402.03300: ``A_t = (R - mean) / (std + 1e-6)`` at every token.
 
-    R is the sum of the response's token rewards; mean and std (the sample's, n - 1) are over its group, the responses
-    to one prompt. ``normalize_std=False`` leaves the division out (Dr. GRPO, arXiv 2503.20783).
+    R is the sum of the response's token rewards. Mean and sample std (division by n - 1) are over its group, the responses
+    to the same prompt. ``normalize_std=False`` omits the division (Dr. GRPO, arXiv 2503.20783).
     """
 
-    normalize_std: bool = True
+    normalize_std: bool = flag(True)
 
     needs_critic: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.normalize_std, bool):
-            raise ValueError(f"GRPO.normalize_std = {self.normalize_std!r}, but it must be true or false")
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
         centred, groups, sizes = _centred_in_groups("GRPO", batch, scores, token_rewards)
@@ -149,9 +138,9 @@ class GRPO:
 
 @dataclass(frozen=True, slots=True)
 class RLOO:
-    """REINFORCE leave-one-out, arXiv 2402.14740: the return less the mean return of the *other* responses of its group.
+    """REINFORCE leave-one-out, arXiv 2402.14740: ``A_t = R - mean R of the other responses of its group``.
 
-    ``A_t = R - mean of the others``, which is ``n / (n - 1)`` times the distance from the mean of all n.
+    For a group of n this equals ``n / (n - 1) * (R - mean R of all n)``. R is the sum of the response's token rewards.
     """
 
     needs_critic: ClassVar[bool] = False
@@ -171,10 +160,14 @@ def td_targets(
     lam: float | Tensor,
     value_lam: float | Tensor,
 ) -> Targets:
-    """The recursion on a batch, for any weights (N,) in [0, 1]; see `recursion.td_recursion` for the others.
+    """`td_recursion` on a checked batch: the core of every estimator with a critic.
+
+    Args:
+        weights: (N,) w_t, bool or float in [0, 1], as a segmenter returns them.
+        gamma, lam, value_lam: as in `td_recursion`.
 
     Raises:
-        ValueError: there are no values, or an input has another shape, is not finite, or is no weight.
+        ValueError: ``scores.values`` is None; or an input has another shape, is not finite, or is not in [0, 1].
     """
     if scores.values is None:
         raise ValueError("scores.values is None, but this estimator needs a critic: train one, or choose grpo")
@@ -197,14 +190,14 @@ def td_targets(
 
 
 def _check_inputs(batch: Batch, scores: Scores, token_rewards: Tensor) -> None:
-    """Every step passes here before an update: nothing that is not a number may get further."""
+    """Every step passes here before its update, so that no NaN gets further."""
     check_tokens("token_rewards", token_rewards, batch)
     check_tokens("batch.rollout_logprobs", batch.rollout_logprobs, batch)
     check_tokens("scores.old_logprobs", scores.old_logprobs, batch)
 
 
 def _centred_in_groups(name: str, batch: Batch, scores: Scores, token_rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """R - mean of its group (B,) float64; the group's number of each response (B,); the groups' sizes.
+    """(R minus the mean R of the group (B,) float64, index of each response's group (B,), group sizes (G,)).
 
     R is the sum of a response's token rewards.
     """
@@ -213,7 +206,7 @@ def _centred_in_groups(name: str, batch: Batch, scores: Scores, token_rewards: T
     if int(sizes.min()) < 2:
         raise ValueError(
             f"group {int(names[sizes.argmin()])} has 1 response, but {name} compares the responses of a group: "
-            "set a group size of at least 2"
+            "use a group size of at least 2"
         )
     totals = response_sums(token_rewards.double(), batch.lengths)
     return totals - (_group_sums(totals, groups, sizes) / sizes)[groups], groups, sizes
@@ -224,7 +217,7 @@ def _group_sums(per_response: Tensor, groups: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _spread(per_response: Tensor, batch: Batch, token_rewards: Tensor) -> Targets:
-    """One advantage per response at each of its sampled tokens, and no critic targets."""
+    """Targets with each response's advantage at all of its sampled tokens, and no critic targets."""
     dtype = torch.promote_types(token_rewards.dtype, torch.float32)
     advantages = per_response.to(dtype).repeat_interleave(batch.lengths)
     return Targets(advantages=advantages if batch.action_mask is None else advantages * batch.action_mask, returns=None)

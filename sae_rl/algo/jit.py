@@ -1,4 +1,4 @@
-"""What every kernel on the CPU needs: a compiler, and memory that is quick to map."""
+"""Compilation of kernels for the CPU, and allocation of their outputs."""
 
 from __future__ import annotations
 
@@ -10,26 +10,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Kernel = Callable[..., Any]
 
-def compiled(kernel: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """The kernel without the interpreter lock and with fused multiply-adds, kept on disk where a folder can be written."""
-    options = {"nogil": True, "fastmath": {"contract"}, **options}
-    try:
-        machine_code: Callable[..., Any] = numba.njit(cache=True, **options)(kernel)
-    except RuntimeError:  # numba: "cannot cache function ...: no locator available"
-        machine_code = numba.njit(**options)(kernel)
-    return machine_code
+
+def jit(**options: Any) -> Callable[[Kernel], Kernel]:
+    """Decorator that compiles a function with numba: without the interpreter lock, with fused multiply-adds.
+
+    numba caches the result on disk where it can write. ``options`` are those of ``numba.njit``.
+    """
+    options = {"nogil": True, "fastmath": {"contract"}} | options
+
+    def compile_kernel(kernel: Kernel) -> Kernel:
+        compiled: Kernel
+        try:
+            compiled = numba.njit(cache=True, **options)(kernel)
+        except RuntimeError:  # numba: "cannot cache function ...: no locator available"
+            compiled = numba.njit(**options)(kernel)
+        return compiled
+
+    return compile_kernel
 
 
 def empty(like: Tensor, dtype: torch.dtype, skew_bytes: int = 0) -> Tensor:
-    """Uninitialised memory in the shape of another tensor, on its device.
+    """An uninitialised tensor with the shape and device of another.
 
-    numpy asks Linux for huge pages; the small ones of torch cost more time to map than a recursion takes to fill them.
+    On a CPU numpy allocates it, because numpy asks Linux for huge pages. Mapping torch's small pages takes longer than
+    a recursion takes to fill them.
 
     Args:
-        skew_bytes: how far from where it would else begin, a multiple of 64. Large tensors of one shape come at equal
-            distances, often a power of two; a kernel that walks through four of them in step then evicts each line that
-            it has just read (a padded recursion took 4 times as long on an AMD EPYC).
+        skew_bytes: a multiple of 64 by which to move the start of the memory. Large tensors of one shape otherwise lie at
+            equal distances, often a power of two. A kernel that reads four of them in step then evicts the cache lines
+            that it has just read (a padded recursion took 4 times as long on an AMD EPYC).
     """
     if like.is_cuda:
         return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)

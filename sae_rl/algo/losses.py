@@ -1,22 +1,22 @@
-"""What the policy and the critic minimise, as sums over tokens.
+"""Losses of the policy and the critic, as sums over tokens.
 
-A loss is called on a micro-batch of flat tensors (n,) and returns sums; the caller divides them by the total of the whole
-optimizer step (`PolicyLoss.total`, or its tokens), over micro-batches and ranks. So neither micro-batch size nor packing
-changes a gradient.
+A loss takes a micro-batch of flat tensors (n,) and returns sums. The caller divides them by the total of the whole optimizer
+step, over all micro-batches and ranks: `PolicyLoss.total` for the policy, the number of tokens for the critic. So gradients
+depend neither on the micro-batch size nor on packing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from sae_rl.algo.corrections import ImportanceCorrection
-from sae_rl.algo.kl import KL_LOSSES, MAX_LOG_RATIO, k3
+from sae_rl.algo.kl import KL_LOSSES, MAX_LOG_RATIO, KLName, k3
 from sae_rl.algo.ragged import response_sums
-from sae_rl.knobs import check_choice, check_integer, check_number
+from sae_rl.knobs import Knobs, choice, integer, number
 
 Surrogate = Literal["ppo", "gspo", "cispo"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
@@ -24,79 +24,67 @@ Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
 @dataclass(frozen=True, slots=True)
 class LossSum:
-    """A loss summed over tokens, and what there is to say about it."""
+    """A loss and its metrics, summed over tokens."""
 
     sum: Tensor  # scalar, with gradient
-    stats: dict[str, Tensor]  # scalars without: each, summed and divided by the tokens, is the metric of its name
+    stats: dict[str, Tensor]  # metric -> scalar sum over tokens, without gradient; the caller divides by the tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTokens:
-    """What a policy loss reads: the sampled tokens of b responses, flat (n,), response after response."""
+    """Input of a policy loss: the sampled tokens of b responses, concatenated. Tensors are (n,) unless noted."""
 
     logprobs: Tensor  # with gradient
     old_logprobs: Tensor
     advantages: Tensor
     counts: Tensor | None = None  # (b,) int64, tokens of each response; None: one response
-    ref_logprobs: Tensor | None = None  # measured where given, required by kl_coef
-    entropies: Tensor | None = None  # with gradient; measured where given, required by entropy_coef
+    ref_logprobs: Tensor | None = None  # for the metric policy/ref_kl; required if kl_coef > 0
+    entropies: Tensor | None = None  # with gradient; for the metric policy/entropy_mean; required if entropy_coef > 0
     rollout_logprobs: Tensor | None = None  # required by a correction
-    rewards: Tensor | None = None  # (b,) of each response, required by positive_nll_coef
+    rewards: Tensor | None = None  # (b,) rewards of responses; required if positive_nll_coef > 0
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyLoss:
-    """``-surrogate + kl_coef * kl - entropy_coef * entropy + positive_nll_coef * nll`` per token, with ``r = pi / pi_old``:
+class PolicyLoss(Knobs):
+    """``-surrogate + kl_coef * kl - entropy_coef * entropy + positive_nll_coef * nll`` per token.
+
+    Surrogates, with ``r = pi / pi_old``:
 
     - ``ppo``: ``min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` (arXiv 1707.06347), with separate bounds (DAPO, arXiv
-      2503.14476); with ``dual_clip`` = c, where A < 0, no less than ``c A`` (arXiv 1912.09729; for gspo as well)
-    - ``gspo``: the same with the geometric mean of r over the response, whose gradient is shared by its tokens (arXiv
-      2507.18071, eq. 13); its bounds are far smaller, such as 3e-4
-    - ``cispo``: ``clip(r, 1 - clip_low, 1 + clip_high) A log pi``, r without gradient (arXiv 2506.13585)
+      2503.14476). With ``dual_clip`` = c, where A < 0, it is at least ``c A`` (arXiv 1912.09729); this applies to gspo too
+    - ``gspo``: as ppo, with the geometric mean of r over the response; all tokens of the response share its gradient (arXiv
+      2507.18071, eq. 13). It needs far smaller bounds, such as 3e-4
+    - ``cispo``: ``clip(r, 1 - clip_low, 1 + clip_high) A log pi``, with no gradient through r (arXiv 2506.13585)
 
-    ``kl`` estimates KL(pi || pi_ref); ``nll = -log pi`` at the tokens of responses with a reward above 0 (VAPO, arXiv
-    2504.05118). The paper's recipe is ``ppo`` with none of the others. Tokens count alike (``token_mean``), or responses do
-    (``sequence_mean``), or tokens do but the sum is divided by ``constant_tokens`` per response (Dr. GRPO, arXiv
-    2503.20783).
+    ``kl`` estimates KL(pi || pi_ref). ``nll = -log pi`` at the tokens of responses with a reward above 0 (VAPO, arXiv
+    2504.05118). The paper's recipe is ``ppo`` without the other terms.
+
+    ``aggregation`` weighs all tokens equally (``token_mean``), weighs all responses equally (``sequence_mean``), or divides
+    the sum over tokens by ``constant_tokens`` per response (``constant``; Dr. GRPO, arXiv 2503.20783).
     """
 
-    clip_low: float = 0.2  # in [0, 1]
-    clip_high: float = 0.2  # at least 0
-    kl_coef: float = 0.0  # at least 0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # see kl.py; k1 has the gradient of k2
-    entropy_coef: float = 0.0  # at least 0
-    surrogate: Surrogate = "ppo"
-    dual_clip: float | None = None  # above 1; None: no such bound
-    aggregation: Aggregation = "token_mean"
-    constant_tokens: int | None = None  # at least 1, for aggregation = constant
-    positive_nll_coef: float = 0.0  # at least 0
+    clip_low: float = number(0.2, low=0, high=1)
+    clip_high: float = number(0.2, low=0)
+    kl_coef: float = number(0.0, low=0)
+    kl_estimator: KLName = choice("k3", allowed=get_args(KLName))  # as in KL_LOSSES: k1 has the gradient of k2
+    entropy_coef: float = number(0.0, low=0)
+    surrogate: Surrogate = choice("ppo", allowed=get_args(Surrogate))
+    dual_clip: float | None = number(None, low=1, above_low=True, optional=True)  # None: no dual clip
+    aggregation: Aggregation = choice("token_mean", allowed=get_args(Aggregation))
+    constant_tokens: int | None = integer(None, low=1, optional=True)  # only for aggregation = constant
+    positive_nll_coef: float = number(0.0, low=0)
     correction: ImportanceCorrection = field(default_factory=ImportanceCorrection)
 
-    def __post_init__(self) -> None:
-        check_number("PolicyLoss.clip_low", self.clip_low, 0, 1)
-        check_number("PolicyLoss.clip_high", self.clip_high, 0)
-        check_number("PolicyLoss.kl_coef", self.kl_coef, 0)
-        check_choice("PolicyLoss.kl_estimator", self.kl_estimator, tuple(KL_LOSSES))
-        check_number("PolicyLoss.entropy_coef", self.entropy_coef, 0)
-        check_choice("PolicyLoss.surrogate", self.surrogate, ("ppo", "gspo", "cispo"))
-        check_choice("PolicyLoss.aggregation", self.aggregation, ("token_mean", "sequence_mean", "constant"))
-        check_number("PolicyLoss.positive_nll_coef", self.positive_nll_coef, 0)
-        if self.dual_clip is not None:
-            check_number("PolicyLoss.dual_clip", self.dual_clip, 1, above_low=True)
-            if self.surrogate == "cispo":
-                raise ValueError(
-                    f"PolicyLoss.dual_clip = {self.dual_clip} does nothing for surrogate = 'cispo': set it to null"
-                )
-        if self.aggregation == "constant":
-            if self.constant_tokens is None:
-                raise ValueError("PolicyLoss.aggregation = 'constant' needs constant_tokens, found None")
-            check_integer("PolicyLoss.constant_tokens", self.constant_tokens, 1)
+    def check_together(self) -> None:
+        if self.dual_clip is not None and self.surrogate == "cispo":
+            raise ValueError(
+                f"PolicyLoss.dual_clip = {self.dual_clip} does nothing for surrogate = 'cispo': set it to null"
+            )
+        if self.aggregation == "constant" and self.constant_tokens is None:
+            raise ValueError("PolicyLoss.aggregation = 'constant' needs constant_tokens, found None")
 
     def __call__(self, tokens: PolicyTokens) -> LossSum:
-        """
-        Raises:
-            ValueError: a coefficient needs what is not given.
-        """
+        """The loss of a micro-batch. Raises ValueError if a coefficient needs a tensor that is None."""
         given = (tokens.ref_logprobs, tokens.entropies, tokens.rollout_logprobs)
         _check_shapes(tokens.logprobs, tokens.old_logprobs, tokens.advantages, *given)
         counts = tokens.counts
@@ -109,7 +97,7 @@ class PolicyLoss:
         return _loss_sum(weighted.sum(), stats | more | others | {"policy/loss": losses.sum()})
 
     def total(self, counts: Tensor) -> float:
-        """What the sums of an optimizer step are divided by, from the tokens of each of its responses."""
+        """Divisor of the sums of an optimizer step, given the tokens (b,) of each of its responses."""
         num_responses = counts.numel()
         if self.aggregation == "token_mean":
             return float(counts.sum())
@@ -119,7 +107,7 @@ class PolicyLoss:
         return float(num_responses * self.constant_tokens)
 
     def _surrogate(self, tokens: PolicyTokens, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(n,) to be maximised."""
+        """((n,) objective to maximise, sums of its metrics)."""
         logprobs, advantages = tokens.logprobs, tokens.advantages
         log_ratios = logprobs - tokens.old_logprobs
         if self.surrogate == "gspo":
@@ -128,7 +116,7 @@ class PolicyLoss:
         ratios = log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # r
         bounded = ratios.clamp(1 - self.clip_low, 1 + self.clip_high)
         plain, clipped = ratios * advantages, bounded * advantages
-        binding = clipped < plain  # the clip decides: but for cispo the token has no gradient
+        binding = clipped < plain  # the clip applies; except for cispo, the token then has no gradient
         objective = torch.minimum(plain, clipped) if self.surrogate != "cispo" else clipped.detach() * logprobs
         stats = {
             "policy/clip_fraction": binding.sum(),
@@ -162,13 +150,15 @@ class PolicyLoss:
             stats["policy/ref_kl"] = kl.sum()
             losses = losses + self.kl_coef * kl if self.kl_coef > 0 else losses
         elif self.kl_coef > 0:
-            raise ValueError(f"PolicyLoss.kl_coef = {self.kl_coef}, but ref_logprobs is None: set it to 0 or give them")
+            raise ValueError(
+                f"PolicyLoss.kl_coef = {self.kl_coef}, but ref_logprobs is None: set kl_coef to 0 or pass them"
+            )
         if tokens.entropies is not None:
             stats["policy/entropy_mean"] = tokens.entropies.sum()
             losses = losses - self.entropy_coef * tokens.entropies if self.entropy_coef > 0 else losses
         elif self.entropy_coef > 0:
             raise ValueError(
-                f"PolicyLoss.entropy_coef = {self.entropy_coef}, but entropies is None: set it to 0 or give them"
+                f"PolicyLoss.entropy_coef = {self.entropy_coef}, but entropies is None: set entropy_coef to 0 or pass them"
             )
         if self.positive_nll_coef > 0:
             if tokens.rewards is None:
@@ -180,21 +170,17 @@ class PolicyLoss:
 
 
 @dataclass(frozen=True, slots=True)
-class ValueLoss:
-    """Squared error of the critic. Per token: ``(V - returns)^2 / 2``.
+class ValueLoss(Knobs):
+    """Squared error of the critic, ``(V - returns)^2 / 2`` per token.
 
-    With ``value_clip`` the larger of it and the same for ``V_old + clip(V - V_old, -value_clip, value_clip)``, as in
-    PPO's reference code (studied in arXiv 2006.05990).
+    With ``value_clip`` it is the larger of ``(V - returns)^2 / 2`` and ``(V_clipped - returns)^2 / 2``, where ``V_clipped =
+    V_old + clip(V - V_old, -value_clip, value_clip)``, as in PPO's reference code (studied in arXiv 2006.05990).
     """
 
-    value_clip: float | None = None  # above 0; None: no clipping
-
-    def __post_init__(self) -> None:
-        if self.value_clip is not None:
-            check_number("ValueLoss.value_clip", self.value_clip, 0, above_low=True)
+    value_clip: float | None = number(None, low=0, above_low=True, optional=True)  # None: no clipping
 
     def __call__(self, values: Tensor, old_values: Tensor, returns: Tensor) -> LossSum:
-        """All (N,)."""
+        """The loss of a micro-batch; all inputs are (n,)."""
         _check_shapes(values, old_values, returns)
         errors = clipped_errors = (values - returns).square() / 2
         if self.value_clip is not None:
@@ -215,6 +201,6 @@ def _loss_sum(loss: Tensor, stats: dict[str, Tensor]) -> LossSum:
 
 
 def _check_shapes(first: Tensor, *others: Tensor | None) -> None:
-    """One shape for all: (N,) with (N, 1) would silently broadcast to (N, N)."""
+    """All tensors must be flat and equally long: (n,) and (n, 1) would silently broadcast to (n, n)."""
     shapes = [tuple(other.shape) for other in (first, *others) if other is not None]
     assert first.dim() == 1 and len(set(shapes)) == 1, f"a loss needs flat tensors of one length, found {shapes}"

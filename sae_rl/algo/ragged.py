@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_rl.algo.jit import compiled, empty
+from sae_rl.algo.jit import empty, jit
 from sae_rl.types import Batch
 
 
@@ -23,13 +23,13 @@ def positions(offsets: Tensor) -> Tensor:
 
 
 def response_sums(flat: Tensor, lengths: Tensor) -> Tensor:
-    """(B,) sum of a (N,) tensor over each response, of ``lengths`` (B,) tokens, in the tensor's type."""
+    """(B,) sums of a (N,) tensor over responses of ``lengths`` (B,) tokens, in the type of ``flat``."""
     responses = torch.arange(lengths.numel(), device=flat.device).repeat_interleave(lengths)
     return flat.new_zeros(lengths.numel()).index_add(0, responses, flat)
 
 
 def sampled_tokens(flat: Tensor, batch: Batch) -> Tensor:
-    """The numbers of a (N,) tensor that stand at tokens which the policy sampled."""
+    """The entries of a (N,) tensor at tokens that the policy sampled."""
     return flat if batch.action_mask is None else flat[batch.action_mask]
 
 
@@ -40,9 +40,9 @@ def check_tokens(name: str, flat: Tensor, batch: Batch) -> None:
 
 
 def check_shape(name: str, flat: Tensor, batch: Batch) -> None:
-    """Raises ValueError unless ``flat`` has one number per response token, and there are any."""
+    """Raises ValueError unless ``flat`` has one entry per response token, and the batch has at least one token."""
     if batch.num_tokens == 0:
-        raise ValueError(f"the batch has no response tokens, so there is nothing to compute {name} of")
+        raise ValueError(f"the batch has no response tokens, so {name} cannot be computed")
     if flat.shape != (batch.num_tokens,):
         raise ValueError(f"{name} has shape {tuple(flat.shape)}, but the batch has {batch.num_tokens} response tokens")
 
@@ -50,7 +50,7 @@ def check_shape(name: str, flat: Tensor, batch: Batch) -> None:
 def check_finite(name: str, flat: Tensor, offsets: Tensor) -> None:
     """Raises ValueError if a number of the (N,) tensor is not finite; names the first bad response."""
     if bool(flat.sum(dtype=torch.float32).isfinite()):
-        return  # nan and inf would have reached the sum, which is far cheaper than to look at each number
+        return  # NaN and infinity would have made the sum non-finite; the sum is far cheaper than `isfinite` per number
     bad = ~flat.isfinite()
     if bool(bad.any()):
         token = int(bad.nonzero()[0])
@@ -58,7 +58,7 @@ def check_finite(name: str, flat: Tensor, offsets: Tensor) -> None:
         position = token - int(offsets[response])
         raise ValueError(
             f"{name} is {float(flat[token])} at token {position} of response {response} "
-            f"({int(bad.sum())} of {flat.numel()} tokens are not finite); look at what produced it"
+            f"({int(bad.sum())} of {flat.numel()} tokens are not finite); check where {name} was computed"
         )
 
 
@@ -66,7 +66,7 @@ def below(name: str, flat: Tensor, limit: float, offsets: Tensor, action_mask: T
     """(N,) bool, ``flat < limit``.
 
     Raises:
-        ValueError: a number at a sampled token is not finite; what stands beside another token may be anything.
+        ValueError: a number at a sampled token is not finite. Other tokens are not checked.
     """
     if flat.is_cuda or flat.dtype not in (torch.float32, torch.float64):
         is_below, is_finite = flat < limit, bool(flat.sum(dtype=torch.float32).isfinite())
@@ -79,12 +79,11 @@ def below(name: str, flat: Tensor, limit: float, offsets: Tensor, action_mask: T
     return is_below
 
 
-def _below_python(flat: Any, limit: Any, total: Any, is_below: Any) -> Any:
-    """Whether all are finite, of which the sum tells, in one pass."""
+@jit(fastmath={"contract", "reassoc", "nsz"})
+def _below(flat: Any, limit: Any, zero: Any, is_below: Any) -> Any:
+    """Compares in one pass. Returns whether all numbers are finite: 0 times NaN or infinity is NaN."""
+    total = zero
     for i in range(flat.size):
         is_below[i] = flat[i] < limit
         total += flat[i] * 0
     return total == 0
-
-
-_below = compiled(_below_python, fastmath={"contract", "reassoc", "nsz"})

@@ -1,7 +1,7 @@
-"""`recursion` as machine code: one pass over the tokens of a response from its end, all of them read once.
+"""Kernel of `recursion` for the CPU: one backward pass over each response, which reads every token once.
 
-Each token's advantage waits for the one behind it, so a core that walks through one response mostly waits. Two
-responses go side by side.
+Each advantage depends on the next one, so a core that walks through a single response mostly waits for its own arithmetic.
+The kernel therefore walks through two responses side by side.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sae_rl.algo.jit import compiled
+from sae_rl.algo.jit import jit
 
-TOKENS_PER_THREAD = 65_536  # below it a thread costs more than it saves
+TOKENS_PER_THREAD = 65_536  # with fewer tokens a thread costs more than it saves
 
 
 class Tokens(NamedTuple):
-    """(N,) arrays, read and written."""
+    """(N,) arrays: three to read, two to write."""
 
     rewards: Any
     values: Any
-    weights: Any  # uint8 of hard segments, else float
+    weights: Any  # uint8 for hard segments, float for soft ones
     advantages: Any
     returns: Any
 
 
 class Responses(NamedTuple):
-    """Arrays with a number for each response."""
+    """Arrays with one number per response."""
 
     offsets: Any  # (B+1,)
     lam: Any  # (B,)
@@ -41,43 +41,43 @@ class Responses(NamedTuple):
     final_values: Any  # (B,)
 
 
-def _step_python(
-    t: Any, tokens: Any, is_soft: Any, gamma: Any, gammas: Any, action_mask: Any, decays: Any, state: Any
-) -> Any:
-    """From token t + 1 to token t. numba drops the branches of arguments that are None.
+@jit(forceinline=True)
+def _step(t: Any, tokens: Any, is_soft: Any, gamma: Any, gammas: Any, action_mask: Any, decays: Any, state: Any) -> Any:
+    """Goes from token t + 1 to token t. numba removes the branches of arguments that are None.
 
-    The state is A_{t+1} under both lambdas, V_{t+1}, gamma lambda between t and t + 1 for both, and what was paid at the
-    transparent tokens since.
+    The state holds A_{t+1} under lam and under value_lam, V_{t+1}, gamma lambda_t for both, and the sum of rewards at the
+    transparent tokens passed since the last sampled one.
     """
-    advantage, value_advantage, next_value, decay, value_decay, paid_later = state
-    if action_mask is not None:  # noqa: SIM102 (on its own, so that numba can drop it)
+    advantage, value_advantage, next_value, decay, value_decay, carried_reward = state
+    if action_mask is not None:  # noqa: SIM102 (numba removes a branch only if it tests for None alone)
         if not action_mask[t]:
             tokens.advantages[t] = tokens.returns[t] = 0.0
-            return advantage, value_advantage, next_value, decay, value_decay, paid_later + tokens.rewards[t]
+            return advantage, value_advantage, next_value, decay, value_decay, carried_reward + tokens.rewards[t]
     discount = gamma
-    if gammas is not None:  # then gamma is 1
+    if gammas is not None:  # gamma is 1 then, so the decays lack their discount
         discount = gammas[t]
         decay *= discount
         value_decay *= discount
     value = np.float64(tokens.values[t])
     delta = discount * next_value - value + tokens.rewards[t]
     if action_mask is not None:
-        delta += paid_later
+        delta += carried_reward
     advantage = delta + decay * advantage
     value_advantage = delta + value_decay * value_advantage
     tokens.advantages[t] = advantage
     tokens.returns[t] = value_advantage + value
     if is_soft is None:
         opens = np.uintp(tokens.weights[t])
-        decay, value_decay = decays[0, opens], decays[1, opens]  # quicker than to choose between two numbers
+        decay, value_decay = decays[0, opens], decays[1, opens]  # a table lookup is faster than a branch
     else:
         weight = np.float64(tokens.weights[t])
         decay, value_decay = gamma * decays[2, 0] ** weight, gamma * decays[2, 1] ** weight
     return advantage, value_advantage, value, decay, value_decay, 0.0
 
 
-def _begin_python(response: Any, responses: Any, gamma: Any, decays: Any) -> Any:
-    """Where a response starts and ends, and the state behind its last token. ``decays[:, opens]`` become its own."""
+@jit()
+def _begin(response: Any, responses: Any, gamma: Any, decays: Any) -> Any:
+    """(start, end, state after the last token) of a response; writes the response's decays to ``decays[:, opens]``."""
     lam, value_lam = responses.lam[response], responses.value_lam[response]
     decays[0, 0], decays[0, 1] = gamma, gamma * lam
     decays[1, 0], decays[1, 1] = gamma, gamma * value_lam
@@ -86,15 +86,14 @@ def _begin_python(response: Any, responses: Any, gamma: Any, decays: Any) -> Any
     return np.uintp(responses.offsets[response]), np.uintp(responses.offsets[response + 1]), state
 
 
-_step, _begin = compiled(_step_python, forceinline=True), compiled(_begin_python)
-
-
-def _backward_python(
+@jit()
+def _backward(
     tokens: Any, responses: Any, is_soft: Any, gamma: Any, gammas: Any, action_mask: Any, first: int, last: int
 ) -> bool:
-    """Responses ``first .. last - 1``; whether all advantages are finite.
+    """Computes responses ``first .. last - 1``; returns whether all their advantages are finite.
 
-    Indices are unsigned, since each signed one would be checked for counting from the end.
+    NaN checks are nearly free: a NaN propagates to the first token of its response, so only that one is tested.
+    Indices are unsigned, because numba tests every signed one for counting from the end.
     """
     one, finite, upcoming = np.uintp(1), True, first
     decays_a, decays_b = np.empty((3, 2)), np.empty((3, 2))
@@ -102,7 +101,7 @@ def _backward_python(
     a = b = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     while True:
         if t_a == start_a:
-            finite &= np.isfinite(a[0] + a[5])  # what was not a number anywhere behind has reached the first token
+            finite &= np.isfinite(a[0] + a[5])
             if upcoming < last:
                 start_a, t_a, a = _begin(upcoming, responses, gamma, decays_a)
                 upcoming += 1
@@ -119,7 +118,7 @@ def _backward_python(
                 t_b -= one
                 a = _step(t_a, tokens, is_soft, gamma, gammas, action_mask, decays_a, a)
                 b = _step(t_b, tokens, is_soft, gamma, gammas, action_mask, decays_b, b)
-        elif t_a > start_a:  # the last one goes alone
+        elif t_a > start_a:  # the last response runs alone
             while t_a > start_a:
                 t_a -= one
                 a = _step(t_a, tokens, is_soft, gamma, gammas, action_mask, decays_a, a)
@@ -129,9 +128,6 @@ def _backward_python(
                 b = _step(t_b, tokens, is_soft, gamma, gammas, action_mask, decays_b, b)
         elif upcoming == last:
             return finite
-
-
-_backward = compiled(_backward_python)
 
 
 def run(
@@ -147,9 +143,9 @@ def run(
     out: tuple[Tensor, Tensor],
     num_threads: int,
 ) -> bool:
-    """See `recursion.td_recursion`; here ``lams``, ``value_lams`` and ``final_values`` are (B,) float64.
+    """Writes `recursion.td_recursion` to the contiguous ``out`` and returns whether all advantages are finite.
 
-    Writes to ``out``, contiguous, and returns whether all of it is finite.
+    ``lams``, ``value_lams`` and ``final_values`` are (B,) float64.
     """
     dtype = out[0].dtype
     is_hard = weights.dtype == torch.bool
@@ -175,10 +171,10 @@ def run(
         None if action_mask is None else _array(action_mask, torch.bool),
     )
     num_threads = max(1, min(num_threads, values.numel() // TOKENS_PER_THREAD))
-    cuts = _cuts(responses.offsets, num_threads)
-    shares = [_pool(num_threads - 1).submit(_backward, *arguments, a, b) for a, b in pairwise(cuts[1:])]
-    found = [_backward(*arguments, cuts[0], cuts[1]), *(share.result() for share in shares)]
-    return all(found)
+    cuts = _balanced_cuts(responses.offsets, num_threads)
+    others = [_pool(num_threads - 1).submit(_backward, *arguments, a, b) for a, b in pairwise(cuts[1:])]
+    finite = [_backward(*arguments, cuts[0], cuts[1]), *(part.result() for part in others)]
+    return all(finite)
 
 
 @functools.cache
@@ -186,13 +182,13 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, num_threads), thread_name_prefix="td_recursion")
 
 
-# Threads do not outlive a fork: in the child a pool of its parent's would never do its work.
+# Threads do not survive a fork, so work submitted to the parent's pool would never finish in the child.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
-def _cuts(offsets: npt.NDArray[np.int64], num_parts: int) -> list[int]:
-    """Cuts the responses into consecutive parts of about the same number of tokens."""
+def _balanced_cuts(offsets: npt.NDArray[np.int64], num_parts: int) -> list[int]:
+    """Bounds (num_parts + 1,) of consecutive groups of responses with about the same number of tokens each."""
     wanted = np.arange(num_parts + 1) * int(offsets[-1]) // num_parts
     cuts: list[int] = np.searchsorted(offsets, wanted).tolist()
     return [*cuts[:-1], offsets.size - 1]

@@ -1,4 +1,4 @@
-"""`recursion` on a GPU: a Triton program for each response, which scans it in blocks from its end."""
+"""Kernel of `recursion` for GPUs: one Triton program per response scans it backwards in blocks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ BLOCK_TOKENS = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _then(decay, delta, next_decay, next_delta):  # type: ignore[no-untyped-def]
-    """Two steps of ``A -> delta + decay A``, one after the other, as one."""
+def _compose(decay, delta, next_decay, next_delta):  # type: ignore[no-untyped-def]
+    """Combines two consecutive steps ``A -> delta + decay A`` into one."""
     return decay * next_decay, next_delta + next_decay * delta
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward(deltas, decays, offsets, sums, block: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``A_t = delta_t + decay_t A_{t+1}``, A = 0 after the last token. Lane k of a block is k tokens nearer to the start."""
+    """``A_t = delta_t + decay_t A_{t+1}``, with A = 0 after the last token. Lane k + 1 holds the token before lane k's."""
     response = tl.program_id(0)
     start, end = tl.load(offsets + response), tl.load(offsets + response + 1)
     lane = tl.arange(0, block)
@@ -28,7 +28,7 @@ def _backward(deltas, decays, offsets, sums, block: tl.constexpr):  # type: igno
         inside = token >= start
         delta = tl.load(deltas + token, mask=inside, other=0.0)
         decay = tl.load(decays + token, mask=inside, other=1.0)
-        product, total = tl.associative_scan((decay, delta), 0, _then)
+        product, total = tl.associative_scan((decay, delta), 0, _compose)
         total += product * following
         tl.store(sums + token, total, mask=inside)
         following = tl.sum(tl.where(lane == block - 1, total, 0.0), 0)
@@ -47,10 +47,10 @@ def run(
     out: tuple[Tensor, Tensor],
     num_threads: int,
 ) -> bool:
-    """See `recursion_cpu.run`."""
+    """As `recursion_cpu.run`; ``num_threads`` has no effect."""
     offsets = offsets.to(values.device, torch.int64)
-    if action_mask is not None:  # the recursion runs on the others, and leaves zeros in the places of these
-        rewards, offsets = _paid_to_sampled_tokens(rewards, offsets, action_mask)
+    if action_mask is not None:  # drop the transparent tokens; `out` is 0 there
+        rewards, offsets = _rewards_of_sampled_tokens(rewards, offsets, action_mask)
         values, weights = values[action_mask], weights[action_mask]
         gamma = gamma[action_mask] if isinstance(gamma, Tensor) else gamma
     lengths, ends, exact = offsets.diff(), offsets[1:], values.double()
@@ -61,11 +61,11 @@ def run(
     advantages, value_advantages = (
         _scan(deltas, gamma * lam.repeat_interleave(lengths) ** next_weights, offsets) for lam in (lams, value_lams)
     )
-    for place, found in zip(out, (advantages, value_advantages + exact), strict=True):
+    for part, computed in zip(out, (advantages, value_advantages + exact), strict=True):
         if action_mask is None:
-            place.copy_(found)
+            part.copy_(computed)
         else:
-            place.zero_()[action_mask] = found.to(place)
+            part.zero_()[action_mask] = computed.to(part)
     return bool(out[0].sum(dtype=torch.float64).isfinite())
 
 
@@ -75,12 +75,12 @@ def _scan(deltas: Tensor, decays: Tensor, offsets: Tensor) -> Tensor:
     return sums
 
 
-def _paid_to_sampled_tokens(rewards: Tensor, offsets: Tensor, action_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rewards of the sampled tokens, each with those of the transparent ones behind it, and the sampled tokens' offsets."""
+def _rewards_of_sampled_tokens(rewards: Tensor, offsets: Tensor, action_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewards and offsets of the sampled tokens; each reward includes those of the transparent tokens that follow it."""
     count = torch.cat([offsets.new_zeros(1), action_mask.cumsum(0)])  # sampled tokens before each token
     kept = count[offsets]
     first_of_response = kept[:-1].repeat_interleave(offsets.diff())
-    owner = count[1:] - 1  # the sampled token at or before each token, counted among the sampled
+    owner = count[1:] - 1  # index, among sampled tokens, of the last one at or before each token
     owned = owner >= first_of_response
     paid = torch.zeros(int(kept[-1]), dtype=torch.float64, device=rewards.device)
     return paid.index_add_(0, owner[owned], rewards.double()[owned]), kept

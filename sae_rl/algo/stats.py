@@ -1,4 +1,4 @@
-"""What to measure on a batch: pure functions to ``{metric: number}``. Nothing in training reads them."""
+"""Metrics of a batch: pure functions that return ``{metric: number}``. Training does not read them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sae_rl.types import Batch, Scores
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """``1 - Var(returns - values) / Var(returns)`` over tokens: 1 is a perfect critic, 0 no better than a constant.
+    """``1 - Var(returns - values) / Var(returns)`` over tokens: 1 for a perfect critic, 0 for a constant one.
 
-    nan where the returns do not vary.
+    NaN if all returns are equal.
     """
     if bool((returns == returns[0]).all()):
         return math.nan
@@ -24,11 +24,11 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def critic_stats(batch: Batch, values: Tensor, returns: Tensor, opens: Tensor) -> dict[str, float]:
-    """How much of the returns the critic explains, and where.
+    """The critic's explained variance, over all sampled tokens and over parts of them; NaN for an empty part.
 
-    - ``critic/explained_variance``: over all sampled tokens
-    - ``critic/explained_variance_starts``: over those that open a segment, whose values SAE bootstraps from
-    - ``critic/explained_variance_decile_k``: over those in the k-th tenth of their response, k = 0 .. 9
+    - ``critic/explained_variance``: all sampled tokens
+    - ``critic/explained_variance_starts``: tokens that open a segment, whose values SAE bootstraps from
+    - ``critic/explained_variance_decile_k``: tokens in the k-th tenth of their response, k = 0 .. 9
     """
     deciles = positions(batch.offsets) * 10 // batch.lengths.repeat_interleave(batch.lengths)
     values, returns, opens, deciles = (sampled_tokens(flat, batch) for flat in (values, returns, opens, deciles))
@@ -40,19 +40,16 @@ def critic_stats(batch: Batch, values: Tensor, returns: Tensor, opens: Tensor) -
 
 
 def advantage_stats(batch: Batch, advantages: Tensor) -> dict[str, float]:
-    """Of the advantages as the estimator made them, over sampled tokens; the population's std.
-
-    - ``advantage/mean``, ``advantage/std``
-    """
-    found = sampled_tokens(advantages, batch).double()
-    return {"advantage/mean": float(found.mean()), "advantage/std": float(found.std(correction=0))}
+    """``advantage/mean`` and ``advantage/std`` (population std) over sampled tokens, before whitening."""
+    sampled = sampled_tokens(advantages, batch).double()
+    return {"advantage/mean": float(sampled.mean()), "advantage/std": float(sampled.std(correction=0))}
 
 
 def probability_stats(batch: Batch) -> dict[str, float]:
-    """How sure the rollout policy was of the tokens that it sampled.
+    """Distribution of the rollout policy's probabilities of the sampled tokens.
 
-    - ``probability/below_p20_fraction``: sampled probability below 0.2, the paper's threshold
-    - ``probability/bin_k_fraction``: in [k / 10, (k + 1) / 10), k = 0 .. 9; 1 counts to the last
+    - ``probability/below_p20_fraction``: below 0.2, the paper's threshold
+    - ``probability/bin_k_fraction``: in [k / 10, (k + 1) / 10), k = 0 .. 9; the last bin includes 1
     """
     probabilities = sampled_tokens(batch.rollout_logprobs, batch).double().exp()
     bins = (probabilities * 10).long().clamp(0, 9).bincount(minlength=10).double() / probabilities.numel()
@@ -61,10 +58,10 @@ def probability_stats(batch: Batch) -> dict[str, float]:
 
 
 def staleness_stats(batch: Batch, step: int) -> dict[str, float]:
-    """How many steps ago the weights were current that sampled; 0 where sampling and learning take turns.
+    """Age, in steps, of the weights that sampled; 0 if sampling and learning alternate.
 
     - ``rollout/staleness_mean``, ``rollout/staleness_max``: over sampled tokens
-    - ``rollout/mixed_versions_fraction``: responses whose tokens are of more than one version
+    - ``rollout/mixed_versions_fraction``: fraction of responses sampled by more than one version of the weights
     """
     ages = step - sampled_tokens(batch.policy_versions, batch)
     ends = batch.num_sampled.cumsum(0)
@@ -77,21 +74,21 @@ def staleness_stats(batch: Batch, step: int) -> dict[str, float]:
 
 
 def segment_stats(batch: Batch, opens: Tensor) -> dict[str, float]:
-    """How a segmenter cut the sampled tokens; soft weights count as parts of a segment.
+    """Number and length of segments, over sampled tokens. A soft weight w counts as w segments.
 
     - ``segment/per_response_mean``: segments per response
     - ``segment/tokens_mean``: tokens per segment
-    - ``segment/tokens_p50``, ``segment/tokens_p90``: quantiles over segments; of soft ones, over pieces between weights
-      of at least 1/2
-    - ``segment/opens_fraction``: of the tokens that are not the first of a response, those that open a segment: the
-      rate at which the segmenter really cuts. nan where every response has one token
+    - ``segment/tokens_p50``, ``segment/tokens_p90``: quantiles of the lengths of segments; a soft segment begins where the
+      weight is at least 1/2
+    - ``segment/opens_fraction``: fraction of tokens that open a segment, among those that are not first in a response; NaN
+      if every response has one token
     """
     weights = sampled_tokens(opens, batch).double()
     num_tokens = weights.numel()
     num_segments, num_first = float(weights.sum()), float(weights[batch.num_sampled.cumsum(0)[:-1]].sum() + weights[0])
     num_inner = num_tokens - batch.num_responses
     starts = (weights >= 0.5).nonzero().flatten()
-    # The last segment of a response ends where the next begins.
+    # The first token of a response always opens a segment, so the next start also ends a response's last segment.
     lengths = torch.cat([starts, torch.tensor([num_tokens])]).diff().double()
     return {
         "segment/per_response_mean": num_segments / batch.num_responses,
@@ -103,17 +100,17 @@ def segment_stats(batch: Batch, opens: Tensor) -> dict[str, float]:
 
 
 def _quantile(numbers: Tensor, q: float) -> float:
-    """The smallest number that is not below a fraction q of them. `torch.quantile` takes no more than 16 million."""
+    """The smallest number x such that at least a fraction q of the numbers is <= x. `torch.quantile` stops at 16 million."""
     return float(numbers.kthvalue(max(1, math.ceil(q * numbers.numel()))).values)
 
 
 def rollout_stats(batch: Batch) -> dict[str, float]:
-    """Rewards and lengths of the batch.
+    """Rewards and lengths of the responses of a batch.
 
-    - ``rollout/reward_mean``, ``rollout/reward_std``: over responses, the population's std
-    - ``rollout/tokens_mean``, ``rollout/tokens_max``: response tokens
-    - ``rollout/truncated_fraction``: responses cut at the length limit
-    - ``rollout/zero_variance_fraction``: groups whose responses all have the same reward, so that GRPO learns nothing
+    - ``rollout/reward_mean``, ``rollout/reward_std``: mean and population std over responses
+    - ``rollout/tokens_mean``, ``rollout/tokens_max``: tokens per response
+    - ``rollout/truncated_fraction``: fraction of responses cut at the length limit
+    - ``rollout/zero_variance_fraction``: fraction of groups whose rewards are all equal, which gives GRPO no gradient
     """
     names, groups = torch.unique(batch.groups, return_inverse=True)
     rewards, lengths = batch.rewards.double(), batch.lengths.double()
@@ -131,10 +128,10 @@ def rollout_stats(batch: Batch) -> dict[str, float]:
 
 
 def mismatch_stats(batch: Batch, scores: Scores) -> dict[str, float]:
-    """How far the rollout engine's logprobs of the sampled tokens are from the trainer's; 0 if they were one program.
+    """Difference between the rollout engine's and the trainer's logprobs of the sampled tokens.
 
-    - ``mismatch/logprob_abs_mean``, ``mismatch/logprob_abs_max``: nats
-    - ``mismatch/kl_mean``: KL(pi_rollout || pi_old) per token, by k3
+    - ``mismatch/logprob_abs_mean``, ``mismatch/logprob_abs_max``: absolute difference in nats
+    - ``mismatch/kl_mean``: KL(pi_rollout || pi_old) per token, estimated by k3
     """
     rollout_logprobs = sampled_tokens(batch.rollout_logprobs, batch).double()
     old_logprobs = sampled_tokens(scores.old_logprobs, batch).double()

@@ -1,4 +1,4 @@
-"""`shaping.Whitening` as machine code: each number is read three times and written once, and nothing is copied."""
+"""Kernels of `shaping.Whitening` for the CPU. They read each number three times, write it once, and copy nothing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sae_rl.algo.jit import compiled
+from sae_rl.algo.jit import jit
+
+REORDERED_SUMS = {"contract", "reassoc", "nsz"}  # lets the compiler vectorise a sum
 
 
-def _mean_python(flat: Any, action_mask: Any) -> Any:
-    """How many numbers are sampled, and their mean."""
+@jit(fastmath=REORDERED_SUMS)
+def _count_and_mean(flat: Any, action_mask: Any) -> Any:
     count, total = 0, 0.0
     for i in range(flat.size):
-        if action_mask is None:  # noqa: SIM114 (numba drops a branch only if it tests for None alone)
+        if action_mask is None:  # noqa: SIM114 (numba removes a branch only if it tests for None alone)
             total += flat[i]
             count += 1
         elif action_mask[i]:
@@ -24,42 +26,39 @@ def _mean_python(flat: Any, action_mask: Any) -> Any:
     return count, total / max(count, 1)
 
 
-def _squares_python(flat: Any, action_mask: Any, mean: Any) -> Any:
+@jit(fastmath=REORDERED_SUMS)
+def _sum_of_squares(flat: Any, action_mask: Any, mean: Any) -> Any:
     """The sum of squared distances from the mean."""
     total = 0.0
     for i in range(flat.size):
         distance = np.float64(flat[i] - mean)
-        if action_mask is None:  # noqa: SIM114 (numba drops a branch only if it tests for None alone)
+        if action_mask is None:  # noqa: SIM114 (numba removes a branch only if it tests for None alone)
             total += distance * distance
         elif action_mask[i]:
             total += distance * distance
     return total
 
 
-def _place_python(flat: Any, action_mask: Any, shift: Any, scale: Any, clip: Any, out: Any) -> None:
+@jit()
+def _normalize(flat: Any, action_mask: Any, shift: Any, scale: Any, clip: Any, out: Any) -> None:
     for i in range(flat.size):
-        moved = np.float64(flat[i] - shift) * scale
-        moved = min(max(moved, -clip), clip)
+        normalized = np.float64(flat[i] - shift) * scale
+        normalized = min(max(normalized, -clip), clip)
         if action_mask is None:
-            out[i] = moved
+            out[i] = normalized
         else:
-            out[i] = moved if action_mask[i] else 0.0
-
-
-_SUMS = {"fastmath": {"contract", "reassoc", "nsz"}}  # in any order, as several at once
-_mean, _squares = compiled(_mean_python, **_SUMS), compiled(_squares_python, **_SUMS)
-_place = compiled(_place_python)
+            out[i] = normalized if action_mask[i] else 0.0
 
 
 def moments(flat: Tensor, action_mask: Tensor | None) -> tuple[float, float]:
-    """The mean of the sampled numbers, rounded to their type, and their population std; 0 and 0 of none."""
-    array, marks = flat.numpy(), None if action_mask is None else action_mask.numpy()
-    count, mean = _mean(array, marks)
+    """Mean, rounded to the type of ``flat``, and population std of the sampled tokens; (0, 0) if there are none."""
+    array, sampled = flat.numpy(), None if action_mask is None else action_mask.numpy()
+    count, mean = _count_and_mean(array, sampled)
     rounded = array.dtype.type(mean)
-    return float(rounded), math.sqrt(_squares(array, marks, rounded) / max(count, 1))
+    return float(rounded), math.sqrt(_sum_of_squares(array, sampled, rounded) / max(count, 1))
 
 
-def place(flat: Tensor, action_mask: Tensor | None, shift: float, scale: float, clip: float, out: Tensor) -> None:
-    """``out = clamp((flat - shift) * scale, -clip, clip)``, and 0 where nothing was sampled."""
-    array, marks = flat.numpy(), None if action_mask is None else action_mask.numpy()
-    _place(array, marks, array.dtype.type(shift), scale, clip, out.numpy())
+def normalize(flat: Tensor, action_mask: Tensor | None, shift: float, scale: float, clip: float, out: Tensor) -> None:
+    """``out = clamp((flat - shift) * scale, -clip, clip)`` at sampled tokens, 0 at all others."""
+    array, sampled = flat.numpy(), None if action_mask is None else action_mask.numpy()
+    _normalize(array, sampled, array.dtype.type(shift), scale, clip, out.numpy())

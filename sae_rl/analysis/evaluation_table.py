@@ -31,7 +31,8 @@ def rows_of(summary: Summary) -> list[Row]:
     """Everything that is known; maj@k where there are answers, segments where they are known."""
     rows = [_row(f"avg@{summary['samples_per_prompt']}", summary["success"])]
     rows += [_row(f"pass@{k}", estimate) for k, estimate in summary["pass_at"].items()]
-    rows += [_row(f"maj@{k}", estimate) for k, estimate in summary["maj_at"].items()]
+    has_answers = summary["maj_at_n"] is not None
+    rows += [_row(f"maj@{summary['samples_per_prompt']}", summary["maj_at_n"])] if has_answers else []
     rows += [
         _row("tokens, mean", summary["response_tokens"]),
         Row("tokens, median", f"{summary['response_tokens_p50']:,.0f}"),
@@ -42,7 +43,7 @@ def rows_of(summary: Summary) -> list[Row]:
         _row("truncated", summary["truncated"], "fraction"),
         _row("checks that failed", summary["failed"], "fraction"),
     ]
-    if summary["maj_at"]:
+    if has_answers:
         rows.append(_row("with an answer", summary["answered"], "fraction"))
     if summary["segments"] is not None:
         rows += [

@@ -1,1 +1,1 @@
-"""What each word after ``sae-rl`` does: the one place that puts the other parts together."""
+"""The commands of ``sae-rl``. They are the only place that puts the other parts together."""

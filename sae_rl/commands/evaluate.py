@@ -1,40 +1,35 @@
-"""``sae-rl evaluate``: samples a model on held-out prompts and says how good it is."""
+"""``sae-rl evaluate``: scores a model on held-out prompts."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 from pathlib import Path
 
 from sae_rl.analysis.samples_page import write_samples_page
-from sae_rl.commands.assemble import load_tokenizer, reward_pool, verifier_warnings, with_delimiters
+from sae_rl.commands.assemble import load_tokenizer, reward_pool, with_delimiters
+from sae_rl.commands.prompts import load_heldout
 from sae_rl.commands.run_folder import prepare_output
 from sae_rl.config.schema import Config
-from sae_rl.data.load import load_heldout
 from sae_rl.evaluation.evaluate import evaluate
 from sae_rl.evaluation.files import publish, unpublished, write_evaluation
 from sae_rl.records.clock import Clock
 from sae_rl.workers.session import ray_session, start_rollout
 
-logger = logging.getLogger(__name__)
-
 
 def run_evaluation(config: Config) -> Path:
-    """Samples ``model.path`` on ``task.evaluation``, and says how good it is.
+    """Samples ``model.path`` on the prompts of ``task.evaluation`` and scores the responses.
 
     Returns:
-        A new folder in ``output_dir/evaluation`` with the numbers and every sample.
+        A new folder in ``output_dir/evaluation`` with the metrics and every sample.
 
     Raises:
         ConfigError: as in `run_training`.
-        WorkerError, RuntimeError: it failed; nothing was written.
+        WorkerError, RuntimeError: the evaluation failed; nothing was written.
     """
     prepare_output(config)
     tokenizer = load_tokenizer(config.model.path)
     segmenter = with_delimiters(config, tokenizer).algorithm.segmenter
     prompts = load_heldout(config, tokenizer)
-    for text in verifier_warnings(config, prompts):
-        logger.warning(text)
     clock, max_tokens = Clock(), config.rollout.max_response_tokens
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_session(config))

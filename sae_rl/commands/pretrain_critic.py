@@ -1,4 +1,4 @@
-"""``sae-rl pretrain-critic``: a critic for several runs to start from."""
+"""``sae-rl pretrain-critic``: pre-trains a critic that several runs can start from."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from sae_rl import checkpoint
 from sae_rl.commands.assemble import assembled
 from sae_rl.commands.run_folder import prepare_output
 from sae_rl.config.schema import Config
-from sae_rl.critic import card as critic_files
-from sae_rl.driver import prepare_critic
+from sae_rl.critic import card
+from sae_rl.critic.pretraining import pretrain
 from sae_rl.settings import ConfigError
-from sae_rl.workers.placement import pretraining_roles
+from sae_rl.workers.table import pretraining_roles
 
 
 def run_critic_pretraining(config: Config) -> Path:
-    """Pre-trains a critic for ``model.path`` as configured, without training a policy.
+    """Pre-trains a critic for ``model.path`` without training a policy.
 
     Returns:
-        The folder with the critic, for ``learner.critic_pretraining.checkpoint`` of runs to come.
+        The folder of the critic, for ``learner.critic_pretraining.checkpoint`` of later runs.
 
     Raises:
-        ConfigError: as in `run_training`; or the estimator has no critic, or there are no prompts to pre-train on.
-        RuntimeError: it failed, or the returns did not vary, so that nothing could be learnt.
+        ConfigError: as in `run_training`; or the estimator has no critic; or there are no prompts for pre-training.
+        RuntimeError: pre-training failed, or all returns were equal, so that there was nothing to learn.
     """
     key, folder = "learner.critic_pretraining", config.output_dir / "critic"
     if not config.algorithm.needs_critic:
@@ -38,14 +38,14 @@ def run_critic_pretraining(config: Config) -> Path:
             raise ConfigError([f"output_dir = {config.output_dir} holds {what} already; choose another output_dir"])
     prepare_output(config)
     with assembled(config, pretraining_roles(config), None) as run:
-        explained_variance, num_responses = prepare_critic(run)
+        explained_variance, num_responses = pretrain(run)
         if not math.isfinite(explained_variance):
             raise RuntimeError(
-                "all responses had the same return, so the critic learnt nothing; are all rewards the same?"
+                "all responses had the same return, so the critic learned nothing; are all rewards equal?"
             )
         partial = folder.with_name(".partial_critic")
         shutil.rmtree(partial, ignore_errors=True)
         run.workers.export_critic(partial)
-        critic_files.write_card(partial, config, explained_variance, num_responses)
+        card.write_card(partial, config, explained_variance, num_responses)
         partial.rename(folder)
     return folder

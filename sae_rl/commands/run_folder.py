@@ -1,4 +1,4 @@
-"""The folder of a run: made and probed, its checkpoint found, its configuration and its policy written."""
+"""The folder of a run: its checkpoints, its configuration and its exported policy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sae_rl.settings import ConfigError
 
 
 def prepare_output(config: Config) -> None:
-    """Raises ConfigError unless the output folder can be made and written to."""
+    """Creates ``output_dir``. Raises ConfigError if it cannot be created or written to."""
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=config.output_dir):
@@ -26,10 +26,10 @@ def prepare_output(config: Config) -> None:
 
 
 def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint to resume from.
+    """The newest checkpoint in ``output_dir``; None: there is none.
 
     Raises:
-        ConfigError: it has done all steps already, or a new run would mix with an old one.
+        ConfigError: there is one, but ``resume`` is false.
     """
     newest = checkpoint.newest(config.output_dir / "checkpoints")
     if newest is None:
@@ -41,20 +41,16 @@ def find_checkpoint(config: Config) -> Path | None:
                 "another output_dir"
             ]
         )
-    done = checkpoint.read_state(newest).step
-    if done >= config.steps:
-        publish_policy(config)  # a kill may have come between the last checkpoint and this
-        raise ConfigError(
-            [
-                f"{newest} has done {done} steps and steps = {config.steps}: nothing is left to train; raise steps, or "
-                "choose another output_dir"
-            ]
-        )
     return newest
 
 
+def is_finished(config: Config, newest: Path) -> bool:
+    """Whether a run whose newest checkpoint this is has done all its steps."""
+    return checkpoint.read_state(newest).step >= config.steps
+
+
 def publish_policy(config: Config) -> None:
-    """``output_dir/policy``: the policy of the newest checkpoint, for transformers and vLLM."""
+    """Copies the policy of the newest checkpoint to ``output_dir/policy``, for transformers and vLLM."""
     newest, target = checkpoint.newest(config.output_dir / "checkpoints"), config.output_dir / "policy"
     assert newest is not None, "a run ends with a checkpoint"
     partial = target.with_name(".partial_policy")
@@ -65,7 +61,7 @@ def publish_policy(config: Config) -> None:
 
 
 def write_config(config: Config, records: Records) -> None:
-    """``config.yaml`` of the run; says what a resumed run changes."""
+    """Writes ``config.yaml``; a note lists what a resumed run changes."""
     file = config.output_dir / "config.yaml"
     tree = as_tree(config)
     if file.exists():

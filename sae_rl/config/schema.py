@@ -1,13 +1,13 @@
-"""A whole run as one frozen tree. Hydra composes it from ``conf/``; it is validated here, once, before any process starts.
+"""The configuration of a run: one frozen tree, validated once, before any process starts.
 
-Defaults live in ``conf/`` where a reader of a configuration looks for them; a field has a default here only where
-leaving it out has one obvious meaning.
+Defaults live in ``conf/``. A field has a default here only if leaving it out has one obvious meaning.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,17 +15,18 @@ from pydantic import Field, PlainValidator, field_validator
 
 from sae_rl.algo.estimators import ESTIMATORS, Estimator
 from sae_rl.algo.losses import PolicyLoss, ValueLoss
-from sae_rl.algo.segmenter_sets import SEGMENTERS
-from sae_rl.algo.segmenters import Segmenter
+from sae_rl.algo.segmentation import Segmenter
+from sae_rl.algo.segmenters import SEGMENTERS
 from sae_rl.algo.shaping import TokenRewards, Whitening
-from sae_rl.data.sources import TaskConfig
+from sae_rl.data.task import TaskConfig
 from sae_rl.rewards.table import VERIFIERS
 from sae_rl.rewards.verdict import Verifier
-from sae_rl.settings import Fraction, NonNegative, Positive, Section, member_of, tree_of
+from sae_rl.settings import Fraction, NonNegative, Positive, PositiveFloat, Section, member_of, tree_of
 from sae_rl.types import Sampling
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16"]
+SAMPLING_KEYS = [field.name for field in fields(Sampling) if field.name != "max_tokens"]
 
 
 class AlgorithmConfig(Section):
@@ -35,7 +36,7 @@ class AlgorithmConfig(Section):
     policy_loss: PolicyLoss
     value_loss: ValueLoss
     whitening: Whitening
-    bootstrap_truncated: bool  # a response cut at the length limit goes on with V, or else ends there
+    bootstrap_truncated: bool  # true: the return of a response cut at the length limit goes on with V
 
     @property
     def needs_critic(self) -> bool:
@@ -51,15 +52,15 @@ class AlgorithmConfig(Section):
 
     @property
     def advantages_need_entropies(self) -> bool:
-        """A plug-in that does not read them need not say so."""
+        """Whether the segmenter or the estimator reads entropies. A class without the attribute does not."""
         return any(bool(getattr(part, "needs_entropies", False)) for part in (self.segmenter, self.estimator))
 
 
 class ModelConfig(Section):
     path: str  # a local Hugging Face folder, one of our checkpoints, or a hub name such as Qwen/Qwen3-8B-Base
-    precision: Precision  # of weights and activations; DeepSpeed keeps fp32 master weights beside bfloat16
+    precision: Precision  # weights and activations; DeepSpeed keeps fp32 master weights beside bfloat16
     attention: Literal["sdpa", "eager", "flash_attention_2"]
-    logprobs: Literal["chunked", "cut_cross_entropy"]  # how they are computed without all logits; see logprobs.py
+    logprobs: Literal["chunked", "cut_cross_entropy"]  # how logprobs are computed without holding all logits
     context_tokens: Positive | None = None  # null: max_position_embeddings of the model's config.json
 
     @field_validator("path")
@@ -73,7 +74,7 @@ class ModelConfig(Section):
         return not Path(self.path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", self.path) is not None
 
     def read_context_tokens(self) -> int:
-        """Longest prompt + response that the model takes.
+        """The most tokens of prompt and response together that the model takes.
 
         Raises:
             ValueError: the folder or its config.json is missing or unreadable.
@@ -98,8 +99,8 @@ class ModelConfig(Section):
 
 class WorkersConfig(Section):
     num_workers: NonNegative
-    cpus_per_worker: Annotated[float, Field(gt=0)]
-    threads_per_worker: Positive  # of torch and OpenMP in each process
+    cpus_per_worker: PositiveFloat
+    threads_per_worker: Positive  # torch and OpenMP threads of each process
 
 
 class ClusterConfig(Section):
@@ -109,77 +110,73 @@ class ClusterConfig(Section):
     policy: WorkersConfig
     critic: WorkersConfig  # started if the estimator needs values
     reference: WorkersConfig  # started if a KL term needs it
-    peak_tflops: Annotated[float, Field(gt=0)] | None  # of one GPU in model.precision, dense; null: MFU is not logged
-    share_learner_gpus: bool  # rank i of policy, critic and reference live on one GPU
-    colocate_rollout: bool  # and an engine too, which sleeps while the learners work
-    start_timeout_s: Annotated[float, Field(gt=0)]
-    call_timeout_s: Annotated[float, Field(gt=0)]  # of any one remote call
+    peak_tflops: PositiveFloat | None  # dense peak of one GPU in model.precision; null: MFU is not logged
+    share_learner_gpus: bool  # rank i of policy, critic and reference share one GPU
+    colocate_rollout: bool  # engines run on the learners' GPUs and sleep while the learners work
+    start_timeout_s: PositiveFloat
+    call_timeout_s: PositiveFloat  # of one remote call
 
 
 class DynamicSamplingConfig(Section):
-    """Groups that teach something: DAPO (arXiv 2503.14476) samples others for those whose responses all score alike."""
+    """Which groups a step trains on. DAPO (arXiv 2503.14476) replaces groups whose responses all have the same reward."""
 
-    mode: Literal["none", "filter", "resample"]  # filter: groups are left out; resample: and others take their places
-    by: Literal["variance", "success_rate"]  # keep a group whose rewards differ, or whose mean reward is in the window
-    success_low: float  # the window's ends, both included
-    success_high: float
-    oversampling: Annotated[float, Field(ge=1)]  # prompts asked for / groups still missing
-    max_rounds: Positive  # of sampling in one step; after them the step trains on the groups that it has
-
-
-class SamplingConfig(Section):
-    """How tokens are drawn; anything but a temperature changes the distribution that vLLM's logprobs are of."""
-
-    temperature: Annotated[float, Field(ge=0)]
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    top_k: NonNegative  # 0: all tokens
-    min_p: Fraction
-    repetition_penalty: Annotated[float, Field(gt=0)]  # 1: none
-    presence_penalty: float  # 0: none
-    frequency_penalty: float  # 0: none
-
-    def sampling(self, max_tokens: int) -> Sampling:
-        return Sampling(max_tokens=max_tokens, **{name: getattr(self, name) for name in SamplingConfig.model_fields})
+    mode: Literal["none", "filter", "resample"]  # filter: drop useless groups; resample: and sample others instead
+    by: Literal["variance", "success_rate"]  # a useful group's rewards differ, or its mean reward is in the window
+    success_low: float  # lower end of the window, inclusive
+    success_high: float  # upper end of the window, inclusive
+    oversampling: Annotated[float, Field(ge=1)]  # prompts sampled / groups still missing
+    max_rounds: Positive  # rounds of sampling in one step; after the last, the step trains on the groups it has
 
 
-class RolloutConfig(SamplingConfig):
+class RolloutConfig(Section):
     prompts_per_step: Positive
-    prompts_under_way: Positive | None  # above prompts_per_step: partial rollouts; null: a step waits for its own
+    prompts_under_way: (
+        Positive | None
+    )  # above prompts_per_step: partial rollouts; null: a step waits for all its groups
     group_size: Positive  # responses per prompt
     max_response_tokens: Positive
-    temperature: Annotated[float, Field(gt=0)]
+    temperature: PositiveFloat
     tensor_parallel_size: Positive
     max_num_seqs: Positive  # responses that one engine decodes at the same time
-    kv_cache_gb: Annotated[float, Field(gt=0)] | None  # on CPU; on GPU null: what gpu_memory_utilization leaves
+    kv_cache_gb: PositiveFloat | None  # on CPU; on GPU null: what gpu_memory_utilization leaves
     gpu_memory_utilization: Fraction
     enforce_eager: bool
     dynamic_sampling: DynamicSamplingConfig
-    health_timeout_s: Annotated[float, Field(gt=0)]  # for an engine's process to answer between two of its steps
-    max_engine_losses: NonNegative  # in the run: dead or silent engines, which are replaced; one more ends it
-    logprob_tolerance: Annotated[float, Field(gt=0)]  # nats, vLLM against the trainer after a weight sync
+    health_timeout_s: PositiveFloat  # an engine that does not answer a health check for so long is replaced
+    max_engine_losses: NonNegative  # engines that die or stop answering in one run; one more ends the run
+    logprob_tolerance: PositiveFloat  # nats between vLLM and the trainer after a weight sync
+
+    @classmethod
+    def hint(cls, key: str) -> str:
+        if key not in SAMPLING_KEYS:
+            return super().hint(key)
+        return (
+            "because training samples from the policy itself: truncation and penalties change the distribution, and its "
+            f"logprobs would bias the ratio and the segments; an evaluation may use evaluation.{key}"
+        )
+
+    def sampling(self, max_tokens: int) -> Sampling:
+        return Sampling(max_tokens=max_tokens, temperature=self.temperature)
 
 
 class ScheduleConfig(Section):
-    """Whether responses are sampled while others are learnt from."""
+    """Whether engines sample the next step while learners train on this one."""
 
     mode: Literal["synchronous", "overlapped"]
     max_staleness: NonNegative  # steps between the weights that begin a batch and the policy that learns from it
-    scoring_parts: (
-        Positive  # synchronous: in how many parts values and logprobs are computed, beside sampling; 1: behind it
-    )
     weight_updates: Literal["drained", "in_flight"]  # wait for responses under way, or let them go on with new weights
 
 
 class OptimizerConfig(Section):
-    lr: Annotated[float, Field(gt=0)]
+    lr: PositiveFloat
     betas: tuple[Fraction, Fraction]
-    eps: Annotated[float, Field(gt=0)]
+    eps: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
-    warmup_updates: NonNegative  # lr rises linearly over the first so many
-    schedule: Literal["constant", "linear", "cosine"]  # of lr behind the warm-up, until the run's last update
-    min_lr_fraction: Fraction  # of lr, at the end of a linear or cosine schedule
-    max_grad_norm: Annotated[float, Field(gt=0)]
-    max_skipped_updates: NonNegative  # in a row, whose gradient is not finite; one more ends the run
+    warmup_updates: NonNegative  # updates over which lr rises linearly
+    schedule: Literal["constant", "linear", "cosine"]  # of lr, from the end of the warm-up to the run's last update
+    min_lr_fraction: Fraction  # final lr / lr of a linear or cosine schedule
+    max_grad_norm: PositiveFloat
+    max_skipped_updates: NonNegative  # consecutive updates with a non-finite gradient; one more ends the run
 
 
 class LearnerConfig(Section):
@@ -187,30 +184,30 @@ class LearnerConfig(Section):
     offload_optimizer: bool
     offload_parameters: bool
     activation_checkpointing: bool
-    num_epochs: Positive  # passes over the batch of one step
+    num_epochs: Positive  # passes over a step's batch
     num_mini_batches: Positive  # optimizer updates per epoch
-    micro_batch_tokens: Positive  # prompt + response tokens of one forward pass per rank; those that share rows add up
+    micro_batch_tokens: Positive  # prompt + response tokens of one rank's forward pass; ranks that share rows add up
     optimizer: OptimizerConfig
 
 
 class LoraConfig(Section):
-    """Adapters on a frozen policy (arXiv 2106.09685); the critic is trained whole."""
+    """Adapters on a frozen policy (arXiv 2106.09685). The critic trains all of its weights."""
 
-    rank: NonNegative  # 0: no adapters, all weights are trained
-    alpha: Annotated[float, Field(gt=0)]  # what the adapters add counts alpha / rank
-    target_modules: Literal["all-linear"] | tuple[str, ...]  # or names of layers, such as [q_proj, v_proj]
+    rank: NonNegative  # 0: no adapters, all weights train
+    alpha: PositiveFloat  # the adapters' output is scaled by alpha / rank
+    target_modules: Literal["all-linear"] | tuple[str, ...]  # all-linear, or layer names such as [q_proj, v_proj]
 
 
 class CriticPretrainingConfig(Section):
     """Value pre-training on rollouts of the frozen policy, before the first policy update (arXiv 2503.01491)."""
 
-    checkpoint: str | None  # folder of a critic to start from instead, as `sae-rl pretrain-critic` leaves it
-    num_prompts: NonNegative  # 0: none
-    heldout_fraction: Annotated[float, Field(gt=0, lt=1)]  # of the prompts
+    checkpoint: str | None  # start from this critic instead: a folder that `sae-rl pretrain-critic` wrote
+    num_prompts: NonNegative  # 0: no pre-training
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)]  # of the prompts: they measure explained variance
     responses_per_update: Positive
-    lr: Annotated[float, Field(gt=0)]
+    lr: PositiveFloat
     max_epochs: Positive
-    patience: Positive  # epochs without a better held-out explained variance before it stops
+    patience: Positive  # epochs without a better held-out explained variance before pre-training stops
     lr_decay: Annotated[float, Field(gt=0, le=1)]  # factor on the learning rate after each epoch
 
 
@@ -218,27 +215,37 @@ class LearnersConfig(Section):
     policy: LearnerConfig
     critic: LearnerConfig
     lora: LoraConfig
-    sequence_parallel_size: Positive  # ranks that share each row of tokens (Ulysses), of every learner
+    sequence_parallel_size: Positive  # ranks of every learner that share each row of tokens (Ulysses)
     critic_pretraining: CriticPretrainingConfig
 
 
 class RewardsConfig(Section):
-    """How responses are checked. A failed check crashed, or overran its deadline or its memory: no wrong answer."""
+    """How responses are checked. A check fails if it crashes, or exceeds its deadline or its memory."""
 
     num_processes: Positive
-    deadline_s: Annotated[float, Field(gt=0)]  # of one check; its process is killed
-    memory_gb: Annotated[float, Field(gt=0)]  # that one process may allocate
-    failed: Literal["leave_out", "score"]  # of training: a response whose check failed is not learnt from, or scores
-    failed_score: float  # this; in an evaluation always
-    max_failed_fraction: Fraction  # of a step's checks; above it the run stops
+    deadline_s: Annotated[float, Field(gt=0)]  # time for one check; after it, its process is killed
+    memory_gb: Annotated[float, Field(gt=0)]  # memory that one process may allocate
+    failed: Literal["leave_out", "score"]  # training leaves out responses whose check failed, or uses failed_score
+    failed_score: float  # score of a failed check: in evaluations, and in training with failed=score
+    max_failed_fraction: Fraction  # if more of a step's checks fail, the run ends
     verifiers: dict[str, Annotated[Verifier, PlainValidator(member_of(VERIFIERS))]]  # by the name that sources use
 
 
-class EvaluationConfig(SamplingConfig):
-    every_steps: NonNegative  # 0: never; always before the first and after the last step otherwise
-    samples_per_prompt: Positive  # n of avg@n; pass@k and maj@k are for k up to n
-    pass_score: float  # a sample passes with this score or a higher one
-    record_samples: bool  # of evaluations in training, one parquet file each
+class EvaluationConfig(Section):
+    every_steps: NonNegative  # 0: never; otherwise also before the first and after the last step
+    samples_per_prompt: Positive  # n of avg@n; pass@k and maj@k have k up to n
+    pass_score: float  # a sample passes if its score is at least this
+    record_samples: bool  # evaluations during training write their samples, one parquet file each
+    temperature: Annotated[float, Field(ge=0)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: NonNegative  # 0: all tokens
+    min_p: Fraction
+    repetition_penalty: PositiveFloat  # 1: none
+    presence_penalty: float  # 0: none
+    frequency_penalty: float  # 0: none
+
+    def sampling(self, max_tokens: int) -> Sampling:
+        return Sampling(max_tokens=max_tokens, **{key: getattr(self, key) for key in SAMPLING_KEYS})
 
 
 class CheckpointConfig(Section):
@@ -252,7 +259,7 @@ class LoggerConfig(Section):
     tensorboard: bool
     wandb: Literal["auto", "offline", "off"]  # auto: online if an API key is there, offline otherwise
     wandb_project: str
-    rollouts_every_steps: NonNegative  # parquet files of every response; 0: none
+    rollouts_every_steps: NonNegative  # write every response to a parquet file; 0: never
 
 
 class Config(Section):
@@ -260,8 +267,8 @@ class Config(Section):
     output_dir: Path
     seed: NonNegative
     steps: NonNegative
-    replay: Path | None  # a run's folder: learn from its recorded rollouts, without rollout engines
-    resume: bool  # continue from the newest checkpoint in output_dir if there is one
+    replay: Path | None  # train on the rollouts that this run's folder recorded, without rollout engines
+    resume: bool  # continue from the newest checkpoint in output_dir, if there is one
     algorithm: AlgorithmConfig
     model: ModelConfig
     task: TaskConfig
@@ -280,12 +287,12 @@ class Config(Section):
 
     @property
     def needs_reference_workers(self) -> bool:
-        """Under adapters the reference is the policy without them."""
+        """Whether reference workers run. With adapters the reference is the policy without its adapters."""
         return self.algorithm.needs_reference and not self.learner.lora.rank
 
 
 def as_tree(config: Config) -> dict[str, Any]:
-    """The configuration as plain values, in the form that it was read from."""
+    """The configuration as plain values, from which `Config.model_validate` builds it again."""
     tree = config.model_dump(mode="json")
     tree["algorithm"]["segmenter"] = tree_of(config.algorithm.segmenter, SEGMENTERS)
     tree["algorithm"]["estimator"] = tree_of(config.algorithm.estimator, ESTIMATORS)

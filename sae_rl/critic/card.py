@@ -1,4 +1,4 @@
-"""A pre-trained critic on disk: a folder for transformers, and a card that says what its values are values of."""
+"""The card of a pre-trained critic: which returns its values predict. It lies beside the critic's Hugging Face files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sae_rl.config.schema import Config, as_tree
 from sae_rl.settings import ConfigError
 
 CARD = "critic.json"
-# What decides the distribution of responses and rewards, and so the values of states.
+# The keys that decide the distribution of responses and rewards, and so the values of states.
 MEANING = (
     "model.path",
     "task.train",
@@ -32,10 +32,10 @@ def write_card(folder: Path, config: Config, explained_variance: float, num_resp
 
 
 def describe(config: Config) -> str:
-    """What is known of ``learner.critic_pretraining.checkpoint``, and where this run differs from the one that made it.
+    """Describes ``learner.critic_pretraining.checkpoint``, and the settings in which this run differs from its maker.
 
     Raises:
-        ConfigError: it is no critic, or not one for this model.
+        ConfigError: the folder holds no critic, or a critic for another model.
     """
     key, folder = "learner.critic_pretraining.checkpoint", Path(config.learner.critic_pretraining.checkpoint or "")
     shape = _read(folder / "config.json", key)

@@ -1,8 +1,7 @@
-"""Value pre-training: the critic learns the frozen policy's returns before the policy's first update.
+"""Value pre-training (arXiv 2503.01491): before the policy's first update the critic regresses on its rollouts.
 
-A critic that starts from zero makes every early advantage noise; VC-PPO (arXiv 2503.01491) and the SAE paper train it on
-rollouts of the initial policy first. It stops when the explained variance on held-out prompts no longer rises, and goes
-back to the best critic it had.
+A critic that starts from zero makes the first advantages noise. Prompts are split into training and held-out ones. The
+regression stops when the explained variance on held-out prompts no longer rises, and the best critic so far is restored.
 """
 
 from __future__ import annotations
@@ -17,11 +16,47 @@ from torch import Tensor
 
 from sae_rl.algo.estimators import estimate
 from sae_rl.algo.ragged import sampled_tokens
-from sae_rl.algo.segmenters import segment
+from sae_rl.algo.segmentation import segment
 from sae_rl.algo.stats import explained_variance
 from sae_rl.config.schema import AlgorithmConfig, CriticPretrainingConfig
 from sae_rl.protocols import Metrics, Workers
+from sae_rl.rollouts.groups import FailedRule, StepSamples, groups_of
+from sae_rl.rollouts.step import respond
+from sae_rl.run import Run
+from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Scores, Targets, select
+
+
+def pretrain(run: Run) -> tuple[float, int]:
+    """Pre-trains the critic of a run on rollouts of the initial policy. The prompts come in an order of their own.
+
+    Returns:
+        The explained variance on held-out prompts, and the number of responses.
+
+    Raises:
+        RuntimeError: sampling or a worker failed, or the checks of all responses failed.
+    """
+    config, pretraining = run.config, run.config.learner.critic_pretraining
+    seed = derive_seed(config.seed, "pretraining")
+    prompts = run.sampler.anew(seed).next(pretraining.num_prompts)
+    rollouts, rewards = respond(run, prompts, "pretraining")
+    groups = groups_of(rollouts, rewards, config.rollout.group_size, FailedRule.of(config))
+    kept = StepSamples.of(groups, {}, run.sampler.state())
+    best = pretrain_critic(
+        Batch.of(kept.rollouts, kept.rewards),
+        run.workers,
+        config.algorithm,
+        pretraining,
+        scratch=config.output_dir / ".best_critic",
+        seed=seed,
+        log=lambda epoch, metrics: run.records.log(epoch, metrics, phase="pretraining"),
+    )
+    run.workers.set_critic_lr(None)
+    left_out = f" ({n} left out: their checks failed)" if (n := len(rollouts) - len(kept.rollouts)) else ""
+    run.records.note(
+        f"critic pre-trained on {len(kept.rollouts)} responses{left_out}: held-out explained variance {best:.3f}"
+    )
+    return best, len(kept.rollouts)
 
 
 def pretrain_critic(
@@ -37,11 +72,11 @@ def pretrain_critic(
 
     Args:
         batch: rollouts with rewards; a response to a held-out prompt is never trained on.
-        scratch: a folder for the best critic so far, removed at the end.
+        scratch: a folder for the best critic so far; it is removed at the end.
         log: called with (epoch, metrics) after each epoch.
 
     Returns:
-        The best explained variance on held-out prompts, which is that of the critic that is left.
+        The best explained variance on held-out prompts. The critic is left in that state.
     """
     train, heldout = (
         with_entropies(part, workers, algorithm) for part in split_by_prompt(batch, config.heldout_fraction, seed)
@@ -72,7 +107,7 @@ def pretrain_critic(
 
 
 def split_by_prompt(batch: Batch, heldout_fraction: float, seed: int) -> tuple[Batch, Batch]:
-    """Whole groups go to one side or the other, at least one to each.
+    """Splits a batch into training and held-out responses; each prompt's responses stay together.
 
     Raises:
         ValueError: fewer than two prompts.
@@ -88,10 +123,10 @@ def split_by_prompt(batch: Batch, heldout_fraction: float, seed: int) -> tuple[B
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One side of the split, and what the frozen policy says of it."""
+    """One side of the split, with entropies of the frozen policy."""
 
     batch: Batch
-    entropies: Tensor | None  # (N,), where a segmenter asks for them
+    entropies: Tensor | None  # (N,); None: no segmenter or estimator reads them
 
 
 def with_entropies(batch: Batch, workers: Workers, algorithm: AlgorithmConfig) -> Part:
@@ -99,7 +134,7 @@ def with_entropies(batch: Batch, workers: Workers, algorithm: AlgorithmConfig) -
 
 
 def values_of(part: Part, workers: Workers) -> Scores:
-    """The critic's values; policy, old policy and reference are still one, so the rollout's logprobs stand for all."""
+    """Values of the critic. Policy and reference are still equal, so the rollout logprobs serve as theirs."""
     logprobs = part.batch.rollout_logprobs
     scores = workers.score_critic(part.batch)
     return replace(scores, old_logprobs=logprobs, ref_logprobs=logprobs, entropies=part.entropies)

@@ -1,1 +1,1 @@
-"""How good a policy is: samples of held-out prompts, what they say about it, and what is left of them on disk."""
+"""Evaluation of a policy on held-out prompts: sampling, statistics, and the files that it writes."""

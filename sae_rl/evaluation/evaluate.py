@@ -1,4 +1,4 @@
-"""Samples a policy on held-out prompts, and says how good it is."""
+"""Samples a policy on held-out prompts and measures how good it is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sae_rl.algo.segmenters import Segmenter
+from sae_rl.algo.segmentation import Segmenter
 from sae_rl.config.schema import EvaluationConfig
 from sae_rl.evaluation.segments import Segments, cut
 from sae_rl.evaluation.summary import Samples, Summary, summarize
@@ -20,21 +20,21 @@ from sae_rl.types import Prompt, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Samples of a policy, and what they say about it."""
+    """The samples of a policy, and the numbers that follow from them."""
 
     rollouts: list[Rollout]  # prompt after prompt
     rewards: Rewards
     overall: Summary
     by_data_set: Mapping[str, Summary]
-    segments: Segments | str  # or why there are none
+    segments: Segments | str  # or the reason why they are unknown
 
     @property
     def opens(self) -> list[Tensor] | None:
-        """(T,) of each response; None: not known."""
+        """(T,) for each response; None: segments are unknown."""
         return None if isinstance(self.segments, str) else self.segments.per_response(self.rollouts)
 
     def metrics(self) -> dict[str, float]:
-        """``evaluation/...`` of all together; of several data sets also ``evaluation/NAME/...`` of each."""
+        """``evaluation/...`` over all prompts; where there are several data sets also ``evaluation/NAME/...`` for each."""
         found = {f"evaluation/{name}": value for name, value in self.overall.metrics().items()}
         for data_set, summary in self.by_data_set.items() if len(self.by_data_set) > 1 else ():
             found |= {f"evaluation/{data_set}/{name}": value for name, value in summary.metrics().items()}
@@ -50,10 +50,10 @@ def evaluate(
     max_tokens: int,
     segmenter: Segmenter,
 ) -> Evaluation:
-    """Samples n responses to each prompt. The same seeds every time: two policies are compared on the same luck.
+    """Samples n responses to each prompt and summarizes them. Every evaluation uses the same seeds.
 
     Args:
-        segmenter: of the run, to say how it would cut these responses.
+        segmenter: the run's, to report how it cuts these responses.
     """
     sampling = config.sampling(max_tokens)
     rollouts, checked = sample(

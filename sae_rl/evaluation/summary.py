@@ -1,4 +1,4 @@
-"""What samples say about a policy, of each data set and of all together."""
+"""The numbers of an evaluation, for each data set and for all together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sae_rl.evaluation.statistics import (
     Floats,
     Integers,
     estimates,
-    majority_at,
+    majority,
     pass_at,
     powers_up_to,
     quantile,
@@ -25,6 +25,8 @@ from sae_rl.evaluation.statistics import (
 from sae_rl.rewards.pool import Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Rollout, gather_ragged, select
+
+Rows = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,29 +40,29 @@ class SegmentSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Of one data set, or of all; intervals are of resampled prompts."""
+    """The numbers of one data set, or of all; intervals come from resampled prompts."""
 
     num_prompts: int
     samples_per_prompt: int  # n
     success: Estimate  # avg@n, the mean score
     pass_at: Mapping[int, Estimate]  # by k, up to n
-    maj_at: Mapping[int, Estimate]  # by k, up to n; empty: no response has an answer
+    maj_at_n: Estimate | None  # None: no response has an answer
     truncated: Estimate  # fraction of responses
     failed: Estimate  # fraction of checks, which scored rewards.failed_score
-    answered: Estimate  # fraction of responses whose answer the verifier found
+    answered: Estimate  # fraction of responses in which the verifier found an answer
     response_tokens: Estimate
-    right_tokens: Estimate  # of responses that pass
-    wrong_tokens: Estimate  # of the others
+    right_tokens: Estimate  # over responses that pass
+    wrong_tokens: Estimate  # over the other responses
     response_tokens_p50: float
     response_tokens_p95: float
     response_tokens_max: float
-    segments: SegmentSummary | None  # None: not known, see `cut`
+    segments: SegmentSummary | None  # None: unknown, see `cut`
 
     def metrics(self) -> dict[str, float]:
-        """By the part of the metric's name behind ``evaluation/``, or behind the data set's."""
+        """By the part of the metric's name after ``evaluation/``, or after the name of the data set."""
         n = self.samples_per_prompt
         found: dict[str, float] = {}
-        headline = {"success": self.success, "pass_at_n": self.pass_at[n], "maj_at_n": self.maj_at.get(n)}
+        headline = {"success": self.success, "pass_at_n": self.pass_at[n], "maj_at_n": self.maj_at_n}
         for name, estimate in headline.items():
             if estimate is not None:
                 found |= {f"{name}_mean": estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
@@ -93,13 +95,13 @@ class Samples:
     data_sets: list[str]  # (P,)
     scores: Floats  # (P, n)
     answers: Integers  # (P, n), see `numbered`
-    failed: npt.NDArray[np.bool_]  # (P, n)
-    truncated: npt.NDArray[np.bool_]  # (P, n)
+    failed: Rows  # (P, n)
+    truncated: Rows  # (P, n)
     lengths: Integers  # (P, n)
 
     @staticmethod
     def of(rollouts: Sequence[Rollout], rewards: Rewards, samples_per_prompt: int) -> Samples:
-        """From responses prompt after prompt."""
+        """``rollouts`` are prompt after prompt."""
         shape = (-1, samples_per_prompt)
         outcomes = rewards.outcomes
         found = [outcome.answer if isinstance(outcome, Verdict) else None for outcome in outcomes]
@@ -122,65 +124,49 @@ def numbered(answers: Sequence[str | None]) -> list[int]:
 
 
 def summarize(samples: Samples, pass_score: float, segments: Segments | None) -> tuple[Summary, dict[str, Summary]]:
-    """Of all together, every prompt counted alike, and by data set, in the order in which they come.
+    """The summary of all prompts together, each counted alike, and those of the data sets, in their order.
 
-    maj@k of all together is over the prompts of data sets with answers.
+    maj@n of all prompts is over the data sets that have answers.
     """
     n = samples.scores.shape[1]
-    right = samples.scores >= pass_score
-    ones, ks = np.ones(len(right)), powers_up_to(n)
-    names = list(dict.fromkeys(samples.data_sets))
-    member = {name: np.array([task == name for task in samples.data_sets]) for name in names}
-    answered = samples.answers != NO_ANSWER
-    votes = sum((member[name] * answered[member[name]].any() for name in names), start=np.zeros(len(right)))
-    ratios: dict[str, tuple[Floats, Floats]] = {"success": (samples.scores.mean(axis=1), ones)}
-    for k in ks:
-        ratios[f"pass@{k}"] = (pass_at(right.sum(axis=1), n, k), ones)
-        if votes.any():
-            ratios[f"maj@{k}"] = (majority_at(samples.answers, samples.scores, k) * votes, votes)
-    ratios |= {
-        "truncated": (samples.truncated.mean(axis=1), ones),
-        "failed": (samples.failed.mean(axis=1), ones),
-        "answered": (answered.mean(axis=1), ones),
-        "response_tokens": (samples.lengths.mean(axis=1), ones),
+    member = {
+        name: np.array([name == other for other in samples.data_sets]) for name in dict.fromkeys(samples.data_sets)
+    }
+    right, answered = samples.scores >= pass_score, samples.answers != NO_ANSWER
+    every = np.ones(len(right), dtype=bool)
+    votes = np.any([rows & answered[rows].any() for rows in member.values()], axis=0)
+    ratios = {f"pass@{k}": (pass_at(right.sum(axis=1), n, k), every) for k in powers_up_to(n)} | {
+        "success": (samples.scores.mean(axis=1), every),
+        "maj_at_n": (majority(samples.answers, samples.scores) * votes, votes),
+        "truncated": (samples.truncated.mean(axis=1), every),
+        "failed": (samples.failed.mean(axis=1), every),
+        "answered": (answered.mean(axis=1), every),
+        "response_tokens": (samples.lengths.mean(axis=1), every),
         "right_tokens": ((samples.lengths * right).sum(axis=1), right.sum(axis=1)),
         "wrong_tokens": ((samples.lengths * ~right).sum(axis=1), (~right).sum(axis=1)),
     }
     columns = [np.stack([pair[side] for pair in ratios.values()], axis=1).astype(float) for side in (0, 1)]
 
-    def summary_of(rows: npt.NDArray[np.bool_]) -> Summary:
-        made = dict(zip(ratios, estimates(columns[0][rows], columns[1][rows]), strict=True))
-        return _summary(made, samples.lengths[rows], bool(votes[rows].any()), _cut(segments, rows, n))
+    def summary_of(rows: Rows) -> Summary:
+        found = dict(zip(ratios, estimates(columns[0][rows], columns[1][rows]), strict=True))
+        maj_at_n, lengths = found.pop("maj_at_n"), samples.lengths[rows]
+        return Summary(
+            num_prompts=len(lengths),
+            samples_per_prompt=n,
+            pass_at={k: found.pop(f"pass@{k}") for k in powers_up_to(n)},
+            maj_at_n=maj_at_n if votes[rows].any() else None,
+            response_tokens_p50=quantile(lengths, 0.5),
+            response_tokens_p95=quantile(lengths, 0.95),
+            response_tokens_max=float(lengths.max()),
+            segments=None if segments is None else _segment_summary(segments, rows, n),
+            **found,
+        )
 
-    return summary_of(ones > 0), {name: summary_of(rows) for name, rows in member.items()}
-
-
-def _summary(made: Mapping[str, Estimate], lengths: Integers, votes: bool, segments: SegmentSummary | None) -> Summary:
-    num_prompts, n = lengths.shape
-    ks = powers_up_to(n)
-    return Summary(
-        num_prompts=num_prompts,
-        samples_per_prompt=n,
-        success=made["success"],
-        pass_at={k: made[f"pass@{k}"] for k in ks},
-        maj_at={k: made[f"maj@{k}"] for k in ks} if votes else {},
-        truncated=made["truncated"],
-        failed=made["failed"],
-        answered=made["answered"],
-        response_tokens=made["response_tokens"],
-        right_tokens=made["right_tokens"],
-        wrong_tokens=made["wrong_tokens"],
-        response_tokens_p50=quantile(lengths, 0.5),
-        response_tokens_p95=quantile(lengths, 0.95),
-        response_tokens_max=float(lengths.max()),
-        segments=segments,
-    )
+    return summary_of(every), {name: summary_of(rows) for name, rows in member.items()}
 
 
-def _cut(segments: Segments | None, rows: npt.NDArray[np.bool_], n: int) -> SegmentSummary | None:
-    """Of the responses to the prompts ``rows`` (P,)."""
-    if segments is None:
-        return None
+def _segment_summary(segments: Segments, rows: Rows, n: int) -> SegmentSummary:
+    """The segments of the responses to the prompts ``rows`` (P,)."""
     responses = torch.from_numpy(np.flatnonzero(rows.repeat(n)))
     opens = gather_ragged(segments.opens, segments.batch.offsets, responses)
     stats = segment_stats(select(segments.batch, responses), opens)

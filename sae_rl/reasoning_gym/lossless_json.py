@@ -1,4 +1,4 @@
-"""JSON that gives back what it was made from: tuples stay tuples, fractions fractions, and keys need not be text."""
+"""JSON that keeps types: tuples, sets, fractions, decimals, dates, and dictionaries whose keys are not text."""
 
 from __future__ import annotations
 
@@ -9,64 +9,49 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-TYPE = "__type__"  # the key that marks what JSON has no form for
+TYPE = "__type__"  # marks a value that plain JSON cannot hold: {TYPE: its type, "of": its parts}
+
+# Type -> (its parts, as a list or as text; the value of these parts). The first type that fits is used.
+FORMS: dict[type[Any], tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    tuple: (list, tuple),
+    set: (lambda value: sorted(value, key=repr), set),
+    frozenset: (lambda value: sorted(value, key=repr), frozenset),
+    dict: (lambda value: [list(pair) for pair in value.items()], dict),
+    Fraction: (str, Fraction),
+    Decimal: (str, Decimal),
+    complex: (lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    datetime: (datetime.isoformat, datetime.fromisoformat),
+    date: (date.isoformat, date.fromisoformat),
+    time: (time.isoformat, time.fromisoformat),
+    timedelta: (lambda value: [value.days, value.seconds, value.microseconds], lambda parts: timedelta(*parts)),
+}
+READERS = {kind.__name__: read for kind, (_, read) in FORMS.items()}
 
 
 def dumps(value: Any) -> str:
-    """The text.
-
-    Raises:
-        TypeError: a value of a type that has no form here, with its place.
-    """
+    """The text. Raises TypeError with the place of a value whose type is not in `FORMS`."""
     return json.dumps(_encoded(value, "value"))
 
 
 def loads(text: str) -> Any:
-    """What `dumps` was given. Raises ValueError if the text is not of that form."""
+    """The value that `dumps` was given. Raises ValueError if `dumps` did not write the text."""
     return json.loads(text, object_hook=_decoded)
 
 
 def _encoded(value: Any, where: str) -> Any:
-    # numpy's numbers and text are turned into Python's, which compare and print alike.
+    # numpy's numbers and text become Python's, which compare and print alike.
     if type(value).__module__ == "numpy" and hasattr(value, "item"):
         value = value.item()
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, list):
         return [_encoded(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, dict):
-        if TYPE not in value and all(isinstance(key, str) for key in value):
-            return {str(key): _encoded(item, f"{where}.{key}") for key, item in value.items()}
-        pairs = [[_encoded(key, where), _encoded(item, f"{where}.{key}")] for key, item in value.items()]
-        return {TYPE: "dict", "of": pairs}
-    if isinstance(value, tuple | set | frozenset):
-        items = value if isinstance(value, tuple) else sorted(value, key=repr)
-        name = "tuple" if isinstance(value, tuple) else type(value).__name__
-        return {TYPE: name, "of": [_encoded(item, f"{where}[{i}]") for i, item in enumerate(items)]}
-    if isinstance(value, Fraction | Decimal):
-        return {TYPE: type(value).__name__, "of": str(value)}
-    if isinstance(value, complex):
-        return {TYPE: "complex", "of": [value.real, value.imag]}
-    if isinstance(value, datetime | date | time):
-        return {TYPE: type(value).__name__, "of": value.isoformat()}
-    if isinstance(value, timedelta):
-        return {TYPE: "timedelta", "of": [value.days, value.seconds, value.microseconds]}
+    if isinstance(value, dict) and TYPE not in value and all(isinstance(key, str) for key in value):
+        return {str(key): _encoded(item, f"{where}.{key}") for key, item in value.items()}
+    for kind, (parts_of, _) in FORMS.items():
+        if isinstance(value, kind):
+            return {TYPE: kind.__name__, "of": _encoded(parts_of(value), where)}
     raise TypeError(f"{where} is {type(value).__module__}.{type(value).__name__}, which has no form in JSON")
-
-
-READERS: dict[str, Callable[[Any], Any]] = {
-    "dict": dict,
-    "tuple": tuple,
-    "set": set,
-    "frozenset": frozenset,
-    "Fraction": Fraction,
-    "Decimal": Decimal,
-    "complex": lambda parts: complex(*parts),
-    "datetime": datetime.fromisoformat,
-    "date": date.fromisoformat,
-    "time": time.fromisoformat,
-    "timedelta": lambda parts: timedelta(*parts),
-}
 
 
 def _decoded(node: dict[str, Any]) -> Any:

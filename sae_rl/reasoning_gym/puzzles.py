@@ -1,9 +1,8 @@
-"""Problems of reasoning-gym (arXiv 2505.24760), drawn in a process of their own.
+"""Draws problems of reasoning-gym (arXiv 2505.24760) in a process of their own, so that they depend on their arguments only.
 
-Some of its tasks order things by the hash of text, which differs from process to process, read the global random numbers,
-or set the precision of all decimals; and one may get lost in a search. So they are drawn in a process whose hashes are
-fixed, with random numbers that are seeded and decimals that are put back for every problem, and under a deadline. Then a
-problem depends on nothing but the arguments.
+Some tasks of reasoning-gym order things by the hash of text, read the global random numbers, or set the precision of all
+decimals, and some searches take very long. The process has fixed hashes. For every problem it seeds the random numbers,
+restores the precision of decimals, and sets a deadline.
 """
 
 from __future__ import annotations
@@ -27,16 +26,15 @@ from sae_rl.reasoning_gym import lossless_json
 from sae_rl.reasoning_gym.tasks import knobs_at, make_dataset
 from sae_rl.seeds import derive_seed
 from sae_rl.settings import BadKeys
-from sae_rl.tasks.task import Problem, Split, split_of
+from sae_rl.tasks.task import MAX_BARREN_DRAWS, Problem, Split, split_of
 
-CHUNK = 500  # problems of one data set of reasoning-gym, of which there are as many as are needed
-MAX_BARREN_DRAWS = 1000  # in a row that give no new problem of the split
+CHUNK = 500  # problems of one data set of reasoning-gym; more problems come from more data sets
 DRAW_LIMIT_S = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Puzzles:
-    """A source: the first ``num_prompts`` different problems of a task of reasoning-gym that belong to a split."""
+    """The problems to draw: the first ``num_prompts`` different ones of a task that belong to a split."""
 
     task: str
     num_prompts: int
@@ -47,10 +45,10 @@ class Puzzles:
 
 
 def draw_problems(source: Puzzles) -> list[Problem]:
-    """The problems, in this process; `PuzzleProcess` is where they are the same every time.
+    """Draws the problems in this process, where some tasks do not repeat; `PuzzleProcess` always gives the same ones.
 
     Raises:
-        BadKeys: of the task, its knobs or levels; or there are not so many different problems.
+        BadKeys: the task, its knobs or its levels are wrong, or there are fewer different problems.
     """
     knobs = knobs_at(source.task, source.knobs, source.levels)
     found: list[Problem] = []
@@ -78,27 +76,27 @@ def draw_problems(source: Puzzles) -> list[Problem]:
 
 
 def _entries(source: Puzzles, knobs: Mapping[str, Any]) -> Iterator[dict[str, Any] | Exception]:
-    """Entry after entry, without end; an exception: this draw failed, as searches of some tasks do."""
+    """Entries without end. An exception stands for a draw that failed, as searches of some tasks do."""
     chunk = 0
     while True:
         _seed_everything(f"{source.seed}/{chunk}")
-        # 31 bits: some tasks add the index and give the sum to numpy, which takes 32.
+        # 31 bits: some tasks add the index to the seed and give the sum to numpy, which takes 32 bits.
         dataset = make_dataset(source.task, knobs, seed=derive_seed(source.seed, chunk) % 2**31, size=CHUNK)
         for index in range(CHUNK):
             _seed_everything(f"{source.seed}/{chunk}/{index}")
             try:
-                with _deadline(source.task), decimal.localcontext():  # some change the precision of all decimals
+                with _deadline(source.task), decimal.localcontext():  # some tasks change the precision of all decimals
                     entry: dict[str, Any] | Exception = dataset[index]
             except BadKeys:
                 raise
-            except Exception as error:  # the code of another library's task, whatever it raises
+            except Exception as error:  # a task of another library may raise anything
                 entry = error
             yield entry
         chunk += 1
 
 
 def _seed_everything(text: str) -> None:
-    """Random numbers that are not the task's own."""
+    """Seeds the global random numbers, which some tasks read beside their own."""
     import numpy as np
     import sympy.core.random
 
@@ -121,52 +119,53 @@ def _deadline(task: str) -> Iterator[None]:
 
 
 class PuzzleProcess:
-    """Draws problems of reasoning-gym in another process, which starts with the first call."""
+    """Draws problems of reasoning-gym in another process, which starts with the first call of `draw`."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
-        # Where it runs: to draw a problem of codeio is to run a program, and some of these write files.
-        self._folder = tempfile.TemporaryDirectory(prefix="puzzles_", ignore_cleanup_errors=True)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def __enter__(self) -> PuzzleProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def draw(self, source: Puzzles) -> list[Problem]:
-        """As `draw_problems`.
+        """The problems.
 
         Raises:
-            BadKeys: see there.
+            BadKeys: as `draw_problems`.
             RuntimeError: the process ended.
         """
-        if self._process is None:
-            here = os.pathsep.join([str(Path(sae_rl.__file__).parents[1]), *filter(None, sys.path)])
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=self._folder.name,
-                env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": here},
-            )
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(asdict(source)), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
+        process = self._process = self._process or self._started()
+        assert process.stdin is not None and process.stdout is not None
+        print(json.dumps(asdict(source)), file=process.stdin, flush=True)
+        line = process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the process that draws problems of {source.task} ended with {self._process.wait()}")
+            raise RuntimeError(f"the process that draws problems of {source.task} ended with {process.wait()}")
         answer = json.loads(line)
         if "bad_keys" in answer:
             raise BadKeys(*answer["bad_keys"])
         return [Problem(**problem) for problem in answer["problems"]]
 
+    def _started(self) -> subprocess.Popen[str]:
+        # codeio runs a program to draw a problem, and some of these programs write files.
+        self._folder = tempfile.TemporaryDirectory(prefix="puzzles_", ignore_cleanup_errors=True)
+        path = os.pathsep.join([str(Path(sae_rl.__file__).parents[1]), *filter(None, sys.path)])
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=self._folder.name,
+            env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": path},
+        )
+
 
 def serve(requests: TextIO, answers: TextIO) -> None:
-    """One line of JSON for each line of JSON."""
+    """Answers each request, a `Puzzles` as a line of JSON, with a line of JSON."""
     for line in requests:
         answer: dict[str, Any]
         try:
@@ -177,7 +176,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    # Some tasks print while they draw: what is printed goes nowhere.
+    # Some tasks print while they draw. Their output must not reach the answers.
     with os.fdopen(os.dup(sys.stdout.fileno()), "w") as channel, open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
         serve(sys.stdin, channel)

@@ -27,7 +27,7 @@ from sae_rl.records.rollouts import rollout_files, write_rollouts
 from sae_rl.records.samples import samples_file, step_samples, write_samples
 from sae_rl.records.terminal import Terminal
 from sae_rl.rewards.pool import Rewards
-from sae_rl.types import Rollout, Scores, Targets
+from sae_rl.types import Rollout, StepRecord
 
 if TYPE_CHECKING:
     import wandb
@@ -105,20 +105,11 @@ class Records:
         """A one-off message on the console."""
         self._terminal.note(text)
 
-    def rollouts(
-        self,
-        step: int,
-        rollouts: Sequence[Rollout],
-        rewards: Sequence[float],
-        reasons: Sequence[str],
-        opens: Tensor,
-        scores: Scores,
-        targets: Targets,
-    ) -> None:
+    def rollouts(self, record: StepRecord) -> None:
         """One parquet file with a row per response, every ``logger.rollouts_every_steps`` and at the last step."""
         every = self._config.logger.rollouts_every_steps
-        if every and (step % every == 0 or step == self._config.steps - 1):
-            write_rollouts(self._run_dir, step, rollouts, rewards, reasons, opens, scores, targets)
+        if every and (record.step % every == 0 or record.step == self._config.steps - 1):
+            write_rollouts(self._run_dir, record)
 
     def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards, opens: Sequence[Tensor] | None) -> None:
         """One parquet file with a row per response of an evaluation, if ``evaluation.record_samples``."""

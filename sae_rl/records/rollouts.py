@@ -6,7 +6,7 @@ They hold everything that a step learns from, so that `read_step` gives it back.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from sae_rl.types import Prompt, Rollout, Scores, Targets, offsets_of
+from sae_rl.types import Prompt, Rollout, StepRecord, offsets_of
 
 FOLDER = "rollouts"
 
@@ -32,17 +32,9 @@ def step_files(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), file) for match, file in found if match)
 
 
-def write_rollouts(
-    run_dir: Path,
-    step: int,
-    rollouts: Sequence[Rollout],
-    rewards: Sequence[float],
-    reasons: Sequence[str],
-    opens: Tensor,
-    scores: Scores,
-    targets: Targets,
-) -> Path:
-    """Writes one step. All tensors are (N,), in the order of ``rollouts``."""
+def write_rollouts(run_dir: Path, record: StepRecord) -> Path:
+    """Writes the responses of one step and returns the file."""
+    rollouts, scores, opens = record.rollouts, record.scores, record.opens
     offsets = offsets_of([r.token_ids.numel() for r in rollouts])
     flat = {
         "token_ids": torch.cat([r.token_ids for r in rollouts]).int(),
@@ -51,11 +43,11 @@ def write_rollouts(
         "action_mask": torch.cat([r.dense_action_mask for r in rollouts]),
         "old_logprobs": scores.old_logprobs.float(),
         "values": None if scores.values is None else scores.values.float(),  # None: the estimator has no critic
-        "advantages": targets.advantages.float(),
+        "advantages": record.targets.advantages.float(),
         "opens": opens if opens.dtype == torch.bool else opens.float(),  # a soft segmenter gives weights
     }
     columns = {
-        "step": pa.array([step] * len(rollouts), pa.int32()),
+        "step": pa.array([record.step] * len(rollouts), pa.int32()),
         "prompt_id": pa.array([r.prompt.id for r in rollouts]),
         "prompt": pa.array([r.prompt.text for r in rollouts]),
         "prompt_token_ids": pa.array([list(r.prompt.token_ids) for r in rollouts], pa.list_(pa.int32())),
@@ -64,12 +56,12 @@ def write_rollouts(
         "verifier": pa.array([r.prompt.reward for r in rollouts]),
         "sample": pa.array([r.sample for r in rollouts], pa.int32()),
         "text": pa.array([r.text for r in rollouts]),
-        "reward": pa.array(rewards, pa.float32()),
-        "why": pa.array(reasons, pa.string()),
+        "reward": pa.array(record.rewards, pa.float32()),
+        "why": pa.array(record.reasons, pa.string()),
         "finish_reason": pa.array([r.finish_reason for r in rollouts]),
         "temperature": pa.array([r.temperature for r in rollouts], pa.float32()),
     } | {name: ragged(values, offsets) for name, values in flat.items()}
-    return write_table(run_dir / FOLDER / f"step_{step:06d}.parquet", columns)
+    return write_table(run_dir / FOLDER / f"step_{record.step:06d}.parquet", columns)
 
 
 def write_table(file: Path, columns: Mapping[str, pa.Array]) -> Path:

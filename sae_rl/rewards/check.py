@@ -1,4 +1,4 @@
-"""One check, as the processes of the reward pool run it. Imports little: such a process may start in the middle of a step."""
+"""One check, in a process of the reward pool. Imports little, since such a process may start in the middle of a step."""
 
 from __future__ import annotations
 
@@ -12,63 +12,65 @@ import tempfile
 from collections.abc import Iterable
 
 from sae_rl.rewards.verdict import Failed, Sample, Verdict, Verifier
-from sae_rl.sandbox.isolation import CHOSEN, Asked, Isolation
-from sae_rl.sandbox.processes import adopt_orphans
+from sae_rl.sandbox.isolation import Isolation
+from sae_rl.sandbox.probe import CHOSEN
 
-OUT_OF_MEMORY = (
-    errno.ENOMEM
-)  # the exit code that says so; a library whose system call fails for want of memory ends so too
+OUT_OF_MEMORY = errno.ENOMEM  # exit code; libraries that fail to allocate memory exit with it too
 MAX_SHOWN = 1000  # characters of an error
 
 
 def start(folder: str, num_bytes: int, verifiers: Iterable[bytes]) -> None:
-    """Prepares a process that checks.
+    """Prepares a process for checks.
 
     Args:
-        folder: for its temporary files; whoever started the process removes it.
-        num_bytes: it may allocate; beyond that, Python raises MemoryError.
-        verifiers: pickled; what they import is imported now, before a check has a deadline.
+        folder: for its temporary files, which whoever started it removes.
+        num_bytes: memory that it may allocate. Beyond that, Python raises MemoryError.
+        verifiers: pickled. Their modules are imported now, before a check has a deadline.
     """
     tempfile.tempdir = folder
-    adopt_orphans()
-    # Not RLIMIT_AS: libraries reserve address space that they never use.
+    # RLIMIT_AS would be too strict: libraries reserve address space that they never use.
     resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
     for each in verifiers:
-        with contextlib.suppress(Exception):  # the user's code; its checks say so
+        with contextlib.suppress(Exception):  # a user's code; its checks will report the error
             pickle.loads(each)
 
 
-def check(asked: bytes, sample: Sample) -> Verdict | Failed:
-    """The verdict, or why there is none.
+def check(question: bytes, sample: Sample) -> Verdict | Failed:
+    """Runs one check.
 
-    Nothing but our own types and plain text leaves this process, and no exception: those of others may not be rebuilt where
-    they are read. A process that has run out of memory ends, since what filled it may stay.
+    Returns:
+        The verdict, or why there is none. Both are of this package and hold plain text, since objects of a user's classes,
+        exceptions among them, might not be unpickled in the driver.
 
     Args:
-        asked: pickled, the verifier and how the programs that it may run are isolated.
+        question: pickled, the verifier, and the isolation that the driver chose if the verifier runs programs.
     """
     try:
-        return judged(asked, sample)
-    except MemoryError:
+        return judged(question, sample)
+    except MemoryError:  # objects that fill this process may stay, so it ends and another one starts
         os._exit(OUT_OF_MEMORY)
 
 
-def judged(asked: bytes, sample: Sample) -> Verdict | Failed:
+def judged(question: bytes, sample: Sample) -> Verdict | Failed:
+    """Runs one check. Raises MemoryError, and nothing else."""
     try:
-        found: tuple[Verifier, dict[Asked, Isolation]] = pickle.loads(asked)
-        CHOSEN.update(found[1])
-        return checked(found[0](sample))
+        verifier: Verifier
+        isolation: Isolation | None
+        verifier, isolation = pickle.loads(question)
+        if isolation is not None:
+            CHOSEN[:] = [isolation]
+        return checked(verifier(sample))
     except MemoryError:
         raise
-    except BaseException as error:  # a verifier is the user's code: whatever it raises is a failed check
+    except BaseException as error:  # whatever a user's verifier raises, SystemExit included, is a failed check
         return Failed(reason(error))
 
 
 def checked(verdict: object) -> Verdict:
-    """A copy of it.
+    """A copy of a verdict, without subclasses of text.
 
     Raises:
-        ValueError: it is none, its score is not finite, or what it says is no text.
+        ValueError: it is not a `Verdict`, its score is not finite, or its reason or its answer is not text.
     """
     if not isinstance(verdict, Verdict):
         raise ValueError(f"returned {verdict!r} instead of a Verdict")
@@ -81,14 +83,14 @@ def checked(verdict: object) -> Verdict:
 
 
 def reason(error: BaseException) -> str:
-    """Its type and its message."""
+    """The type and the message of an exception."""
     try:
         message = plain(str(error))
-    except Exception as another:  # its __str__ is the user's code too
+    except Exception as another:  # a user's __str__ may raise
         message = f"(its message cannot be read: {type(another).__name__})"
     return f"{type(error).__name__}: {message}"[:MAX_SHOWN]
 
 
 def plain(text: str) -> str:
-    """It as every file takes it: no subclass, no half of a character."""
+    """The same text as a plain `str` that UTF-8 can encode."""
     return text.encode("utf-8", errors="replace").decode()

@@ -1,4 +1,4 @@
-"""Programs that a model wrote, against unit tests. They run in the sandbox; what they should answer never enters it."""
+"""Programs that a model wrote, against unit tests. They run in the sandbox, which never knows the expected outputs."""
 
 from __future__ import annotations
 
@@ -9,78 +9,68 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from keyword import iskeyword
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-from sae_rl.rewards.verdict import Longest, Sample, Verdict
+from sae_rl.knobs import Knobs, integer, number
+from sae_rl.rewards.verdict import Sample, TimeLimit, Verdict
 from sae_rl.sandbox.inside import Answer
-from sae_rl.sandbox.isolation import chosen
 from sae_rl.sandbox.limits import Limits
-from sae_rl.sandbox.programs import Ended, Sandbox
+from sae_rl.sandbox.probe import chosen
+from sae_rl.sandbox.programs import Ended, run_program
 
 FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)```", re.DOTALL)
 PYTHON = {"", "python", "python3", "py"}
 SHOWN_CHARACTERS = 80
-ENDING_S = 2.0  # for a program in the sandbox to be gone
-CACHED_TESTS = 4  # problems; tests may have megabytes
+ENDING_S = 2.0  # a sandbox has started and ended within this time, beside the time of its program
+CACHED_TESTS = 4  # problems whose tests a process keeps; the tests of one may have megabytes
 
 
 @dataclass(frozen=True, slots=True)
 class Tests:
-    """Of one problem."""
+    """The unit tests of one problem."""
 
-    inputs: list[Any]  # texts for stdin; or lists of arguments
-    outputs: list[Any]  # texts on stdout; or what the function returns
+    inputs: list[Any]  # texts for stdin, or lists of arguments
+    outputs: list[Any]  # texts on stdout, or returned values
     function: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Code:
-    """The Python program in the last code block of a response: 1 if it passes all tests.
+class Code(Knobs):
+    """1 if the Python program in the last code block passes all unit tests.
 
-    The answer is JSON, ``{"inputs": [...], "outputs": [...]}`` with what goes to stdin and what must come on stdout for
-    each test; or with ``"fn_name"`` as well, for a function (or a method of a class ``Solution``), inputs being lists of
-    arguments and outputs values. It is the form of APPS, TACO and verl's prime_code.
+    The answer is JSON in the form of APPS, TACO and verl's prime_code: ``{"inputs": [...], "outputs": [...]}`` with the
+    stdin and the stdout of each test. With ``"fn_name"``, the name of a function or of a method of a class ``Solution``,
+    inputs are lists of arguments and outputs are returned values.
 
-    Outputs are compared line by line, without white space at the ends of lines and empty lines at the end, and word by
-    word, where two numbers may differ by ``tolerance`` if one is expected that has a decimal point. Values have to be equal
-    JSON, with the same tolerance for numbers that are not whole.
+    Outputs are compared line by line and word by word, without spaces at the ends of lines and empty lines at the end.
+    Where a number with a decimal point is expected, the found one may differ by ``tolerance``. Returned values must be
+    equal as JSON, with the same tolerance for floats.
     """
 
-    time_s: float = 4.0  # of one test of a script
-    total_s: float = 8.0  # of all tests of a response; beyond it the rest has failed. Keep rewards.deadline_s above it
-    memory_mb: int = 512
-    num_processes: int = 16
-    output_kb: int = 1024
-    partial: bool = False  # the fraction of tests that pass, instead of all or nothing
-    tolerance: float = 1e-6  # absolute, or relative to what is expected
-    isolation: Literal["auto", "bubblewrap", "unshare", "limits"] = "auto"  # auto: the strongest that works here
+    time_s: float = number(4.0, low=0, above_low=True)  # for one test of a script
+    total_s: float = number(8.0, low=0, above_low=True)  # for all tests of a response; tests that come later fail
+    memory_mb: int = integer(512, low=1)
+    num_processes: int = integer(16, low=1)  # processes and threads
+    output_kb: int = integer(1024, low=1)
+    partial: bool = False  # score the fraction of tests that pass, instead of 0 or 1
+    tolerance: float = number(1e-6, low=0)  # absolute, or relative to the expected number
 
     def __post_init__(self) -> None:
-        self._limits()
-        if self.total_s < self.time_s or self.tolerance < 0:
-            raise ValueError(
-                f"code: total_s = {self.total_s:g} must be at least time_s = {self.time_s:g}, and tolerance = "
-                f"{self.tolerance:g} at least 0"
-            )
+        Knobs.__post_init__(self)
+        if self.total_s < self.time_s:
+            raise ValueError(f"Code.total_s = {self.total_s:g}, but it must be at least time_s = {self.time_s:g}")
 
-    def _limits(self) -> Limits:
+    @property
+    def limits(self) -> Limits:
         return Limits(
             time_s=self.time_s, memory_mb=self.memory_mb, num_processes=self.num_processes, output_kb=self.output_kb
         )
 
-    def longest(self) -> Longest:
-        return Longest(self.total_s + ENDING_S, f"total_s, and {ENDING_S:g} s to end the programs")
-
-    def warnings(self) -> list[str]:
-        """What a program could do here besides what it should.
-
-        Raises:
-            OSError: no program can be run here in the way that is asked for.
-        """
-        return chosen(self.isolation).warnings()
+    def time_limit(self) -> TimeLimit:
+        return TimeLimit(self.total_s + ENDING_S, f"total_s, and {ENDING_S:g} s to end the programs")
 
     def __call__(self, sample: Sample) -> Verdict:
-        """Raises ValueError for an answer that holds no tests, and OSError where no sandbox can be made."""
+        """Raises ValueError for an answer that holds no tests, and OSError if programs cannot be isolated here."""
         tests = read_tests(sample.answer)
         program = program_of(sample.response)
         if program is None:
@@ -94,30 +84,35 @@ class Code:
         return Verdict(num_passed / num_tests if self.partial else 0.0, why)
 
     def _problems(self, program: str, tests: Tests) -> list[str | None]:
-        """What is wrong with each test, None if it passes; without ``partial`` as far as the first that fails."""
+        """What is wrong with each test, None if it passes. Without ``partial``, the list ends with the first problem."""
         problems: list[str | None] = []
         deadline = time.monotonic() + self.total_s
-        with Sandbox(program, self._limits(), chosen(self.isolation), tests.function) as sandbox:
-            while len(problems) < len(tests.inputs):
-                first = len(problems)
-                # Most programs that are wrong fail the first test, and a sandbox is not made for each.
-                last = first + 1 if first == 0 and not self.partial and tests.function is None else len(tests.inputs)
-                ended = sandbox.run(tests.inputs[first:last], deadline - time.monotonic(), stop_early=not self.partial)
-                for i in range(first, last):
-                    problem = self._problem(ended, i - first, tests.outputs[i], is_script=tests.function is None)
-                    problems.append(problem)
-                    if problem is not None and not self.partial:
-                        return problems
+        while len(problems) < len(tests.inputs):
+            first = len(problems)
+            # Most wrong programs fail the first test of a script, so it runs alone; the others share a sandbox.
+            last = first + 1 if first == 0 and not self.partial and tests.function is None else len(tests.inputs)
+            ended = run_program(
+                program,
+                tests.inputs[first:last],
+                function=tests.function,
+                limits=self.limits,
+                isolation=chosen(),
+                total_s=deadline - time.monotonic(),
+                stop_early=not self.partial,
+            )
+            for i in range(first, last):
+                problem = self._problem(ended, i - first, tests.outputs[i], is_script=tests.function is None)
+                problems.append(problem)
+                if problem is not None and not self.partial:
+                    return problems
         return problems
 
     def _problem(self, ended: Ended, i: int, expected: Any, is_script: bool) -> str | None:
-        """What is wrong with answer ``i``."""
+        """What is wrong with answer ``i``, None if nothing is."""
         if i >= len(ended.answers):
             return {
                 "time": f"all tests together took more than {self.total_s:g} s",
                 "memory": f"it took more than {self.memory_mb} MB",
-                "processes": f"it started more than {self.num_processes} processes and threads",
-                "files": f"it wrote more than {self._limits().files_mb} MB or {self._limits().num_files} files",
                 "exit": f"exit code {ended.code}: {last_line(ended.stderr)}",
             }[ended.ending]
         answer = ended.answers[i]
@@ -143,7 +138,11 @@ class Code:
 
 @lru_cache(maxsize=CACHED_TESTS)  # responses to one prompt are checked one after the other
 def read_tests(answer: str) -> Tests:
-    """Raises ValueError if that is what ``answer`` does not hold."""
+    """The tests that a prompt's answer holds.
+
+    Raises:
+        ValueError: it is not JSON of the form that `Code` describes.
+    """
     form = 'code: the answer must be JSON {"inputs": [...], "outputs": [...]}, with "fn_name" for a function'
     try:
         read = json.loads(answer)
@@ -161,10 +160,10 @@ def read_tests(answer: str) -> Tests:
     kind = list if function is not None else str
     for i, given in enumerate(inputs):
         if not isinstance(given, kind) or (kind is str and not isinstance(outputs[i], str)):
-            wanted = "a list of arguments" if function is not None else "text, and so must its output be"
+            wanted = "a list of arguments" if function is not None else "text, and so must its output"
             raise ValueError(f"code: input {i + 1} must be {wanted}; found {shown(json.dumps(given))}")
         if not _is_finite(outputs[i]):
-            raise ValueError(f"code: output {i + 1} is or holds Infinity or NaN, which nothing equals")
+            raise ValueError(f"code: output {i + 1} contains Infinity or NaN, which no returned value equals")
     return Tests(inputs, outputs, function)
 
 
@@ -177,7 +176,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def program_of(response: str) -> str | None:
-    """The last closed block of Python, or all of a response without any code fence; None: other code alone, or nothing."""
+    """The last closed code block of Python, or a whole response that has no code fence; None if there is neither."""
     if "```" not in response:
         return response.strip() or None
     blocks = [text for language, text in FENCE.findall(response) if language.lower() in PYTHON]
@@ -190,7 +189,7 @@ def last_line(stderr: str) -> str:
 
 
 def different(found: str, expected: str, tolerance: float) -> str | None:
-    """Where two outputs differ."""
+    """The first difference of two outputs; None if there is none."""
     lines, wanted = ([line.rstrip() for line in text.rstrip().splitlines()] for text in (found, expected))
     for i, want in enumerate(wanted):
         if i >= len(lines):
@@ -219,7 +218,7 @@ def near(found: float, expected: float, tolerance: float) -> bool:
 
 
 def same_value(found: Any, expected: Any, tolerance: float) -> bool:
-    """Equality of JSON; true and false are no numbers."""
+    """Whether two JSON values are equal. true and false are not numbers."""
     if isinstance(expected, bool) or isinstance(found, bool) or not isinstance(expected, int | float | list | dict):
         return type(found) is type(expected) and bool(found == expected)
     if isinstance(expected, list):

@@ -1,4 +1,4 @@
-"""Verifiers that compare text."""
+"""Answers that are compared as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sae_rl.rewards.verdict import Sample, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """1 if the response is the answer, white space at both ends aside."""
+    """1 if the whole response is the answer, apart from white space at both ends."""
 
     ignore_case: bool = False
 

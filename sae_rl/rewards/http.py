@@ -1,58 +1,53 @@
-"""A verifier behind a URL."""
+"""A verifier that is a service."""
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from sae_rl.rewards.verdict import Longest, Sample, Verdict
+from sae_rl.knobs import Knobs, integer, number
+from sae_rl.rewards.verdict import Sample, TimeLimit, Verdict
 
 if TYPE_CHECKING:
     import httpx
 
-MAX_SHOWN = 200  # characters of a reply in an error
+MAX_SHOWN = 200  # characters of a reply that an error shows
 
 
 @cache
 def client() -> httpx.Client:
-    """One for each process, which keeps its connections."""
+    """The client of this process, which keeps its connections open."""
     import httpx
 
     return httpx.Client()
 
 
 @dataclass(frozen=True, slots=True)
-class Http:
-    """Posts ``{"prompt", "response", "answer"}`` as JSON, and reads ``{"score", "why"?, "answer"?}``.
+class Http(Knobs):
+    """What a service replies to ``{"prompt", "response", "answer"}``: ``{"score", "why"?, "answer"?}``.
 
-    A connection that fails, a late reply and a status of 500 and more are tried again, after ``backoff_s``, twice that, and
-    so on. All that has to fit into ``rewards.deadline_s``, and with these knobs fits into 10 s.
+    Question and reply are JSON. A failed connection, a late reply and a status of 500 or more are retried after
+    ``backoff_s``, twice that, and so on.
     """
 
     url: str
-    timeout_s: float = 3.0  # of one request
-    retries: int = 2  # after the first
-    backoff_s: float = 0.25
+    timeout_s: float = number(3.0, low=0, above_low=True)  # for one request
+    retries: int = integer(2, low=0)
+    backoff_s: float = number(0.25, low=0)
 
     def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"Http.url = {self.url!r}, but it must begin with http:// or https://")
-        if not math.isfinite(self.timeout_s) or self.timeout_s <= 0:
-            raise ValueError(f"Http.timeout_s = {self.timeout_s}, but it must be finite and greater than 0")
-        if self.retries < 0:
-            raise ValueError(f"Http.retries = {self.retries}, but it must be at least 0")
-        if not math.isfinite(self.backoff_s) or self.backoff_s < 0:
-            raise ValueError(f"Http.backoff_s = {self.backoff_s}, but it must be finite and at least 0")
 
-    def longest(self) -> Longest:
+    def time_limit(self) -> TimeLimit:
         waits_s = self.backoff_s * (2**self.retries - 1)
-        return Longest((self.retries + 1) * self.timeout_s + waits_s, "timeout_s, retries and backoff_s")
+        return TimeLimit((self.retries + 1) * self.timeout_s + waits_s, "timeout_s, retries and backoff_s")
 
     def __call__(self, sample: Sample) -> Verdict:
-        """The verdict of the reply.
+        """Asks the service.
 
         Raises:
             ConnectionError: no reply in all tries, or a status other than 200.

@@ -1,8 +1,7 @@
-"""Verifiers run outside the driver's process, each check under a deadline: a process that overruns it is killed."""
+"""Runs verifiers in processes that can be killed, each check under a deadline and a memory limit."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,22 +13,20 @@ from pebble import ProcessExpired
 
 from sae_rl.rewards.check import OUT_OF_MEMORY
 from sae_rl.rewards.processes import Processes
-from sae_rl.rewards.table import isolations_of, resolve
+from sae_rl.rewards.table import resolve, runs_programs
 from sae_rl.rewards.verdict import Failed, Sample, Verdict, Verifier
-from sae_rl.sandbox.folders import remove
-from sae_rl.sandbox.isolation import Asked, Isolation, open_folder
+from sae_rl.sandbox.probe import chosen
 from sae_rl.types import Rollout
 
 GB = 10**9
-REMOVE_S = 60.0  # for all temporary files
 
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """Outcomes by rollout."""
+    """The outcomes of several checks."""
 
     outcomes: list[Verdict | Failed]
-    failed_score: float = 0.0
+    failed_score: float = 0.0  # score of a failed check
 
     @property
     def scores(self) -> list[float]:
@@ -41,7 +38,7 @@ class Rewards:
 
     @property
     def failures(self) -> list[str]:
-        """Why, one text for each failed check."""
+        """The reason of each failed check."""
         return [each.why for each in self.outcomes if isinstance(each, Failed)]
 
     @property
@@ -51,21 +48,21 @@ class Rewards:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One under way."""
+    """A check that was started."""
 
-    name: str
+    name: str  # of its verifier and its prompt, for messages
     future: Future[Verdict | Failed]
 
 
 class RewardPool:
-    """A few processes that live as long as the run.
+    """Checks rollouts in a few processes that live as long as the run.
 
     Args:
-        deadline_s: of one check.
-        memory_gb: that each process may allocate.
-        failed_score: of a check that failed.
-        max_failed_fraction: of the checks that are collected together.
-        verifiers: by the names that prompts use, besides the ready ones.
+        deadline_s: time for one check.
+        memory_gb: memory that each process may allocate.
+        failed_score: score of a failed check.
+        max_failed_fraction: if more of the checks fail that are collected together, the run ends.
+        verifiers: those of ``rewards.verifiers``, by name.
     """
 
     def __init__(
@@ -82,10 +79,10 @@ class RewardPool:
         self._failed_score, self._max_failed_fraction = failed_score, max_failed_fraction
         self._configured = verifiers
         self._pickled = dict[str, bytes]()
-        alone = tuple(pickled(name, verifier) for name, verifier in verifiers.items())
-        self._folder = tempfile.mkdtemp(prefix="sae_rl_rewards_", dir=open_folder())
-        os.chmod(self._folder, 0o711)  # programs in the sandbox are run by others
-        start = (self._folder, int(memory_gb * GB), alone)
+        to_import = tuple(pickled(name, verifier) for name, verifier in verifiers.items())
+        # The processes cannot remove their temporary files themselves when they are killed.
+        self._folder = tempfile.TemporaryDirectory(prefix="sae_rl_rewards_", ignore_cleanup_errors=True)
+        start = (self._folder.name, int(memory_gb * GB), to_import)
         self._processes = Processes(num_processes, deadline_s, start)
 
     def __enter__(self) -> RewardPool:
@@ -95,10 +92,10 @@ class RewardPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._processes.stop()
-        remove(self._folder, REMOVE_S)
+        self._folder.cleanup()
 
     def submit(self, rollouts: Sequence[Rollout]) -> list[Check]:
-        """Starts r(x, y) of every rollout, as soon as a process is free."""
+        """Starts the check R(x, y) of every rollout."""
         futures = self._processes.ask([(self._verifier(each.prompt.reward), sample_of(each)) for each in rollouts])
         return [
             Check(f"{rollout.prompt.reward} on prompt {rollout.prompt.id}", future)
@@ -108,14 +105,14 @@ class RewardPool:
     def _verifier(self, name: str) -> bytes:
         if name not in self._pickled:
             verifier = resolve(name, self._configured)
-            self._pickled[name] = pickled(name, (verifier, isolations_of(verifier)))
+            self._pickled[name] = pickled(name, (verifier, chosen() if runs_programs(verifier) else None))
         return self._pickled[name]
 
     def collect(self, checks: Sequence[Check]) -> Rewards:
-        """Waits for checks; outcomes in their order.
+        """Waits for checks, and returns their outcomes in the same order.
 
         Raises:
-            RuntimeError: more checks failed than ``rewards.max_failed_fraction``.
+            RuntimeError: more than ``rewards.max_failed_fraction`` of them failed, or the processes cannot start.
         """
         rewards = Rewards([self._outcome(check) for check in checks], self._failed_score)
         if rewards.failed_fraction > self._max_failed_fraction:
@@ -129,7 +126,7 @@ class RewardPool:
         self._processes.wait(check.future)
         try:
             outcome = check.future.result()
-        except TimeoutError:  # pebble's: what a verifier raises stays in its process
+        except TimeoutError:  # pebble's; a verifier's own exceptions are returned as `Failed`
             return Failed(f"{check.name}: no answer within rewards.deadline_s = {self._deadline_s:g} s")
         except ProcessExpired as error:
             if error.exitcode == OUT_OF_MEMORY:
@@ -138,15 +135,15 @@ class RewardPool:
         return outcome if isinstance(outcome, Verdict) else Failed(f"{check.name}: {outcome.why}")
 
 
-def pickled(name: str, sent: Verifier | tuple[Verifier, dict[Asked, Isolation]]) -> bytes:
-    """As a verifier is sent to the processes, by itself or with what was chosen for it here.
+def pickled(name: str, sent: object) -> bytes:
+    """A verifier, with or without its isolation, as it is sent to the processes.
 
     Raises:
-        ValueError: it cannot be sent.
+        ValueError: it cannot be pickled.
     """
     try:
         return pickle.dumps(sent)
-    except Exception as error:  # the user's class
+    except Exception as error:  # a user's class may raise anything
         raise ValueError(
             f"reward {name!r} cannot be sent to another process: {type(error).__name__}: {error}; let a verifier hold "
             "nothing but its knobs, and make the rest when it is called"

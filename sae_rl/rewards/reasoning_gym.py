@@ -1,4 +1,4 @@
-"""Answers to problems of reasoning-gym, scored by the task's own rules."""
+"""Answers to problems of reasoning-gym, scored as the library scores them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from typing import Any
 from sae_rl.reasoning_gym import lossless_json
 from sae_rl.rewards.verdict import Sample, Verdict
 
-# Tasks whose own rule is not used, and why: their answers are compared as text, without case.
-COMPARED_AS_TEXT = {"game_of_life_halting": "it takes any text that is not empty for True"}
+# Tasks whose answers are compared as text, without case, and what is wrong with their own scoring function.
+COMPARED_AS_TEXT = {"game_of_life_halting": "it takes every text for True that is not empty"}
 
 
 @dataclass(frozen=True, slots=True)
 class ReasoningGym:
-    """The task's own score, from 0 to 1, of what stands in the last ``<answer>...</answer>``, or else of the response.
+    """The score, from 0 to 1, that the task of reasoning-gym gives to the last ``<answer>...</answer>``, or to the response.
 
-    The prompt's answer is what `sae_rl.reasoning_gym.puzzles` wrote: task, knobs and entry. A few tasks give part of a point for
-    an answer of the right form.
+    The prompt's answer is what `sae_rl.reasoning_gym.puzzles` wrote: task, knobs and entry. A few tasks give part of the
+    score for the right form.
     """
 
     def __call__(self, sample: Sample) -> Verdict:
-        """Raises ValueError if the answer is no problem of reasoning-gym, and what the scorer raises on a right answer."""
+        """Scores a response.
+
+        Raises:
+            ValueError: the prompt's answer is not a problem of reasoning-gym.
+            Exception: the task cannot score its own answer.
+        """
         from reasoning_gym.utils import extract_answer
 
         task, knobs, entry = _read(sample.answer)
@@ -37,19 +42,19 @@ class ReasoningGym:
                 score = _score(task, knobs, found, entry)
             except MemoryError:
                 raise
-            except Exception as error:  # scorers parse what a model wrote, and many raise where they cannot
-                _score(task, knobs, entry["answer"], entry)  # or is it the scorer that is broken?
+            except Exception as error:  # many tasks raise on an answer that they cannot parse
+                _score(task, knobs, entry["answer"], entry)  # raises if the task cannot score at all
                 return Verdict(0.0, f"{task} cannot read the answer: {type(error).__name__}: {error}", found or None)
         return Verdict(score, f"{task} gives {score:g}; its own answer: {_short(entry['answer'])}", found or None)
 
 
 def _score(task: str, knobs: str, answer: Any, entry: dict[str, Any]) -> float:
-    with decimal.localcontext():  # some change the precision of all decimals, which other verifiers use too
+    with decimal.localcontext():  # some tasks change the precision of all decimals of the process
         return float(_scorer(task, knobs).score_answer(answer, entry))
 
 
 def _read(answer: str) -> tuple[str, str, dict[str, Any]]:
-    """Task, knobs as text, entry."""
+    """Task, knobs as text, and entry, from a prompt's answer."""
     try:
         problem = lossless_json.loads(answer)
         return problem["task"], lossless_json.dumps(problem["knobs"]), problem["entry"]
@@ -62,8 +67,8 @@ def _read(answer: str) -> tuple[str, str, dict[str, Any]]:
 
 @lru_cache(maxsize=64)
 def _scorer(task: str, knobs: str) -> Any:
-    """Some rules read the knobs, or the task's own files: made once in a process."""
-    from sae_rl.reasoning_gym.tasks import make_dataset  # brings pydantic, which no other verifier needs
+    """The task, made once in a process, since some tasks read files."""
+    from sae_rl.reasoning_gym.tasks import make_dataset  # imports pydantic, which no other verifier needs
 
     return make_dataset(task, lossless_json.loads(knobs), seed=0, size=1)
 

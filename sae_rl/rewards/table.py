@@ -1,28 +1,29 @@
-"""Verifiers: programs that read a prompt, a response and an answer, and say how good the response is, and why.
+"""The verifiers by name.
 
-To add one, write a frozen dataclass like `Exact` and put it in `VERIFIERS`. A function of your own needs no change here:
-name it by its import path, ``package.module:function``.
+To add one, write a frozen dataclass like `Exact` in a file of this folder that has its name, and enter it in `VERIFIERS`.
+A user's function needs no entry: its name is its import path, ``package.module:function``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.exact import Exact
-from sae_rl.rewards.functions import Function, imported
+from sae_rl.rewards.format import Format
+from sae_rl.rewards.function import Function, imported
 from sae_rl.rewards.http import Http
 from sae_rl.rewards.math.verifier import Math
 from sae_rl.rewards.math_verify import MathVerify
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.reasoning_gym import ReasoningGym
-from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
 from sae_rl.rewards.verdict import Timed, Verifier
 from sae_rl.rewards.weighted import Weighted
-from sae_rl.sandbox.isolation import Asked, Isolation, chosen
+from sae_rl.sandbox.probe import chosen
 
 VERIFIERS: dict[str, type[Any]] = {
     "math": Math,
@@ -32,40 +33,40 @@ VERIFIERS: dict[str, type[Any]] = {
     "exact": Exact,
     "code": Code,
     "format": Format,
-    "language": Language,
-    "overlong": Overlong,
-    "repetition": Repetition,
     "http": Http,
     "reasoning_gym": ReasoningGym,
     "function": Function,
     "weighted": Weighted,
 }
+
+
+def without_knobs() -> Iterator[tuple[str, Verifier]]:
+    """The verifiers whose knobs all have defaults, by name."""
+    for name, cls in VERIFIERS.items():
+        with contextlib.suppress(TypeError, ValueError):  # a knob is missing, or the defaults alone mean nothing
+            yield name, cls()
+
+
 # What a source, or a row of a file, may name without any configuration.
 READY: dict[str, Verifier] = {
-    "math": Math(),
-    "math_verify": MathVerify(),
-    "numeric": Numeric(),
-    "choice": Choice(),
-    "exact": Exact(),
-    "code": Code(),
-    "reasoning_gym": ReasoningGym(),
+    **dict(without_knobs()),
     "level": Function("sae_rl.tasks.level:level"),
     "countdown": Function("sae_rl.tasks.countdown:countdown"),
 }
 
 
 def resolve(name: str, configured: Mapping[str, Verifier]) -> Verifier:
-    """The verifier of that name in ``rewards.verifiers``, or a ready one, or the function at that import path.
+    """The verifier of that name in ``rewards.verifiers``, or else in `READY`, or else the function at that import path.
 
     Raises:
-        ValueError: there is no such verifier, with the nearest name there is.
+        ValueError: there is no such verifier. The message has the nearest name.
     """
     if name in configured:
         return configured[name]
     if name in READY:
         return READY[name]
     if ":" in name:
-        imported(name)  # a misspelt path is said now, not in the middle of a step
+        imported(name)  # raises for a misspelt path now, before any check
         return Function(name)
     names = sorted({*READY, *configured})
     match = get_close_matches(name, names, n=1, cutoff=0.5)
@@ -76,16 +77,30 @@ def resolve(name: str, configured: Mapping[str, Verifier]) -> Verifier:
 
 
 def parts_of(verifier: Verifier) -> Iterator[Verifier]:
-    """What a verifier is made of, itself included."""
+    """A verifier, and all verifiers that it is made of."""
     yield verifier
     if isinstance(verifier, Weighted):
         for part in verifier.parts:
             yield from parts_of(part)
 
 
-def check_deadline(name: str, verifier: Verifier, deadline_s: float) -> None:
-    """Raises ValueError if its own time limits are longer, so that a check would fail before it can say what is late."""
-    limits = [part.longest() for part in parts_of(verifier) if isinstance(part, Timed)]
+def runs_programs(verifier: Verifier) -> bool:
+    """Whether a verifier runs programs that a model wrote."""
+    return any(isinstance(part, Code) for part in parts_of(verifier))
+
+
+def check_verifier(name: str, verifier: Verifier, deadline_s: float) -> None:
+    """Checks that a verifier can work in this run.
+
+    Args:
+        name: of the verifier, for messages.
+        deadline_s: after which a check is killed.
+
+    Raises:
+        ValueError: its own time limits do not fit into the deadline, or it runs programs and this machine cannot isolate
+            them.
+    """
+    limits = [part.time_limit() for part in parts_of(verifier) if isinstance(part, Timed)]
     longest_s = sum(limit.seconds for limit in limits)
     if longest_s > deadline_s:
         told = " and ".join(f"{limit.seconds:g} s by {limit.knobs}" for limit in limits)
@@ -93,22 +108,8 @@ def check_deadline(name: str, verifier: Verifier, deadline_s: float) -> None:
             f"reward {name!r} may take {longest_s:g} s ({told}), but rewards.deadline_s = {deadline_s:g}: raise it, or "
             "lower these in rewards.verifiers"
         )
-
-
-def isolations_of(verifier: Verifier) -> dict[Asked, Isolation]:
-    """How its programs run here, for processes that must not choose by themselves.
-
-    Raises:
-        OSError: they cannot run here.
-    """
-    return {part.isolation: chosen(part.isolation) for part in parts_of(verifier) if isinstance(part, Code)}
-
-
-def warnings_of(verifiers: Iterable[Verifier]) -> list[str]:
-    """What they cannot prevent on this machine, each once.
-
-    Raises:
-        OSError: one of them cannot work here.
-    """
-    parts = [part for verifier in verifiers for part in parts_of(verifier)]
-    return list(dict.fromkeys(text for part in parts if isinstance(part, Code) for text in part.warnings()))
+    if runs_programs(verifier):
+        try:
+            chosen()
+        except OSError as error:
+            raise ValueError(f"reward {name!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""What a verifier is given, and what it says."""
+"""What a verifier gets, and what it returns."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One response and what it is checked against."""
+    """One response, and the right answer to its prompt."""
 
     prompt: str  # as the model read it
     response: str
-    answer: str  # ground truth, in the form that the verifier understands
-    num_tokens: int = 0  # of the response
-    truncated: bool = False  # cut at the length limit
+    answer: str  # the right answer, in the form that the verifier reads
+    num_tokens: int = 0  # length of the response
+    truncated: bool = False  # the response was cut off at the length limit
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """How good a response is, and why."""
 
-    score: float  # finite; 1 is right and 0 wrong, unless the verifier says otherwise
-    why: str  # for a person who reads the samples
-    answer: str | None = None  # what the response answers: answers that mean the same are the same text; None: nothing
+    score: float  # finite; most verifiers return 1 for right and 0 for wrong
+    why: str  # the reason, for people who read the samples
+    answer: str | None = None  # what the response answers, equal answers as equal text, for votes; None: no answer
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A check without a verdict: it crashed, overran its deadline or its memory. Not a wrong answer."""
+    """A check without a verdict: it crashed, or exceeded its deadline or its memory. The response need not be wrong."""
 
     why: str
 
 
 @runtime_checkable
 class Verifier(Protocol):
-    """A program that judges responses. Members of `VERIFIERS` are frozen dataclasses whose fields are their knobs."""
+    """A program that scores responses. Members of `VERIFIERS` are frozen dataclasses whose fields are their knobs."""
 
     def __call__(self, sample: Sample) -> Verdict:
-        """Raises whatever stops it from judging: that is a failed check."""
+        """Every exception is a failed check."""
         ...
 
 
-class Longest(NamedTuple):
-    """The longest that a check may take by a verifier's own time limits."""
+class TimeLimit(NamedTuple):
+    """The longest time that a verifier allows itself for one check."""
 
     seconds: float
-    knobs: str  # that it comes from
+    knobs: str  # names of the knobs that set it
 
 
 @runtime_checkable
 class Timed(Protocol):
-    """A verifier with time limits of its own: beyond them it says what was late, if ``rewards.deadline_s`` lets it."""
+    """A verifier with a time limit of its own: if that ends before ``rewards.deadline_s``, it can say what was late."""
 
-    def longest(self) -> Longest: ...
+    def time_limit(self) -> TimeLimit: ...

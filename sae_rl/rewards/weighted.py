@@ -1,4 +1,4 @@
-"""A verifier made of verifiers."""
+"""A verifier that is made of others."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sae_rl.rewards.verdict import Sample, Verdict, Verifier
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """A weighted sum of several verifiers' scores; the answer is the first's that finds one."""
+    """The weighted sum of other verifiers' scores, and the answer of the first that finds one."""
 
-    parts: tuple[Verifier, ...]  # at least one
-    weights: tuple[float, ...]  # one for each
+    parts: tuple[Verifier, ...]
+    weights: tuple[float, ...]  # as many as parts
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 

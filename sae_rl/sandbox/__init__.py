@@ -1,1 +1,1 @@
-"""Runs programs that nobody has read: cut off from the machine where it allows that, and under limits everywhere."""
+"""Runs programs that nobody has reviewed, in namespaces of their own and under limits."""

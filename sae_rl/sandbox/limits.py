@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Of all processes of a program together, unless it says otherwise."""
+    """Limits of all processes of one program together, except for ``time_s`` and ``output_kb``."""
 
-    time_s: float = 5.0  # for one input, on the clock
-    memory_mb: int = 512  # resident; a page that processes share counts for each
-    num_processes: int = 16  # and threads
-    files_mb: int = 16  # in its temporary folder
-    num_files: int = 4096  # and folders, in it
+    time_s: float = 5.0  # wall-clock time for one input
+    memory_mb: int = 512  # resident memory; a page that two processes share counts twice
+    num_processes: int = 16  # processes and threads
+    files_mb: int = 16  # in /tmp, the only folder that a program can write to
+    num_files: int = 4096  # files and folders in /tmp
     output_kb: int = 1024  # on stdout, for one input
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if not getattr(self, field.name) > 0:
-                raise ValueError(f"limits.{field.name}: found {getattr(self, field.name)}, allowed: above 0")

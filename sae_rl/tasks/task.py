@@ -14,6 +14,7 @@ T = TypeVar("T")
 Split = Literal["train", "held_out"]
 HELD_OUT_SHARE = 8  # one problem in so many belongs to the held-out split
 MAX_DRAWS = 10_000  # for one problem of a split
+MAX_BARREN_DRAWS = 1000  # draws in a row without a new problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The policy's hold on the rollout engines while it sends them weights."""
+"""The calls that the policy's sender makes on the rollout engines during a weight transfer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ray.actor import ActorHandle
 
 
 class EngineClient:
-    """vLLM's ``VLLMWeightSyncClient`` over Ray: each call goes to every engine and waits for all of them.
+    """Implements vLLM's ``VLLMWeightSyncClient`` over Ray: each call goes to every engine and waits for all of them.
 
-    vLLM's own Ray client gives every engine the same rank offset; engines that are separate processes need one each.
+    vLLM's own Ray client gives every engine the same rank offset. Engines that are separate processes need one each.
     """
 
     def __init__(self, engines: list[ActorHandle], workers_per_engine: int, timeout_s: float) -> None:

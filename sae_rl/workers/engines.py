@@ -1,4 +1,4 @@
-"""Every rollout engine of a run: which of them can serve, what each was asked, and what happens when one is lost."""
+"""The state of every rollout engine of a run: whether it can serve, its pending groups, and its replacement when lost."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ from sae_rl.config.schema import Config
 from sae_rl.types import Prompt
 from sae_rl.workers.group import WorkerError, WorkerGroup, kill_processes
 
-MAX_ATTEMPTS = 3  # engines that a group may outlive
-LISTEN_S = 1.0  # the longest wait between two looks at everything
+MAX_ATTEMPTS = 3  # engines that may be lost while they sample the same group
+LISTEN_S = 1.0  # the longest wait between two looks at all engines
 
 
 @dataclass(eq=False)
 class Job:
-    """One group: the responses to a prompt that are asked of one engine."""
+    """One group: the requests for all responses to a prompt, for one engine."""
 
     prompt: Prompt
     requests: list[Request]
-    stream: Any  # who waits for it
-    since: int | None = None  # weights of the engine when it was asked
+    owner: Any  # the `PendingGroups` that the finished group goes to
+    since: int | None = None  # version of the engine's weights when it got the requests
     attempts: int = 0
 
 
 @dataclass(eq=False)
 class Engine:
-    """One rollout worker as the driver sees it."""
+    """One rollout engine as the driver sees it."""
 
     rank: int
-    state: Literal["ready", "starting", "waiting"] = "ready"  # for its model to load, then for the current weights
-    version: int | None = None  # of the weights that it holds; None: those of model.path
-    jobs: dict[Any, Job] = field(default_factory=dict)  # by call: what it was asked and has not answered
-    starting: Any = None  # its replacement's call to start
+    state: Literal["ready", "starting", "waiting"] = (
+        "ready"  # starting: loads its model; waiting: for the current weights
+    )
+    version: int | None = None  # version of its weights; None: the weights of model.path
+    jobs: dict[Any, Job] = field(default_factory=dict)  # pending groups, by remote call
+    starting: Any = None  # the pending remote call that starts a replacement
     started_at: float = 0.0
-    check: Any = None  # a health check under way
+    check: Any = None  # the pending remote call of a health check
     checked_at: float = 0.0
 
     @property
@@ -52,9 +54,9 @@ class Engines:
     """All engines of a run.
 
     Args:
-        start: asks a new worker to load ``model.path``, and returns the call.
-        refit: gives the engine of a rank the policy's weights, so that it can serve, unless they are changing now.
-        note: tells the reader of the console.
+        start: makes a new worker load ``model.path``; returns the pending remote call.
+        sync_one: sends the policy's weights to the engine of a rank, unless they are changing right now.
+        note: prints a line for the user.
     """
 
     def __init__(
@@ -62,15 +64,15 @@ class Engines:
         group: WorkerGroup,
         config: Config,
         start: Callable[[Any], Any],
-        refit: Callable[[int], None],
+        sync_one: Callable[[int], None],
         note: Callable[[str], None],
     ) -> None:
         self.group = group
-        self.queue: deque[Job] = deque()  # what no engine works at
+        self.queue: deque[Job] = deque()  # groups that no engine has
         self._config = config
-        self._start, self._refit, self._note = start, refit, note
+        self._start, self._sync_one, self._note = start, sync_one, note
         self._engines = [Engine(rank) for rank in range(len(group.workers))]
-        self._is_synced = False  # once, and so every replacement needs weights
+        self._is_synced = False  # then every replacement needs the policy's weights
         self._listened_at = time.monotonic()
         self.num_lost = 0
 
@@ -83,13 +85,13 @@ class Engines:
         return [engine.rank for engine in self._engines if engine.state == "ready"]
 
     def hold(self, ranks: Sequence[int], version: int) -> None:
-        """These engines have the weights of this version now, and can serve."""
+        """Notes that these engines now have the weights of this version and can serve."""
         self._is_synced = True
         for rank in ranks:
             self._engines[rank].state, self._engines[rank].version = "ready", version
 
     def with_room(self) -> Engine | None:
-        """The one with the fewest responses under way; None: all decode as many as they can."""
+        """The engine with the fewest pending responses; None: every engine is full."""
         room = [e for e in self._engines if e.state == "ready" and e.num_responses < self._config.rollout.max_num_seqs]
         return min(room, key=lambda engine: engine.num_responses, default=None)
 
@@ -100,7 +102,7 @@ class Engines:
         engine.jobs[self.group.workers[engine.rank].generate.remote(job.requests)] = job
 
     def wait(self, calls: Sequence[Any]) -> list[Any]:
-        """Waits for some of these calls for a moment. Time in which nobody listened is no engine's delay."""
+        """Waits for a moment for these calls. Time in which the driver did not listen counts as no engine's delay."""
         away = time.monotonic() - self._listened_at
         for engine in self._engines:
             engine.checked_at += away if engine.check is not None else 0.0
@@ -108,39 +110,39 @@ class Engines:
             timeout = min(LISTEN_S, self._config.rollout.health_timeout_s / 4)
             ray.wait(list(calls), num_returns=1, timeout=timeout)
         else:
-            time.sleep(LISTEN_S / 10)  # for the policy, whose weights a replacement needs
-        # All that have answered, so that none is taken for late that only nobody looked at.
+            time.sleep(LISTEN_S / 10)  # the policy works; a replacement waits for its weights
+        # Takes all answers that are there, so that no engine counts as late because the driver did not look.
         done: list[Any] = ray.wait(list(calls), num_returns=len(calls), timeout=0)[0] if calls else []
         self._listened_at = time.monotonic()
         return done
 
     def calls(self) -> list[Any]:
-        """Everything under way."""
+        """All pending remote calls."""
         return [call for e in self._engines for call in (*e.jobs, e.check, e.starting) if call is not None]
 
     def take(self, done: Sequence[Any]) -> Iterator[tuple[Engine, Job, list[Sample]]]:
-        """What was answered. Looks after engines that fell silent, died, or start."""
+        """Yields finished groups. Checks on engines that are silent, dead or starting."""
         for engine in self._engines:
             for call in done:
                 if call in engine.jobs and (samples := self._answer(engine, call)) is not None:
                     yield engine, engine.jobs.pop(call), samples
-            self._look_after(engine, done)
+            self._check_on(engine, done)
         self._check_deadlines()
 
     def settle(self) -> list[int]:
-        """Takes in replacements that have started and wait for weights: their ranks, and those that are ready."""
+        """Admits replacements that have started. Returns the ranks of all engines that can take weights."""
         started = [engine for engine in self._engines if engine.starting is not None]
         done, _ = ray.wait([e.starting for e in started], num_returns=len(started), timeout=0) if started else ([], [])
         for engine in started:
             if engine.starting in done:
-                self._take_in(engine)
+                self._admit(engine)
         return [engine.rank for engine in self._engines if engine.state != "starting"]
 
     def replace_all(self, why: str) -> list[int]:
-        """Gives up all engines, and waits for their replacements, which wait for weights: their ranks.
+        """Replaces all engines and waits until the new ones can take weights. Returns their ranks.
 
         Raises:
-            WorkerError: they did not start, or too many engines were lost.
+            WorkerError: no replacement started, or too many engines were lost.
         """
         for engine in self._engines:
             if engine.state != "starting":
@@ -164,12 +166,12 @@ class Engines:
             return None
         return samples
 
-    def _look_after(self, engine: Engine, done: Sequence[Any]) -> None:
+    def _check_on(self, engine: Engine, done: Sequence[Any]) -> None:
         if engine.starting is not None and engine.starting in done:
-            self._take_in(engine)
+            self._admit(engine)
         if engine.state == "waiting":
             try:
-                self._refit(engine.rank)
+                self._sync_one(engine.rank)
             except WorkerError as error:
                 if error.died == "policy":
                     raise
@@ -195,8 +197,8 @@ class Engines:
                 seconds = self._config.cluster.start_timeout_s
                 self._lose(engine, f"it did not start within cluster.start_timeout_s = {seconds:g} s")
 
-    def _take_in(self, engine: Engine) -> None:
-        """A replacement that has answered its call to start."""
+    def _admit(self, engine: Engine) -> None:
+        """Admits a replacement whose start has ended."""
         call, engine.starting = engine.starting, None
         try:
             self.group.result(engine.rank, call)
@@ -207,14 +209,14 @@ class Engines:
         engine.state = "waiting" if self._is_synced else "ready"
 
     def _lose(self, engine: Engine, why: str) -> None:
-        """Ends what is left of an engine, hands its work to others, and starts another in its place."""
+        """Kills an engine's processes, gives its groups to other engines, and starts a replacement."""
         self.num_lost += 1
-        self._note(f"rollout engine {engine.rank} is lost, with {engine.num_responses} responses under way: {why}")
+        self._note(f"rollout engine {engine.rank} is lost, with {engine.num_responses} pending responses: {why}")
         for job in reversed(engine.jobs.values()):
             job.attempts += 1
             if job.attempts >= MAX_ATTEMPTS:
                 raise WorkerError(
-                    f"prompt {job.prompt.id!r} was under way on {MAX_ATTEMPTS} engines that were lost; the last: {why}"
+                    f"prompt {job.prompt.id!r} was pending on {MAX_ATTEMPTS} engines that were lost; the last: {why}"
                 )
             self.queue.appendleft(job)
         place = self.group.place(engine.rank)
@@ -230,11 +232,11 @@ class Engines:
 
 
 def _is_late(call: Any, seconds: float, limit: float) -> bool:
-    """Whether a call was not answered in time, rather than answered while nobody looked."""
+    """Whether a call is overdue. A call that was answered while the driver did not look is not."""
     return call is not None and seconds > limit and not ray.wait([call], timeout=0)[0]
 
 
 def _is_loss(error: WorkerError) -> bool:
-    """Whether the engine is gone, rather than unable to do what it was asked."""
+    """Whether the error means that the engine is gone, and not that it failed at its task."""
     cause = error.__cause__
     return not isinstance(cause, ray.exceptions.RayTaskError) or isinstance(cause.cause, EngineLost)

@@ -1,4 +1,4 @@
-"""A role's Ray actors, called together. A dead or late worker becomes one readable error in the driver."""
+"""The Ray actors of one role, called together. A dead or late worker becomes one readable error on the driver."""
 
 from __future__ import annotations
 
@@ -18,47 +18,62 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from sae_rl.workers.placement import Role, Slot
+from sae_rl.config.schema import Config
+from sae_rl.workers.placement import Slot
 
 LOG_LINES = 15
-KILL_S = 30.0  # for a node that may be gone itself
+KILL_S = 30.0  # the longest wait for a node to kill processes; the node itself may be gone
 
 
 class WorkerError(RuntimeError):
-    """A worker died, failed or did not answer; the message names role and rank and ends with its last log lines.
+    """A worker died, failed or did not answer. The message names its role and rank and ends with its last log lines.
 
-    ``died`` is the role of a worker whose process is gone.
+    Args:
+        died: the role of a worker whose process is gone; None: the process lives.
     """
 
-    def __init__(self, message: str, *, died: Role | None = None) -> None:
+    def __init__(self, message: str, *, died: str | None = None) -> None:
         super().__init__(message)
         self.died = died
 
 
 @dataclass(frozen=True, slots=True)
-class Whereabouts:
-    """What a worker says of its process when it starts."""
+class Place:
+    """Where a worker's process runs."""
 
     pid: int
     host: str
     log: str
-    node: str  # Ray's id
+    node: str  # Ray's id of the node
     processes: tuple[
         tuple[int, float], ...
-    ]  # this one and its children: ids, and when they were made, as ids come again
+    ]  # (pid, creation time) of the process and its children; a pid alone may be used again
 
 
 class Process:
-    """What every worker has: answers where it runs, and ends itself."""
+    """A worker's process: what each role says about itself, and what every process can tell about its place.
 
-    def whereabouts(self) -> Whereabouts:
+    A subclass has a method ``start``. The driver calls it with `settings`; a learner gets its `Rank` first.
+    """
+
+    @staticmethod
+    def is_needed(config: Config) -> bool:
+        """Whether a training run with this configuration starts the role."""
+        raise NotImplementedError
+
+    @staticmethod
+    def settings(config: Config) -> tuple[object, ...]:
+        """The arguments of ``start``. User classes stay out: a worker's node may not be able to import them."""
+        raise NotImplementedError
+
+    def whereabouts(self) -> Place:
         here = psutil.Process()
         family = tuple((process.pid, process.create_time()) for process in (here, *here.children(recursive=True)))
         node = ray.get_runtime_context().get_node_id()
-        return Whereabouts(here.pid, socket.gethostname(), os.readlink("/proc/self/fd/2"), node, family)
+        return Place(here.pid, socket.gethostname(), os.readlink("/proc/self/fd/2"), node, family)
 
     def free_address(self) -> tuple[str, int]:
-        """An address of this node and a port that is free now."""
+        """This node's address and a port that is free now."""
         with socket.socket() as probe:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
@@ -66,7 +81,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A remote call under way on every rank of a group, or on some of them."""
+    """A pending remote call on every rank of a group, or on some ranks."""
 
     group: WorkerGroup
     references: list[Any]
@@ -74,10 +89,10 @@ class Call:
 
 
 def wait_for(calls: Sequence[Call], timeout_s: float) -> list[list[Any]]:
-    """Results by call and rank.
+    """Waits for remote calls. Returns their results by call and rank.
 
     Raises:
-        WorkerError: as soon as any rank of any group fails or dies, or when one has not answered in time.
+        WorkerError: a rank failed or died, or did not answer in time; raised as soon as that is known.
     """
     owners = {
         reference: (call.group, rank)
@@ -108,44 +123,44 @@ def _late(owners: dict[Any, tuple[WorkerGroup, int]], pending: list[Any], timeou
 class WorkerGroup:
     """Ranks 0 .. n-1 of one role."""
 
-    def __init__(self, role: Role, starts: Sequence[Callable[[], ActorHandle]], timeout_s: float) -> None:
+    def __init__(self, role: str, starts: Sequence[Callable[[], ActorHandle]], timeout_s: float) -> None:
         self.role = role
         self.timeout_s = timeout_s
         self._starts = starts
         self.workers = [start() for start in starts]
-        self._places: list[Whereabouts | None] = [None] * len(starts)
+        self._places: list[Place | None] = [None] * len(starts)
 
-    def locate(self, timeout_s: float) -> list[Whereabouts]:
+    def locate(self, timeout_s: float) -> list[Place]:
         """Waits until every worker's process runs."""
         places = wait_for([self.start(lambda worker: worker.whereabouts.remote())], timeout_s)[0]
         self._places = list(places)
         return places
 
     def locate_one(self, rank: int) -> None:
-        """The same for one worker, which runs already."""
+        """Asks one running worker where it runs."""
         self._places[rank] = wait_for([Call(self, [self.workers[rank].whereabouts.remote()])], self.timeout_s)[0][0]
 
-    def place(self, rank: int) -> Whereabouts | None:
-        """Where a worker runs, as it last said; None: it has not yet."""
+    def place(self, rank: int) -> Place | None:
+        """Where a worker runs, as far as is known; None: unknown yet."""
         return self._places[rank]
 
     def replace(self, rank: int) -> ActorHandle:
-        """Gives up a worker, and starts another in its slot."""
+        """Kills a worker and starts a new one in its slot."""
         ray.kill(self.workers[rank])
         self._places[rank] = None
         self.workers[rank] = self._starts[rank]()
         return self.workers[rank]
 
     def start(self, call: Callable[[ActorHandle], Any]) -> Call:
-        """Starts a remote call on every rank, without waiting."""
+        """Starts a remote call on every rank without waiting for it."""
         return Call(self, [call(worker) for worker in self.workers])
 
     def run(self, call: Callable[[ActorHandle], Any]) -> list[Any]:
-        """A remote call on every rank; results by rank. Raises `WorkerError`."""
+        """Makes a remote call on every rank. Returns results by rank. Raises `WorkerError`."""
         return wait_for([self.start(call)], self.timeout_s)[0]
 
     def run_on(self, ranks: Sequence[int], call: Callable[[ActorHandle], Any]) -> list[Any]:
-        """A remote call on some ranks; results in their order. Raises `WorkerError`."""
+        """Makes a remote call on some ranks. Returns results in their order. Raises `WorkerError`."""
         return wait_for([Call(self, [call(self.workers[rank]) for rank in ranks], tuple(ranks))], self.timeout_s)[0]
 
     def result(self, rank: int, reference: Any) -> Any:
@@ -176,8 +191,8 @@ class WorkerGroup:
             ray.kill(worker)
 
 
-def kill_processes(place: Whereabouts) -> None:
-    """Ends a worker and its children on their node; also stopped ones, which would not notice that it is gone."""
+def kill_processes(place: Place) -> None:
+    """Kills a worker and its children on their node; also stopped children, which would outlive it."""
     if place.node == ray.get_runtime_context().get_node_id():
         _kill(place.processes)
         return
@@ -193,8 +208,8 @@ def _kill(processes: Sequence[tuple[int, float]]) -> None:
                 process.kill()
 
 
-def _advice(role: Role, text: str) -> str:
-    """What to change where memory ran out: of a GPU, of a host, or killed by Ray's memory monitor for it."""
+def _advice(role: str, text: str) -> str:
+    """Advice where memory of a GPU or a host ran out, also if Ray's memory monitor killed the worker."""
     if not re.search(r"(?i:out of memory|can't allocate memory|memory pressure|low on memory)|\bOOM\b", text):
         return ""
     if role == "rollout":
@@ -207,7 +222,7 @@ def _advice(role: Role, text: str) -> str:
 
 
 def start_worker(cls: type[Process], slot: Slot, group: PlacementGroup, env: dict[str, str], *args: Any) -> ActorHandle:
-    """Starts one worker in its slot. A class with coroutines answers many calls at the same time, another one by one."""
+    """Starts one worker in its slot. Ray runs many calls at once if the class has coroutines, and otherwise one by one."""
     remote = ray.remote(cls)
     actor: ActorHandle = remote.options(  # type: ignore[attr-defined]
         num_cpus=slot.cpus,

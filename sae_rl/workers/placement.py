@@ -1,23 +1,21 @@
-"""Which worker runs where: bundles of CPUs and GPUs, checked against what Ray has before anything waits for them."""
+"""Which worker runs where: bundles of CPUs and GPUs, checked against Ray's resources before anything waits for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from sae_rl.config.schema import ClusterConfig, Config
 
-Role = Literal["rollout", "policy", "critic", "reference"]
 Resources = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """What one worker takes of one bundle."""
+    """The share of a bundle that one worker gets."""
 
     bundle: int
     cpus: float
@@ -29,7 +27,7 @@ class Placement:
     """Bundles to reserve, and for each role its workers' slots by rank."""
 
     bundles: list[Resources]
-    slots: dict[Role, list[Slot]]
+    slots: dict[str, list[Slot]]
 
     @property
     def total(self) -> Resources:
@@ -37,33 +35,22 @@ class Placement:
         return {name: sum(bundle.get(name, 0.0) for bundle in self.bundles) for name in names}
 
 
-def roles_of(config: Config) -> list[Role]:
-    """The kinds of worker that this run starts."""
-    roles: list[Role] = ["rollout", "policy"]
-    if config.algorithm.needs_critic:
-        roles.append("critic")
-    if config.needs_reference_workers:
-        roles.append("reference")
-    return roles
+def plan(config: Config, roles: Sequence[str]) -> Placement:
+    """Lays out bundles: one per engine and one per learner, or one per rank where roles share GPUs.
 
-
-def pretraining_roles(config: Config) -> list[Role]:
-    """Those that pre-train a critic; the policy only where a segmenter or an estimator reads its entropies."""
-    return ["rollout", *(["policy"] if config.algorithm.advantages_need_entropies else []), "critic"]
-
-
-def plan(config: Config, roles: Sequence[Role]) -> Placement:
-    """One bundle per rollout engine; one per learner, or one per rank that all learners share, and engines as well."""
+    With ``cluster.share_learner_gpus`` rank i of all learners shares a bundle, with ``cluster.colocate_rollout`` an engine
+    as well.
+    """
     cluster = config.cluster
     on_gpu = cluster.device == "cuda"
     bundles: list[Resources] = []
-    slots: dict[Role, list[Slot]] = {}
+    slots: dict[str, list[Slot]] = {}
 
     def new_bundle(cpus: float, gpus: float) -> int:
         bundles.append({"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
         return len(bundles) - 1
 
-    def own_bundles(role: Role, gpus: float) -> None:
+    def own_bundles(role: str, gpus: float) -> None:
         workers = getattr(cluster, role)
         slots[role] = [
             Slot(bundle=new_bundle(workers.cpus_per_worker, gpus), cpus=workers.cpus_per_worker, gpus=gpus)
@@ -84,7 +71,7 @@ def plan(config: Config, roles: Sequence[Role]) -> Placement:
 
 
 def _share_bundles(
-    cluster: ClusterConfig, roles: Sequence[Role], bundles: list[Resources], slots: dict[Role, list[Slot]]
+    cluster: ClusterConfig, roles: Sequence[str], bundles: list[Resources], slots: dict[str, list[Slot]]
 ) -> None:
     first = len(bundles)
     num_ranks = max(getattr(cluster, role).num_workers for role in roles)
@@ -98,14 +85,14 @@ def _share_bundles(
 
 
 def check_resources(placement: Placement, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Compares what a run asks for with what Ray's nodes have.
+    """Checks that Ray's nodes have what a run needs.
 
     Args:
-        placement: what will be reserved.
-        nodes: resources of each living node.
+        placement: the bundles that the run needs.
+        nodes: the resources of each living node.
 
     Raises:
-        ValueError: the sum is too large, or one worker fits on no single node.
+        ValueError: Ray has too little in sum, or no single node has room for one of the workers.
     """
     has = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
     short = [name for name, wanted in placement.total.items() if wanted > has[name]]

@@ -1,34 +1,37 @@
-"""The reference model: the policy as it was before training, frozen. Started only if a KL term asks for it."""
+"""The reference model: the policy as it was before training, frozen."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from sae_rl.backends.deepspeed import Learner, Rank, join_group
+from sae_rl.backends.deepspeed import Rank
 from sae_rl.backends.models import PolicyNetwork, load_causal_lm
 from sae_rl.backends.sequence_parallel import SequenceGroup
-from sae_rl.config.schema import LearnerConfig, ModelConfig
+from sae_rl.config.schema import Config, LearnerConfig, ModelConfig
 from sae_rl.types import Batch
-from sae_rl.workers.group import Process
+from sae_rl.workers.learner import LearnerWorker
 
 
-class ReferenceWorker(Process):
-    """One data-parallel rank of the reference model."""
+class ReferenceWorker(LearnerWorker):
+    """One data-parallel rank of the reference model. It starts only if a KL term reads its logprobs."""
+
+    @staticmethod
+    def is_needed(config: Config) -> bool:
+        return config.needs_reference_workers
+
+    @staticmethod
+    def settings(config: Config) -> tuple[object, ...]:
+        return (config.model, config.learner.policy)
 
     def start(self, rank: Rank, model: ModelConfig, config: LearnerConfig) -> None:
-        join_group(rank)
-
         def build(group: SequenceGroup | None) -> PolicyNetwork:
-            fused = model.logprobs == "cut_cross_entropy"  # as the policy, so that they differ by their weights alone
+            fused = model.logprobs == "cut_cross_entropy"  # like the policy, so that only their weights differ
             return PolicyNetwork(load_causal_lm(model, group), group, fused=fused)
 
-        self._learner = Learner(build, model, config, rank, num_steps=None)
+        self._start(rank, model, config, build, num_steps=None)
 
     def score(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Which of the N tokens this rank answers for, and their logprobs."""
+        """(n,) the indices of this rank's tokens among all N, and ``ref_logprobs`` (n,) of those tokens."""
         return self._learner.score(
             batch, lambda micro: {"ref_logprobs": self._learner.engine(micro, batch.temperature, False)[0]}
         )
-
-    def close(self) -> None:
-        self._learner.close()

@@ -1,7 +1,7 @@
-"""The driver's handle on all rollout engines: prompts go to the least loaded one, responses come as they are done.
+"""The driver's handle on all rollout engines: a prompt goes to the least loaded engine, and groups come as they finish.
 
-A group, the responses to one prompt, is asked of one engine, which so reads the prompt once. Engines are given work as they
-answer; what a lost engine had not answered goes to others, and its replacement gets the current weights before any work.
+One engine samples all responses to a prompt, so it reads the prompt once. Groups that a lost engine had not finished go to
+other engines. Its replacement gets the current weights before any work.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from sae_rl.types import Prompt, Rollout, Sampling
 from sae_rl.workers.engines import Engine, Engines, Job
 from sae_rl.workers.group import WorkerError
 
-UNSYNCED = "default"  # what vLLM calls the weights that it loaded itself
+UNSYNCED = "default"  # vLLM's name for the version of weights that it loaded from disk
 
 
-class Stream:
-    """Groups under way, to which more may be added; iterating gives each as soon as it is done, in any order."""
+class PendingGroups:
+    """Implements `sae_rl.protocols.Groups`: yields each group as soon as it is finished, in any order."""
 
     def __init__(self, pool: RolloutPool, group_size: int, sampling: Sampling) -> None:
         self._pool, self._group_size, self._sampling = pool, group_size, sampling
-        self.num_open = 0
+        self.num_pending = 0
         self.finished: deque[list[Rollout]] = deque()
 
     def add(self, prompts: Sequence[Prompt], seed_name: str) -> None:
-        """More groups; seeds derive from (run seed, ``seed_name``, prompt id, sample), and nothing else."""
+        """Adds a group for each prompt. Seeds derive from (run seed, ``seed_name``, prompt id, sample) and nothing else."""
         for prompt in prompts:
             seeds = [(seed_name, prompt.id, sample) for sample in range(self._group_size)]
             self._pool.submit(Job(prompt, [self._pool.request(prompt, seed, self._sampling) for seed in seeds], self))
-        self.num_open += len(prompts)
+        self.num_pending += len(prompts)
 
     def __iter__(self) -> Iterator[list[Rollout]]:
         return self
 
     def __next__(self) -> list[Rollout]:
         while not self.finished:
-            if not self.num_open:
+            if not self.num_pending:
                 raise StopIteration
             self._pool.poll()
-        self.num_open -= 1
+        self.num_pending -= 1
         return self.finished.popleft()
 
 
@@ -61,27 +61,27 @@ class RolloutPool:
         self._group, self._queue = engines.group, engines.queue
         self._answered_at = self._polled_at = time.monotonic()
         self._interrupted = False
-        self._sleeps = self._is_asleep = config.cluster.colocate_rollout  # they start asleep
+        self._sleeps = self._is_asleep = config.cluster.colocate_rollout  # such engines start asleep
         self.lock = threading.RLock()
 
     def generate(
         self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, seed_name: str
     ) -> Iterator[list[Rollout]]:
-        """``group_size`` responses to each prompt, a group as soon as it is done, in any order.
+        """Samples ``group_size`` responses to each prompt, and yields each group as soon as it is finished, in any order.
 
-        A response does not depend on what else is sampled with it, nor on which engine it came from.
+        A response depends neither on what else is sampled at the same time nor on the engine that samples it.
 
         Raises:
-            WorkerError: no engine is left, or a prompt outlived too many of them.
-            RuntimeError: a response was sampled from other weights than its engine was sent, or `interrupt` was called.
+            WorkerError: no engine is left, or too many engines were lost while they sampled the same prompt.
+            RuntimeError: a response was sampled from weights that its engine was not sent, or `interrupt` was called.
         """
         groups = self.open(group_size=group_size, sampling=sampling)
         groups.add(prompts, seed_name)
         return groups
 
-    def open(self, *, group_size: int, sampling: Sampling) -> Stream:
-        """Groups that are added one after the other, such as those of several steps."""
-        return Stream(self, group_size, sampling)
+    def open(self, *, group_size: int, sampling: Sampling) -> PendingGroups:
+        """Like `generate`, for groups that are added over time, such as those of several steps."""
+        return PendingGroups(self, group_size, sampling)
 
     def submit(self, job: Job) -> None:
         with self.lock:
@@ -89,7 +89,7 @@ class RolloutPool:
             self._queue.append(job)
 
     def sleep(self) -> None:
-        """Engines on the learners' GPUs leave those to them; others do nothing."""
+        """Engines that share the learners' GPUs free them. Other engines do nothing."""
         if self._sleeps and not self._is_asleep:
             self._group.run_on(self.engines.ready, lambda worker: worker.sleep.remote())
             self._is_asleep = True
@@ -103,7 +103,7 @@ class RolloutPool:
         return Request(prompt_token_ids=prompt.token_ids, sampling=sampling, seed=derive_seed(self._config.seed, *seed))
 
     def generate_on(self, ranks: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
-        """One response to each prompt from each of these engines: what a weight sync is checked with."""
+        """One response to each prompt from each of these engines, for the check of a weight sync."""
         engines = [engine for engine in self.engines if engine.rank in ranks]
         requests = [self.request(prompt, ("probe", engines[0].version, prompt.id), sampling) for prompt in prompts]
         answers = self._group.run_on([e.rank for e in engines], lambda engine: engine.generate.remote(requests))
@@ -116,14 +116,14 @@ class RolloutPool:
         ]
 
     def interrupt(self) -> None:
-        """Ends the sampling that another thread waits for: it raises there, now and for ever."""
+        """Makes the sampling that another thread waits for raise RuntimeError there, now and in the future."""
         self._interrupted = True
 
     def poll(self) -> None:
-        """Hands out work, and takes in what was answered, if anything was within a moment."""
+        """Gives engines work, waits for a moment, and takes in the answers."""
         with self.lock:
             self._check_interrupted()
-            self._answered_at += time.monotonic() - self._polled_at  # nobody waited in between
+            self._answered_at += time.monotonic() - self._polled_at  # time between two polls is no delay of an engine
             self._dispatch()
             calls = self.engines.calls()
         done = self.engines.wait(calls)
@@ -132,8 +132,8 @@ class RolloutPool:
             self._check_interrupted()
             for engine, job, samples in self.engines.take(done):
                 self._answered_at = waited_until
-                job.stream.finished.append([_rollout(job, i, sample, engine) for i, sample in enumerate(samples)])
-            if not self.engines.ready:  # a replacement has a deadline of its own
+                job.owner.finished.append([_rollout(job, i, sample, engine) for i, sample in enumerate(samples)])
+            if not self.engines.ready:  # starting a replacement has a deadline of its own
                 self._answered_at = waited_until
             self._polled_at = time.monotonic()
         if waited_until - self._answered_at > self._config.cluster.call_timeout_s:
@@ -147,15 +147,16 @@ class RolloutPool:
             raise RuntimeError("sampling was interrupted")
 
     def _dispatch(self) -> None:
-        """Fills engines, the emptiest first, a group beyond what they decode at once, so that none waits for more."""
+        """Gives each engine one group more than it decodes at once, so that it never idles. The emptiest comes first."""
         while self._queue and (engine := self.engines.with_room()) is not None:
             self.engines.ask(engine, self._queue.popleft())
 
 
 def _rollout(job: Job, index: int, sample: Sample, engine: Engine) -> Rollout:
-    """
+    """An engine's answer as a rollout.
+
     Raises:
-        RuntimeError: a token was sampled by weights that the engine should not have had since it was asked.
+        RuntimeError: a token was sampled from weights that the engine cannot have had since it got the request.
     """
     versions = [0 if version == UNSYNCED else int(version) for version, _ in sample.weight_versions]
     unsynced = any(version == UNSYNCED for version, _ in sample.weight_versions)

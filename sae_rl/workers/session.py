@@ -1,4 +1,4 @@
-"""Ray and a run's workers: connected, checked, placed, started, and ended with the run."""
+"""Connects to Ray, and starts and ends a run's workers."""
 
 from __future__ import annotations
 
@@ -16,27 +16,18 @@ from sae_rl.config.schema import Config
 from sae_rl.records.clock import Clock
 from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
-from sae_rl.workers.critic import CriticWorker
-from sae_rl.workers.group import Process, WorkerGroup, start_worker
-from sae_rl.workers.placement import Placement, Role, check_resources, plan, reserve, roles_of
-from sae_rl.workers.policy import PolicyWorker
-from sae_rl.workers.reference import ReferenceWorker
-from sae_rl.workers.rollout import RolloutWorker
+from sae_rl.workers.group import WorkerGroup, start_worker
+from sae_rl.workers.placement import Placement, check_resources, plan, reserve
 from sae_rl.workers.rollout_pool import RolloutPool
 from sae_rl.workers.run_workers import RunWorkers
+from sae_rl.workers.table import WORKERS, roles_of
 
-WORKERS: dict[Role, type[Process]] = {
-    "rollout": RolloutWorker,
-    "policy": PolicyWorker,
-    "critic": CriticWorker,
-    "reference": ReferenceWorker,
-}
 CLOSE_TIMEOUT_S = 4.0
 
 
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Starts a Ray of its own, or joins ``cluster.address``; leaves it as it was found."""
+    """Joins the Ray cluster at ``cluster.address``, or starts a local one and ends it afterwards."""
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     options = {"log_to_driver": False, "configure_logging": False}
     terminate = signal.getsignal(signal.SIGTERM)
@@ -48,13 +39,13 @@ def ray_session(config: Config) -> Iterator[None]:
             ray.init(address=address, **options)
     except ConnectionError as error:
         raise ConfigError([f"cluster.address = {address!r}: no Ray cluster answers there ({error})"]) from error
-    signal.signal(signal.SIGTERM, terminate)  # Ray's own would end Ray before the workers are closed
+    signal.signal(signal.SIGTERM, terminate)  # Ray's handler would end Ray before the workers are closed
     try:
         yield
     finally:
         ours = [child for child in psutil.Process().children(recursive=True) if child.name().startswith("ray::")]
         ray.shutdown()
-        for child in ours:  # Ray's agents would take a minute to notice that their raylet is gone
+        for child in ours:  # Ray's agents need a minute to notice that their raylet is gone
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
 
@@ -64,16 +55,18 @@ def start_workers(
     config: Config,
     probe_prompts: list[Prompt],
     clock: Clock,
-    roles: list[Role] | None = None,
+    roles: list[str] | None = None,
     note: Callable[[str], None] = print,
 ) -> Iterator[RunWorkers]:
-    """Places and starts every worker, or those of ``roles``; kills them all at the end, however it comes.
+    """Places and starts the workers of ``roles`` (None: of every role that the run needs), and kills them at the end.
 
-    ``note`` tells the reader of the console what happened to them.
+    Args:
+        probe_prompts: what a weight sync is checked with.
+        note: prints a line for the user, such as that an engine was replaced.
 
     Raises:
-        ConfigError: Ray does not have what the run asks for.
-        TimeoutError: it has, but others hold it.
+        ConfigError: Ray does not have the resources that the run needs.
+        TimeoutError: Ray has them, but other jobs hold them.
         WorkerError: a worker failed to start.
     """
     with _placed(config, roles_of(config) if roles is None else roles) as groups:
@@ -93,7 +86,7 @@ def start_learners(config: Config, clock: Clock) -> Iterator[RunWorkers]:
 
 @contextlib.contextmanager
 def start_rollout(config: Config, clock: Clock) -> Iterator[RolloutPool]:
-    """Only the rollout engines, with the weights of ``model.path``."""
+    """Starts the rollout engines alone, with the weights of ``model.path``."""
     with _placed(config, ["rollout"]) as groups:
         workers = RunWorkers(config, groups, [], clock)
         workers.start()
@@ -101,14 +94,14 @@ def start_rollout(config: Config, clock: Clock) -> Iterator[RolloutPool]:
 
 
 @contextlib.contextmanager
-def _placed(config: Config, roles: list[Role]) -> Iterator[dict[Role, WorkerGroup]]:
+def _placed(config: Config, roles: list[str]) -> Iterator[dict[str, WorkerGroup]]:
     placement = plan(config, roles)
     try:
         check_resources(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     reserved = reserve(placement, config.cluster.start_timeout_s)
-    groups: dict[Role, WorkerGroup] = {}
+    groups: dict[str, WorkerGroup] = {}
     try:
         groups = _spawn(config, placement, reserved)
         yield groups
@@ -117,8 +110,8 @@ def _placed(config: Config, roles: list[Role]) -> Iterator[dict[Role, WorkerGrou
         remove_placement_group(reserved)
 
 
-def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[Role, WorkerGroup]:
-    groups: dict[Role, WorkerGroup] = {}
+def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[str, WorkerGroup]:
+    groups: dict[str, WorkerGroup] = {}
     for role, slots in placement.slots.items():
         threads = getattr(config.cluster, role).threads_per_worker
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
@@ -129,8 +122,8 @@ def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[
     return groups
 
 
-def close(groups: dict[Role, WorkerGroup]) -> None:
-    """Asks the engines to end their child processes, then kills every worker."""
+def close(groups: dict[str, WorkerGroup]) -> None:
+    """Lets the engines end their child processes, then kills every worker."""
     if "rollout" in groups:
         closing = [worker.close.remote() for worker in groups["rollout"].workers]
         ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)

@@ -138,6 +138,41 @@ def forward_trace_advantages(
     return torch.tensor(advantages, dtype=torch.float64)
 
 
+def td_recursion_reference(
+    rewards: Tensor,
+    values: Tensor,
+    weights: Tensor,
+    offsets: Tensor,
+    *,
+    gamma: float | Tensor,
+    lam: float | Tensor,
+    value_lam: float | Tensor,
+    final_values: Tensor | None = None,
+    action_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`td_recursion` with all of its arguments, one line per symbol of the formula."""
+    every = torch.ones_like(values, dtype=torch.float64)
+    gammas, lengths = every * gamma, offsets.diff()
+    lams, value_lams = (
+        (torch.ones(len(lengths), dtype=torch.float64) * x).repeat_interleave(lengths) for x in (lam, value_lam)
+    )
+    advantages, returns = torch.zeros_like(every), torch.zeros_like(every)
+    for response, (start, end) in enumerate(pairwise(offsets.tolist())):
+        tokens = [t for t in range(start, end) if action_mask is None or action_mask[t]]
+        ends = [*tokens, end][1:]
+        next_value = torch.tensor(0.0) if final_values is None else final_values[response].double()
+        advantage = value_advantage = next_weight = torch.tensor(0.0, dtype=torch.float64)
+        for t, following in zip(reversed(tokens), reversed(ends), strict=True):
+            reward = rewards[t:following].double().sum()  # with what is paid up to the next sampled token
+            delta = reward + gammas[t] * next_value - values[t].double()
+            advantage = delta + gammas[t] * lams[t] ** next_weight * advantage
+            value_advantage = delta + gammas[t] * value_lams[t] ** next_weight * value_advantage
+            advantages[t], returns[t] = advantage, value_advantage + values[t].double()
+            next_value, next_weight = values[t].double(), weights[t].double()
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return advantages.to(dtype), returns.to(dtype)
+
+
 def discounted_returns(batch: Batch, token_rewards: Tensor, gamma: float) -> Tensor:
     """(N,) G_t = sum of gamma^i r_{t+i} to the end of the response."""
     returns = [

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sae_rl.algo import (
+from sae_rl.algo.stats import (
     advantage_stats,
     critic_stats,
     explained_variance,

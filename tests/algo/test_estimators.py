@@ -12,22 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_rl.algo import (
-    ESTIMATORS,
-    GAE,
-    GRPO,
-    RLOO,
-    SAE,
-    Delimiter,
-    Estimator,
-    FixedLength,
-    LengthAdaptiveGAE,
-    LowProbability,
-    MonteCarlo,
-    Segmenter,
-    TokenRewards,
-    segment,
-)
+from sae_rl.algo import Estimator, Segmenter, segment
+from sae_rl.algo.estimators import ESTIMATORS, GAE, GRPO, RLOO, SAE, LengthAdaptiveGAE, MonteCarlo
+from sae_rl.algo.segmenters import Delimiter, FixedLength, LowProbability
+from sae_rl.algo.shaping import TokenRewards
 from sae_rl.types import Batch, Scores
 
 from .oracle import (

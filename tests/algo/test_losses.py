@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_rl.algo import LossSum, PolicyLoss, PolicyTokens, ValueLoss
 from sae_rl.algo.kl import KL_LOSSES
+from sae_rl.algo.losses import LossSum, PolicyLoss, PolicyTokens, ValueLoss
 
 from .oracle import property_test
 

@@ -1,105 +1,93 @@
-"""Deliberate mistakes in a copy of the code: each is caught by the tests that are named beside it, which pass without it."""
+"""Deliberate mistakes: each is patched into the code, and the test named beside it fails. Without it that test passes."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
+from sae_rl.algo import recursion_cpu, segmenters, shaping
+from tests.driver import test_loop
+
+from . import test_estimators, test_recursion, test_segmenters, test_shaping
+from .oracle import make_batch
+
+kernel, whiten = recursion_cpu.run, shaping.Whitening.__call__
 
 
 @dataclass(frozen=True)
 class Mutation:
-    file: str
-    right: str
-    wrong: str
-    caught_by: str
+    owner: object
+    name: str
+    mistake: Callable[..., Any]
+    caught_by: Callable[..., None]
 
 
-RECURSION, ESTIMATORS = "tests/algo/test_recursion.py", "tests/algo/test_estimators.py"
+def on_one_batch(property_test: Any, **arguments: Any) -> Callable[[Path], None]:
+    """The body of a property test, on one batch instead of many."""
+    return lambda tmp_path: property_test.hypothesis.inner_test(batch=make_batch([4, 1, 6, 2]), **arguments)
+
+
+def recursion(mistake: Callable[..., tuple[Tensor, Tensor, Tensor]], caught_by: Callable[..., None]) -> Mutation:
+    """The recursion on weights, offsets and final values that a mistake computes from (values, weights, offsets)."""
+
+    def run(rewards: Tensor, values: Tensor, weights: Tensor, offsets: Tensor, *others: Any) -> bool:
+        gamma, lams, value_lams, final_values, *rest = others
+        weights, offsets, more = mistake(values, weights, offsets)
+        return kernel(rewards, values, weights, offsets, gamma, lams, value_lams, final_values + more, *rest)
+
+    return Mutation(recursion_cpu, "run", run, caught_by)
+
+
+def next_first_values(values: Tensor, offsets: Tensor) -> Tensor:
+    return torch.cat([values[offsets[1:-1]], values.new_zeros(1)])
+
+
+SAE_IS_ITS_DEFINITION = on_one_batch(
+    test_estimators.test_sae_is_its_definition, lam=0.7, value_lam=0.9, gamma=0.8, rate=0.4
+)
+EQUALS_THE_REFERENCE = on_one_batch(
+    test_recursion.test_equals_the_reference, seed=0, lam=0.7, gamma=0.8, features=set("wglfs")
+)
 MUTATIONS = {
-    "boundary off by one": Mutation(
-        "algo/recursion_cpu.py",
-        "    advantage = delta + decay * advantage",
-        "    advantage = delta + decays[0, np.uintp(tokens.weights[t])] * advantage",
-        ESTIMATORS,
+    "lam ^ w_t for lam ^ w_{t+1}": recursion(lambda v, w, o: (w.roll(1), o, 0), SAE_IS_ITS_DEFINITION),
+    "lambda and 1 swapped": recursion(lambda v, w, o: (~w, o, 0), SAE_IS_ITS_DEFINITION),
+    "the next response's value leaks in": recursion(
+        lambda v, w, o: (w, o, next_first_values(v, o)), SAE_IS_ITS_DEFINITION
     ),
-    "lambda and 1 swapped": Mutation(
-        "algo/recursion_cpu.py",
-        "decays[0, 0], decays[0, 1] = gamma, gamma * lam",
-        "decays[0, 1], decays[0, 0] = gamma, gamma * lam",
-        ESTIMATORS,
+    "offsets shifted by one": recursion(
+        lambda v, w, o: (w, torch.cat([o[:1], o[1:-1] + 1, o[-1:]]), 0), EQUALS_THE_REFERENCE
     ),
-    "reward on the wrong token": Mutation(
-        "algo/shaping.py",
-        "token_rewards[last_tokens(batch.offsets)] =",
-        "token_rewards[batch.offsets[:-1]] =",
-        "tests/algo/test_shaping.py",
+    "reward at the first token": Mutation(
+        shaping,
+        "last_tokens",
+        lambda offsets: offsets[:-1],
+        on_one_batch(test_shaping.test_the_reward_is_paid_by_the_last_token),
     ),
-    "first token not forced": Mutation(
-        "algo/segmenters.py",
-        "return opens.index_fill(0, batch.offsets[:-1], True)",
-        "return opens",
-        "tests/algo/test_segmenters.py",
-    ),
-    "offsets shifted by one": Mutation(
-        "algo/recursion_cpu.py",
-        "np.uintp(responses.offsets[response + 1]), state",
-        "np.uintp(responses.offsets[response + 1] - 1), state",
-        RECURSION,
-    ),
-    "values of the next response leak in": Mutation(
-        "algo/recursion.py",
-        "final_values = torch.zeros(num_responses, dtype=torch.float64, device=values.device)",
-        "final_values = torch.cat([values[offsets[1:-1]], values.new_zeros(1)]).double()",
-        ESTIMATORS,
+    "first tokens open no segment": Mutation(
+        segmenters,
+        "_with_first_tokens",
+        lambda opens, batch: opens,
+        on_one_batch(test_segmenters.test_low_probability_against_a_loop, p=0.2),
     ),
     "whitening per micro-batch": Mutation(
-        "driver.py",
-        "advantages=algorithm.whitening(targets.advantages, batch.action_mask)",
-        "advantages=__import__('torch').cat([algorithm.whitening(a) for a in targets.advantages.chunk(2)])",
-        "tests/driver/test_loop.py",
+        shaping.Whitening,
+        "__call__",
+        lambda self, advantages, *_: torch.cat([whiten(self, part) for part in advantages.chunk(2)]),
+        lambda tmp_path: test_loop.test_the_update_gets_whitened_advantages_and_plain_returns(tmp_path, True),
     ),
 }
 
 
-def run(folder: Path, tests: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", "not slow and not alone", *tests]
-    return subprocess.run(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, capture_output=True, text=True
-    )
-
-
-def copied(folder: Path) -> Path:
-    for name in ("sae_rl", "tests", "conf"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    return folder
-
-
-def test_the_copy_is_what_is_tested_and_passes(tmp_path: Path) -> None:
-    folder = copied(tmp_path)
-    code = "import sae_rl.types as t; print(t.__file__)"
-    found = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True).stdout.strip()
-    assert Path(found) == folder / "sae_rl" / "types.py"
-    done = run(folder, sorted({mutation.caught_by for mutation in MUTATIONS.values()}))
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mistake_is_caught(name: str, tmp_path: Path) -> None:
-    mutation, folder = MUTATIONS[name], copied(tmp_path)
-    file = folder / "sae_rl" / mutation.file
-    source = file.read_text()
-    assert source.count(mutation.right) == 1, f"{mutation.file} has changed: {mutation.right!r} is not in it once"
-    file.write_text(source.replace(mutation.right, mutation.wrong))
-    done = run(folder, [mutation.caught_by])
-    assert done.returncode == 1, done.stdout[-3000:]
-    assert "TypingError" not in done.stdout and "NameError" not in done.stdout, "the mistake must compile"
+def test_a_mistake_is_caught(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mutation = MUTATIONS[name]
+    mutation.caught_by(tmp_path)
+    monkeypatch.setattr(mutation.owner, mutation.name, mutation.mistake)
+    with pytest.raises(AssertionError):
+        mutation.caught_by(tmp_path)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_rl.algo import ImportanceCorrection, PolicyLoss, PolicyTokens
+from sae_rl.algo.corrections import ImportanceCorrection
+from sae_rl.algo.losses import PolicyLoss, PolicyTokens
 
 from .oracle import property_test
 

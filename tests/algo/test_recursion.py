@@ -12,11 +12,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_rl.algo import td_recursion, td_recursion_reference
-from sae_rl.algo.jit import compiled
+from sae_rl.algo import td_recursion
+from sae_rl.algo.jit import jit
 from sae_rl.types import Batch, offsets_of
 
-from .oracle import batches, close, dense_rewards, make_batch, make_scores, property_test, random_opens, split, unit
+from .oracle import (
+    batches,
+    close,
+    dense_rewards,
+    make_batch,
+    make_scores,
+    property_test,
+    random_opens,
+    split,
+    td_recursion_reference,
+    unit,
+)
 
 
 def numbers(count: int, seed: int) -> torch.Tensor:
@@ -194,5 +205,5 @@ def test_compiles_where_no_cache_can_be_kept() -> None:
     names: dict[str, object] = {}
     exec(compile(source, "<no file, so numba has no place for a cache>", "exec"), names)
     sums = np.zeros(1)
-    compiled(names["kernel"])(np.ones(1), np.full(1, 2.0), np.array([0, 3]), sums)  # type: ignore[arg-type]
+    jit()(names["kernel"])(np.ones(1), np.full(1, 2.0), np.array([0, 3]), sums)  # type: ignore[arg-type]
     assert sums.tolist() == [7.0]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from sae_rl.algo import td_recursion, td_recursion_reference
+from sae_rl.algo import td_recursion
 from tests.interpreter import in_tritons_interpreter
 
-from .oracle import close, dense_rewards, make_batch, make_scores, random_opens
+from .oracle import close, dense_rewards, make_batch, make_scores, random_opens, td_recursion_reference
 
 pytest.importorskip("triton", reason="Triton is not installed, so its kernel cannot be tried")
 LENGTHS = [1, 9, 4, 5, 8, 1, 12]  # against blocks of 4: parts, wholes, and more than two

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_rl.algo import GAE, SAE, Delimiter, FixedLength, LowProbability, MonteCarlo, Random, Segmenter, segment
+from sae_rl.algo import Segmenter, segment
+from sae_rl.algo.estimators import GAE, SAE, MonteCarlo
+from sae_rl.algo.segmenters import Delimiter, FixedLength, LowProbability, Random
 from sae_rl.types import Batch, Targets
 
 from .oracle import batches, close, dense_rewards, make_scores, property_test, unit

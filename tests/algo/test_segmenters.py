@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_rl.algo import (
+from sae_rl.algo import Segmenter, segment
+from sae_rl.algo.segmenters import (
     SEGMENTERS,
     AdaptiveProbability,
     Delimiter,
@@ -22,10 +23,8 @@ from sae_rl.algo import (
     LowProbability,
     MinimumLength,
     Random,
-    Segmenter,
     Surprisal,
     Union,
-    segment,
     with_vocabulary,
 )
 from sae_rl.types import Batch, Scores, offsets_of
@@ -114,7 +113,7 @@ def test_entropy_reads_the_entropies() -> None:
     assert Entropy(threshold=1.0)(batch, scores).tolist() == [True, True, False, False, True], "strictly above"
     assert Entropy(opens_fraction=0.25)(batch, scores).tolist() == [True, False, False, False, True]
     assert Entropy(threshold=1.0, boundary="closes")(batch, scores).tolist() == [True, False, True, False, False]
-    with pytest.raises(ValueError, match=r"scores.entropies is None, but the segmenter Entropy reads them"):
+    with pytest.raises(ValueError, match=r"scores.entropies is None, but the segmenter Entropy needs it"):
         Entropy(threshold=1.0)(batch, make_scores(batch))
 
 
@@ -299,17 +298,17 @@ def test_tokens_that_nobody_sampled_do_not_exist_for_a_segmenter(batch: Batch, s
     [
         (
             torch.ones(5, dtype=torch.int64),
-            r"the answer of function has type torch.int64, allowed: bool, or float weights",
+            r"the result of function has type torch.int64, allowed: bool, or float weights",
         ),
         (
             torch.ones(4, dtype=torch.bool),
-            r"the answer of function has shape \(4,\), but the batch has 5 response tokens",
+            r"the result of function has shape \(4,\), but the batch has 5 response tokens",
         ),
         (
             torch.tensor([0.0, 0.5, 1.5, 0.0, 0.0]),
-            r"the answer of function spans \[0.0, 1.5\], but a segmenter's weights must be in \[0, 1\]",
+            r"the result of function spans \[0.0, 1.5\], but a segmenter's weights must be in \[0, 1\]",
         ),
-        (torch.tensor([0.0, 0.5, 0.0, math.nan, 0.0]), r"the answer of function is nan at token 0 of response 1"),
+        (torch.tensor([0.0, 0.5, 0.0, math.nan, 0.0]), r"the result of function is nan at token 0 of response 1"),
     ],
     ids=["type", "shape", "range", "nan"],
 )

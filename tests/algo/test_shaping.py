@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_rl.algo import TokenRewards, Whitening
+from sae_rl.algo.shaping import TokenRewards, Whitening
 from sae_rl.types import Batch
 
 from .oracle import batches, close, dense_rewards, make_batch, make_scores, property_test

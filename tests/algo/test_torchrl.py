@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae_rl.algo import GAE, SAE, Estimator
+from sae_rl.algo import Estimator
+from sae_rl.algo.estimators import GAE, SAE
 from sae_rl.types import Batch, Scores, Targets
 
 from .oracle import batches, dense_rewards, make_scores, property_test, random_opens, unit

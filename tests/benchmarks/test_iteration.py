@@ -8,9 +8,8 @@ from transformers import AutoTokenizer
 
 from benchmarks import iteration, workload
 from sae_rl.config.compose import load_config
-from sae_rl.data.files import File
-from sae_rl.data.prompts import load_prompts
-from sae_rl.rewards.functions import imported
+from sae_rl.rewards.function import imported
+from tests.data.loading import file_source, load_prompts
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def test_no_response_can_end_early(folder: Path) -> None:
 
 
 def test_prompts_fit_and_differ(folder: Path) -> None:
-    source = File(path=str(folder / "prompts.jsonl"), reward="exact", task="bench")
+    source = file_source(folder / "prompts.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     prompts = load_prompts(source, tokenizer, workload.MAX_PROMPT_TOKENS)
     assert len(prompts) == 2 * workload.NUM_PROMPTS

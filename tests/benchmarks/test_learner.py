@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import learner
-from sae_rl.algo import PolicyLoss, PolicyTokens
+from sae_rl.algo.losses import PolicyLoss, PolicyTokens
 from sae_rl.backends.models import PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import build_micro_batch
 from sae_rl.config.schema import ModelConfig

@@ -35,10 +35,22 @@ class EveryNth:
 
 # What is typed: what the answer must hold, namely the key, what was found, and what is allowed.
 CONFIGURATION = {
-    "misspelt key": (["rollout.group_sise=4"], ["rollout.group_sise", "did you mean 'group_size'?"]),
+    "misspelt key": (["rollout.group_sise=4"], ["rollout has no 'group_sise'", "did you mean 'group_size'?"]),
+    "misspelt key of a loss": (
+        ["algorithm.policy_loss.clip_hihg=1"],
+        ["algorithm.policy_loss has no 'clip_hihg'", "did you mean 'clip_high'?"],
+    ),
+    "misspelt key inside a loss": (
+        ["algorithm.policy_loss.correction.mod=mask"],
+        ["algorithm.policy_loss.correction has no 'mod'", "did you mean 'mode'?"],
+    ),
     "misspelt knob": (["algorithm.estimator.lamb=0.5"], ["algorithm.estimator", "'lamb'", "did you mean 'lam'?"]),
     "misspelt key at the top": (["sead=1"], ["sead", "did you mean 'seed'?"]),
     "misspelt group": (["algoritm=gae"], ["algoritm", "did you mean 'algorithm'?"]),
+    "misspelt nested group": (
+        ["algorithm/segmentr=random"],
+        ["algorithm/segmentr", "did you mean 'algorithm/segmenter'?"],
+    ),
     "misspelt option": (["algorithm=gea"], ["algorithm=gea", "did you mean 'gae'?"]),
     "misspelt experiment": (["experiment=papr_4b"], ["experiment=papr_4b", "did you mean 'paper_4b'?"]),
     "misspelt nested option": (["algorithm/segmenter=fixed_lenght"], ["algorithm/segmenter", "'fixed_length'"]),
@@ -47,7 +59,7 @@ CONFIGURATION = {
     "a knob of another variant, added": (["algorithm=grpo", "+algorithm.estimator.lam=1"], ["knob 'lam'"]),
     "misspelt key, added": (["+rollout.group_sise=4"], ["rollout has no 'group_sise'", "did you mean 'group_size'?"]),
     "not an override": (["steps"], ["'steps'"]),
-    "below a value": (["steps.many=1"], ["steps.many", "is a value"]),
+    "below a value": (["steps.many=1"], ["steps", "{'many': 1}", "integer"]),
     "a word for a number": (["steps=many"], ["steps", "'many'", "integer"]),
     "a fraction for a count": (["learner.policy.num_epochs=1.5"], ["learner.policy.num_epochs", "1.5", "integer"]),
     "a word for a switch": (["resume=maybe"], ["resume", "'maybe'", "boolean"]),
@@ -98,12 +110,15 @@ CONFIGURATION = {
         ["model.context_tokens=null"],
         ["model.path", "'nobody/nothing'", "model.context_tokens"],
     ),
-    "truncation by top_p": (["rollout.top_p=0.9"], ["rollout.top_p = 0.9", "top_p = 1.0", "evaluation.top_p"]),
+    "truncation by top_p": (
+        ["rollout.top_p=0.9"],
+        ["rollout has no 'top_p'", "truncation and penalties change the distribution", "evaluation.top_p"],
+    ),
     "a penalty": (
         ["rollout.repetition_penalty=1.1"],
-        ["rollout.repetition_penalty = 1.1", "does not know of a penalty", "evaluation.repetition_penalty"],
+        ["rollout has no 'repetition_penalty'", "bias the ratio and the segments", "evaluation.repetition_penalty"],
     ),
-    "truncation by top_k": (["rollout.top_k=20"], ["rollout.top_k = 20", "top_k = 0"]),
+    "truncation by top_k": (["rollout.top_k=20"], ["rollout has no 'top_k'", "evaluation.top_k"]),
     "an optimizer that nothing can offload": (
         ["learner.critic.offload_optimizer=true"],
         ["learner.critic.offload_optimizer = true", "learner.critic.zero_stage of at least 1, found 0"],
@@ -116,7 +131,7 @@ CONFIGURATION = {
         ["schedule.weight_updates=in_flight"],
         ["schedule.weight_updates = in_flight", "schedule=overlapped"],
     ),
-    "truncation by min_p": (["rollout.min_p=0.1"], ["rollout.min_p = 0.1", "min_p = 0.0"]),
+    "truncation by min_p": (["rollout.min_p=0.1"], ["rollout has no 'min_p'", "evaluation.min_p"]),
     "temperature 0": (["rollout.temperature=0"], ["rollout.temperature", "found 0", "greater than 0"]),
     "a group of one without a critic": (
         ["algorithm=grpo", "rollout.group_size=1"],
@@ -181,8 +196,14 @@ def test_a_configuration_is_refused(
 
 
 def test_all_problems_are_named_at_once(sae_rl: CommandLine) -> None:
-    outcome = sae_rl("train", *HUB, "rollout.top_p=0.9", "rollout.top_k=5", "learner.critic.num_mini_batches=3")
-    assert_refused(outcome, "rollout.top_p", "rollout.top_k", "learner.critic.num_mini_batches", lines=3)
+    mistakes = ["rollout.tensor_parallel_size=2", "rollout.kv_cache_gb=null", "learner.critic.num_mini_batches=3"]
+    outcome = sae_rl("train", *HUB, *mistakes)
+    assert_refused(outcome, *(mistake.split("=")[0] for mistake in mistakes), lines=3)
+
+
+def test_all_unknown_keys_are_named_at_once(sae_rl: CommandLine) -> None:
+    outcome = sae_rl("train", *HUB, "rollout.top_p=0.9", "rollout.top_k=5", "cluster.devise=cpu", "steps=x")
+    assert_refused(outcome, "no 'top_p'", "no 'top_k'", "did you mean 'device'?", "steps: found 'x'", lines=4)
 
 
 def test_all_wrong_values_are_named_at_once(sae_rl: CommandLine) -> None:
@@ -341,7 +362,7 @@ def test_an_unknown_command(sae_rl: CommandLine) -> None:
             ["warm-start", "output_dir=base", "demonstrations.task=levle"],
             ["demonstrations.task", "levle", "did you mean 'level'?"],
         ),
-        (["warm-start", "output_dir=base", "training.stepz=3"], ["training.stepz", "did you mean 'steps'?"]),
+        (["warm-start", "output_dir=base", "training.stepz=3"], ["training has no 'stepz'", "did you mean 'steps'?"]),
         (["warm-start", "output_dir=base", "training.steps=0"], ["training", "steps", "0", "at least 1"]),
         (["warm-start", "output_dir=base", "shape.architecture=gpt"], ["shape.architecture", "'gpt'", "'qwen3'"]),
         (["warm-start", "output_dir=base", "+knobs.nothing=1"], ["has no 'knobs'", "demonstrations"]),

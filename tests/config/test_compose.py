@@ -9,11 +9,12 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from sae_rl.algo import ESTIMATORS, SEGMENTERS
+from sae_rl.algo.estimators import ESTIMATORS
+from sae_rl.algo.segmenters import SEGMENTERS
 from sae_rl.config.checks import check
 from sae_rl.config.compose import CONF, load_config, load_evaluation_config
 from sae_rl.config.schema import Config, as_tree
-from sae_rl.data.templates import REASONING_GYM_TEMPLATE
+from sae_rl.data.sources.reasoning_gym import TEMPLATE
 from sae_rl.settings import ConfigError
 from sae_rl.types import Batch, Prompt, Rollout, Scores
 
@@ -28,8 +29,8 @@ NEEDED = {  # what an option leaves for the user to say
     "task=verl": ("task.max_prompt_tokens=32", *FILES),
     "task=gsm8k": ("task.max_prompt_tokens=32", *FILES),
     "task=mixture": ("task.train.parts.gsm8k.path=/no/a.jsonl", "task.evaluation.parts.gsm8k.path=/no/b.jsonl"),
-    "algorithm=custom": ("algorithm.estimator.name=sae_rl.algo:SAE",),
-    "algorithm/segmenter=custom": ("algorithm.segmenter.name=sae_rl.algo:LowProbability",),
+    "algorithm=custom": ("algorithm.estimator.name=sae_rl.algo.estimators:SAE",),
+    "algorithm/segmenter=custom": ("algorithm.segmenter.name=sae_rl.algo.segmenters:LowProbability",),
     "rollout=paper": ("rollout.max_response_tokens=448", "rollout.kv_cache_gb=1"),
 }
 PAPER = {"paper_4b": 8, "paper_8b": 16, "paper_14b": 32}
@@ -199,7 +200,7 @@ def test_an_evaluation_needs_no_training_file() -> None:
 
 
 def test_reasoning_gym_has_one_template() -> None:
-    assert load_config([*MODEL, "task=reasoning_gym"]).task.train.template == REASONING_GYM_TEMPLATE
+    assert load_config([*MODEL, "task=reasoning_gym"]).task.train.template == TEMPLATE
 
 
 def test_an_evaluation_samples_at_the_temperature_of_training() -> None:

@@ -10,12 +10,13 @@ import pytest
 from pydantic import ValidationError
 
 from sae_rl.commands.assemble import load_tokenizer
+from sae_rl.commands.prompts import load_heldout, load_task
 from sae_rl.config.compose import load_config, load_evaluation_config
 from sae_rl.config.schema import Config, as_tree
 from sae_rl.data.curriculum import CurriculumSampler
-from sae_rl.data.load import load_heldout, load_task
 from sae_rl.data.mixture import MixtureSampler
-from sae_rl.data.sources import MixtureSource, TaskConfig
+from sae_rl.data.sources.mixture import MixtureSource
+from sae_rl.data.task import TaskConfig
 from sae_rl.settings import ConfigError, describe
 
 LEVEL = {"name": "level", "num_prompts": 4}
@@ -64,11 +65,12 @@ GYM = {"name": "reasoning_gym", "task": "chain_sum", "num_prompts": 5}
         ({"name": "file", "path": "a"}, "task.train.reward is missing"),
         (
             {"name": "levle"},
-            "task.train: name 'levle' is unknown, allowed: file, mixture, reasoning_gym, countdown, level",
+            "task.train: name 'levle' is unknown, allowed: file, reasoning_gym, countdown, level, mixture",
         ),
         ({}, "task.train: name is missing, allowed: file"),
         ("level", "task.train: found 'level', but it must be a mapping with a name"),
-        ({**FILE, "layout": "gsm8"}, "task.train.layout: found 'gsm8': input should be 'own', 'verl'"),
+        ({**FILE, "layout": "gsm8"}, "task.train.layout: found 'gsm8', did you mean 'gsm8k'?"),
+        ({**FILE, "layout": "csv"}, "task.train.layout: found 'csv', allowed: dapo_math, gsm8k, own, verl"),
         ({**FILE, "template": "Q: "}, "task.train.template: found 'Q: ', but a template has {prompt} once"),
         ({**FILE, "system_prompt": "Be brief."}, "task.train: system_prompt is a chat message: it needs chat: true"),
         ({**GYM, "split": "test"}, "task.train.split: found 'test': input should be 'train' or 'held_out'"),
@@ -98,6 +100,11 @@ GYM = {"name": "reasoning_gym", "task": "chain_sum", "num_prompts": 5}
 def test_a_source_that_is_refused(source: Any, line: str) -> None:
     (found,) = problems_of({"train": source})
     assert found.startswith(line), found
+
+
+def test_a_limit_that_is_refused() -> None:
+    (found,) = problems_of({"overlong_prompts": "trim"})
+    assert found == "task.overlong_prompts: found 'trim': input should be 'error', 'drop' or 'cut'"
 
 
 def test_what_does_not_fit_where_it_stands(tiny_model: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sae_rl.config.compose import check_sweep, load_config
+from sae_rl.config.compose import load_config, load_sweep
 from sae_rl.config.schema import Config, as_tree
 from sae_rl.settings import ConfigError
 
@@ -48,7 +48,7 @@ def test_a_sweep_of_the_demo_starts_from_its_base_model_and_writes_where_it_is_t
     ("override", "fragments"),
     [
         ("algorithm=sae,gea", ("algorithm=gea", "did you mean 'gae'?")),
-        ("algorithm.estimator.lamb=0.5,0.9", ("algorithm.estimator.lamb", "did you mean 'lam'?")),
+        ("algorithm.estimator.lamb=0.5,0.9", ("algorithm.estimator", "'lamb'", "did you mean 'lam'?")),
         ("algorithm.estimator.lam=0.5,1.5", ("lam = 1.5", "[0, 1]")),
         ("algorithm/segmenter=random,fixd_length", ("fixd_length", "did you mean 'fixed_length'?")),
     ],
@@ -64,10 +64,30 @@ def test_a_sweep_with_a_mistake_does_not_begin(
         assert fragment in outcome.stderr
 
 
-def test_check_sweep_takes_a_good_sweep() -> None:
-    check_sweep([*MODEL, "algorithm=sae,gae", "rollout.group_size=4,8"])
-    with pytest.raises(ConfigError, match="did you mean 'group_size'"):
-        check_sweep([*MODEL, "rollout.group_sze=4,8"])
+def test_a_sweep_is_loaded_before_it_begins() -> None:
+    configs = load_sweep([*MODEL, "algorithm=sae,gae", "rollout.group_size=4,8", "name=sweep"])
+    assert [config.rollout.group_size for config in configs] == [4, 8, 4, 8]
+    assert configs[1].output_dir == Path.cwd() / "outputs/sweep/algorithm=sae,rollout.group_size=8"
+    with pytest.raises(ConfigError, match="rollout has no 'group_sze', did you mean 'group_size'"):
+        load_sweep([*MODEL, "rollout.group_sze=4,8"])
+
+
+def test_a_run_that_fails_does_not_end_the_sweep(sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def fail(config: Config) -> None:
+        seeds.append(config.seed)
+        if config.seed < 2:
+            raise RuntimeError(f"seed {config.seed}")
+
+    monkeypatch.setattr("sae_rl.commands.train.run_training", fail)
+    outcome = sae_rl("train", "-m", *MODEL, "seed=0,1,2")
+    assert (outcome.code, seeds) == (1, [0, 1, 2])
+    assert [line.rsplit("/", 1)[-1] for line in outcome.lines[:3]] == [
+        "seed=0: seed 0",
+        "seed=1: seed 1",
+        "error: seed 0",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
-from sae_rl.commands.assemble import verifier_warnings
 from sae_rl.config.compose import load_config
 from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.exact import Exact
-from sae_rl.rewards.functions import Function
+from sae_rl.rewards.format import Format
+from sae_rl.rewards.function import Function
 from sae_rl.rewards.http import Http
 from sae_rl.rewards.math.verifier import Math
 from sae_rl.rewards.math_verify import MathVerify
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.reasoning_gym import ReasoningGym
-from sae_rl.rewards.rules import Format, Language, Overlong, Repetition
-from sae_rl.rewards.table import READY, VERIFIERS, check_deadline, resolve
+from sae_rl.rewards.table import READY, VERIFIERS, check_verifier, resolve
+from sae_rl.rewards.verdict import Sample
 from sae_rl.rewards.weighted import Weighted
-from sae_rl.settings import ConfigError
-from sae_rl.types import Prompt
+from sae_rl.settings import ConfigError, tree_of
+from tests.conftest import Outcome
 
-# What is written in rewards.verifiers, and what it is then.
+from .refused import assert_refused
+
+PAGE = Path(__file__).parents[2] / "docs" / "verifiers.md"
+# Lines of rewards.verifiers, and the verifiers that they mean.
 WRITTEN: dict[str, Any] = {
     "{name: math, precision: 4, boxed_only: true}": Math(4, True),
     "{name: math}": Math(),
@@ -36,16 +45,13 @@ WRITTEN: dict[str, Any] = {
     "{name: exact, ignore_case: true}": Exact(True),
     "{name: format, tags: [think, answer], only_tags: true}": Format(tags=("think", "answer"), only_tags=True),
     "{name: format, pattern: 'a+', anywhere: true, timeout_s: 2}": Format(pattern="a+", anywhere=True, timeout_s=2.0),
-    "{name: language, script: cjk, min_fraction: 0.5}": Language("cjk", 0.5),
-    "{name: overlong, max_tokens: 100, buffer_tokens: 20, penalty: 0.5}": Overlong(100, 20, 0.5),
-    "{name: repetition, num_words: 4, penalty: 0.5}": Repetition(4, 0.5),
     "{name: http, url: 'http://127.0.0.1:1/', timeout_s: 3, retries: 1, backoff_s: 0}": Http(
         "http://127.0.0.1:1/", 3.0, 1, 0.0
     ),
     "{name: reasoning_gym}": ReasoningGym(),
     "{name: function, path: 'sae_rl.tasks.level:level'}": Function("sae_rl.tasks.level:level"),
-    "{name: weighted, parts: [{name: math}, {name: overlong, max_tokens: 9, buffer_tokens: 3}], weights: [1, 0.5]}": Weighted(
-        (Math(), Overlong(9, 3)), (1.0, 0.5)
+    "{name: weighted, parts: [{name: math}, {name: format, tags: [think]}], weights: [1, 0.5]}": Weighted(
+        (Math(), Format(tags=("think",))), (1.0, 0.5)
     ),
 }
 WRONG = {
@@ -57,8 +63,8 @@ WRONG = {
     "{name: choice, letters: abc}": ["Choice.letters = 'abc'"],
     "{name: format}": ["neither a pattern nor tags"],
     "{name: format, tags: think}": ["tags: found 'think'"],
-    "{name: language, script: klingon}": ["Language.script = 'klingon'", "latin"],
-    "{name: overlong, max_tokens: 9}": ["buffer_tokens is missing"],
+    "{name: code, total_s: 1}": ["Code.total_s = 1", "at least time_s = 4"],
+    "{name: code, isolation: limits}": ["code has no knob 'isolation'"],
     "{name: http, url: nowhere}": ["Http.url = 'nowhere'"],
     "{name: http}": ["url is missing"],
     "{name: weighted, parts: [{name: matth}], weights: [1]}": ["name 'matth' is unknown", "did you mean 'math'?"],
@@ -83,8 +89,28 @@ def test_a_verifier_is_built_from_the_configuration(written: str, tmp_path: Path
     assert resolve("mine", config.rewards.verifiers) == WRITTEN[written]
 
 
-def test_every_verifier_is_written_above() -> None:
-    assert {type(verifier) for verifier in WRITTEN.values()} == set(VERIFIERS.values())
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_a_verifier_is_ready_or_says_which_knob_it_needs(name: str, tmp_path: Path) -> None:
+    if name in READY:
+        assert load(tmp_path, f"{{name: {name}}}").rewards.verifiers["mine"] == READY[name] == VERIFIERS[name]()
+        return
+    with pytest.raises(ConfigError, match=r"rewards.verifiers.mine: .*(is missing|needs)"):
+        load(tmp_path, f"{{name: {name}}}")
+    with pytest.raises(ValueError, match=f"{name!r} needs knobs: give it a name in rewards.verifiers"):
+        resolve(name, {})
+
+
+@pytest.mark.parametrize("verifier", [*{**READY, **WRITTEN}.values()], ids=[*{**READY, **WRITTEN}])
+def test_every_knob_can_be_written(verifier: Any, tmp_path: Path) -> None:
+    written = json.dumps(tree_of(verifier, VERIFIERS))
+    assert load(tmp_path, written.replace('"', "'")).rewards.verifiers["mine"] == verifier
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_a_misspelt_knob_is_refused(name: str, tmp_path: Path) -> None:
+    knobs = [field.name for field in fields(VERIFIERS[name])] or ["knob"]
+    with pytest.raises(ConfigError, match=f"{name} has no knob '{knobs[0]}s'"):
+        load(tmp_path, f"{{name: {name}, {knobs[0]}s: 1}}")
 
 
 @pytest.mark.parametrize("written", WRONG)
@@ -95,26 +121,26 @@ def test_a_wrong_knob_is_named(written: str, tmp_path: Path) -> None:
         assert part in str(error.value)
 
 
-def test_a_verifier_that_needs_knobs_is_not_ready() -> None:
-    assert {"math", "numeric", "choice", "exact"} <= set(READY)
-    for name in ("format", "overlong", "http", "function", "weighted"):
-        with pytest.raises(ValueError, match=f"{name!r} needs knobs: give it a name in rewards.verifiers"):
-            resolve(name, {})
+def test_these_are_ready() -> None:
+    assert set(READY) == {
+        *("math", "math_verify", "numeric", "choice", "exact", "code", "reasoning_gym", "level", "countdown"),
+    }
 
 
-def test_what_a_run_cannot_prevent_is_said_before_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load(tmp_path, "{name: code, isolation: limits}")
-    prompt = Prompt(id="a", text="q", token_ids=(1,), answer="", task="t", reward="mine")
-    (said,) = verifier_warnings(config, [prompt, prompt, replace(prompt, reward="math")])
-    assert said.startswith("code sandbox: ")
-    assert verifier_warnings(config, [replace(prompt, reward="math")]) == []
-
-    def refuse(how: str) -> None:
-        raise OSError("the code sandbox cannot run here (nothing is installed)")
-
-    monkeypatch.setattr("sae_rl.rewards.code.chosen", refuse)
-    with pytest.raises(ConfigError, match=r"rewards.verifiers: the code sandbox cannot run here \(nothing is"):
-        verifier_warnings(config, [prompt])
+@pytest.mark.parametrize("reward", ["code", "mine"])
+def test_programs_that_cannot_be_isolated_are_refused_before_anything_starts(
+    train: Callable[..., Outcome], reward: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sae_rl.sandbox.probe.CHOSEN", [])
+    monkeypatch.setattr("shutil.which", lambda tool: None)
+    file = tmp_path / "problems.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"Add {i}.", "answer": "{}"}) + "\n" for i in range(8)))
+    mine = "+rewards.verifiers.mine={name: weighted, parts: [{name: code, time_s: 1, total_s: 1}], weights: [1]}"
+    outcome = train(
+        "task=file", f"task.train.path={file}", f"task.evaluation.path={file}", f"task.train.reward={reward}", mine
+    )
+    told = f"task.train.reward {reward!r}: programs cannot be isolated on this machine (bubblewrap: bwrap is not installed; "
+    assert_refused(outcome, told, "unshare: unshare is not installed). Install bubblewrap", "http", "docs/sandbox.md")
 
 
 @pytest.mark.parametrize(
@@ -129,9 +155,9 @@ def test_what_a_run_cannot_prevent_is_said_before_it_starts(tmp_path: Path, monk
 )
 def test_time_limits_of_a_verifier_fit_into_the_deadline(verifier: Any, told: str) -> None:
     """A check that is killed at the deadline cannot say what was late."""
-    check_deadline("mine", verifier, 11.0)
+    check_verifier("mine", verifier, 11.0)
     with pytest.raises(ValueError) as error:
-        check_deadline("mine", verifier, 0.9)
+        check_verifier("mine", verifier, 0.9)
     for part in (
         "reward 'mine' may take",
         told,
@@ -143,4 +169,22 @@ def test_time_limits_of_a_verifier_fit_into_the_deadline(verifier: Any, told: st
 def test_defaults_fit_into_the_default_deadline(tmp_path: Path) -> None:
     deadline_s = load(tmp_path, "{name: math}").rewards.deadline_s
     for name, verifier in {**READY, "http": Http("http://a"), "format": Format(pattern="a")}.items():
-        check_deadline(name, verifier, deadline_s)
+        check_verifier(name, verifier, deadline_s)
+
+
+def test_the_examples_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("my.module")
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(block, vars(module))
+    monkeypatch.setitem(sys.modules, "my", ModuleType("my"))
+    monkeypatch.setitem(sys.modules, "my.module", module)
+    examples = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)]
+    verifiers = {name: knobs for example in examples for name, knobs in example["rewards"]["verifiers"].items()}
+    built = {name: load(tmp_path, json.dumps(knobs).replace('"', "'")) for name, knobs in verifiers.items()}
+    scores = {
+        name: config.rewards.verifiers["mine"](
+            Sample(prompt="", response="так \\boxed{4}", answer="4", num_tokens=60)
+        ).score
+        for name, config in built.items()
+    }
+    assert scores == {"strict_math": 1.0, "right_in_latin_letters": pytest.approx(1 + 0.1 * 5 / 8), "short": 0.0}

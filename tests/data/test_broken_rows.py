@@ -10,12 +10,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sae_rl.data.files import File
-from sae_rl.data.layouts import LAYOUTS
-from sae_rl.data.prompts import load_prompts
 from sae_rl.data.rows import MAX_REPORTED
 from sae_rl.tasks.tokenizer import build_tokenizer
 from sae_rl.types import Prompt
+
+from .loading import file_source, load_prompts
 
 TOKENIZER = build_tokenizer(["one", "two", "user"])
 TOKENIZER.chat_template = "{% for m in messages %}{{ m.role + ' ' + m.content + m.get('name', '') }}{% endfor %}"
@@ -27,8 +26,7 @@ def load(
 ) -> list[Prompt]:
     file = folder / "rows.jsonl"
     file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    layout = LAYOUTS["own"].with_columns(columns or {})
-    return load_prompts(File(path=str(file), reward="exact", task="t", layout=layout, **options), TOKENIZER, 10)
+    return load_prompts(file_source(file, columns=columns or {}, **options), TOKENIZER, 10)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +64,7 @@ def test_parquet_that_is_not_utf_8(tmp_path: Path) -> None:
     texts = pyarrow.array([b"one", b"two \xff", b"one"], pyarrow.binary()).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"prompt": texts, "answer": ["1"] * 3}), tmp_path / "rows.parquet")
     with pytest.raises(ValueError) as error:
-        load_prompts(File(path=str(tmp_path / "rows.parquet"), reward="exact", task="t"), TOKENIZER, 10)
+        load_prompts(file_source(tmp_path / "rows.parquet"), TOKENIZER, 10)
     title, line = str(error.value).splitlines()
     assert title.endswith("rows.parquet: 1 of 3 rows are broken")
     assert line == "  row 2: not UTF-8: b'two \\xff'"

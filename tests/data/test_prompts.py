@@ -7,24 +7,24 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from sae_rl.data.files import File
-from sae_rl.data.layouts import LAYOUTS
-from sae_rl.data.prompts import Problems, load_prompts
+from sae_rl.data.sources.file import FileSource
 from sae_rl.rewards.table import READY
-from sae_rl.settings import BadKeys
+from sae_rl.settings import ConfigError
 from sae_rl.tasks.level import Level
 from sae_rl.tasks.table import TASKS, make_task
 from sae_rl.tasks.task import Task
 from sae_rl.tasks.tokenizer import build_tokenizer
 
+from .loading import file_source, load_prompts, procedural
+
 TOKENIZER = build_tokenizer(["one", "two", "plus", "?", "user", "assistant"])
 CHAT = [{"role": "user", "content": "one plus one ?"}]
 
 
-def write(folder: Path, *rows: dict | bytes) -> File:
+def write(folder: Path, *rows: dict | bytes) -> FileSource:
     path = folder / "rows.jsonl"
     path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
-    return File(path=str(path), reward="exact", task="sums")
+    return file_source(path)
 
 
 def test_rows_become_prompts(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_rows_become_prompts(tmp_path: Path) -> None:
     a, b, c = load_prompts(source, TOKENIZER, 10)
     assert (a.id, a.text, a.answer, a.reward, a.task) == ("a", "one plus one ?", "two", "math", "other")
     assert list(a.token_ids) == [1, 4, 6, 4, 7]
-    assert (b.id, b.answer, b.reward, b.task) == ("line 3", '{"need": 2}', "exact", "sums")
+    assert (b.id, b.answer, b.reward, b.task) == ("line 3", '{"need": 2}', "exact", "rows")
     assert (c.id, c.answer) == ("7", "3")
 
 
@@ -98,7 +98,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         "folder.jsonl": "it is a folder, but not a whole one of datasets.save_to_disk",
     }.items():
         with pytest.raises(ValueError, match=message) as error:
-            load_prompts(File(path=str(tmp_path / name), reward="exact", task="t"), TOKENIZER, 10)
+            load_prompts(file_source(tmp_path / name), TOKENIZER, 10)
         assert name in str(error.value)
 
 
@@ -114,21 +114,20 @@ def test_dapo_style_rows(tmp_path: Path, kind: str) -> None:
         }
         for index in ("x1", "x2", "x1")
     ]
-    source = write(tmp_path, *rows)
+    write(tmp_path, *rows)
     if kind == "parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    path = str(tmp_path / f"rows.{kind}")
-    source = File(path=path, reward="math", task="t", layout=LAYOUTS["dapo_math"], duplicates="drop")
-    prompts = load_prompts(source, TOKENIZER, 10)
+    keys = {"path": tmp_path / f"rows.{kind}", "reward": "math", "layout": "dapo_math"}
+    prompts = load_prompts(file_source(**keys, duplicates="drop"), TOKENIZER, 10)
     assert [p.id for p in prompts] == ["x1", "x2"]
     assert (prompts[0].answer, prompts[0].task, prompts[0].reward) == ("34", "math_dapo", "math")
     assert prompts[0].text == "user one plus one ? assistant"
     assert list(prompts[0].token_ids) == [8, 4, 6, 4, 7, 9]  # no BOS: a template writes its own
     with pytest.raises(ValueError, match=r"id 'x1' was used in (line|row) 1 already"):
-        load_prompts(File(path=path, reward="math", task="t", layout=LAYOUTS["dapo_math"]), TOKENIZER, 10)
-    wrong = LAYOUTS["dapo_math"].with_columns({"answer": "reward_model.truth"})
+        load_prompts(file_source(**keys), TOKENIZER, 10)
+    wrong = {"answer": "reward_model.truth"}
     with pytest.raises(ValueError, match=r"no column 'reward_model.truth': found 'ground_truth', 'style'"):
-        load_prompts(File(path=path, reward="math", task="t", layout=wrong), TOKENIZER, 10)
+        load_prompts(file_source(**keys, columns=wrong), TOKENIZER, 10)
 
 
 def test_messages_need_a_chat_template(tmp_path: Path) -> None:
@@ -144,8 +143,6 @@ def test_overlong_prompts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert "1 of 2 prompts" in caplog.text
     with pytest.raises(ValueError, match="leaves nothing"):
         load_prompts(source, TOKENIZER, 1, "drop")
-    with pytest.raises(ValueError, match="overlong: found 'trim'"):
-        load_prompts(source, TOKENIZER, 3, "trim")  # type: ignore[arg-type]
 
 
 def test_an_overlong_prompt_is_cut_to_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,11 +159,11 @@ def test_every_task_keeps_the_contract(make: type[Task]) -> None:
     assert TASKS[task.name] is make
     assert task.reward in READY
     tokenizer = build_tokenizer(task.words())
-    prompts = load_prompts(Problems(task=task, num_prompts=50), tokenizer, 100)
+    prompts = load_prompts(procedural(task.name, num_prompts=50), tokenizer, 100)
     assert len({prompt.id for prompt in prompts}) == 50
-    assert load_prompts(Problems(task=task, num_prompts=10), tokenizer, 100) == prompts[:10]
+    assert load_prompts(procedural(task.name, num_prompts=10), tokenizer, 100) == prompts[:10]
     assert not {p.text for p in prompts} & {
-        p.text for p in load_prompts(Problems(task=task, num_prompts=50, split="held_out"), tokenizer, 100)
+        p.text for p in load_prompts(procedural(task.name, num_prompts=50, split="held_out"), tokenizer, 100)
     }
     for prompt in prompts:
         assert tokenizer.unk_token_id not in prompt.token_ids
@@ -174,25 +171,27 @@ def test_every_task_keeps_the_contract(make: type[Task]) -> None:
 
 
 def test_problems_are_checked() -> None:
-    with pytest.raises(ValueError, match="num_prompts >= 1"):
-        Problems(task=Level(), num_prompts=0)
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        procedural(num_prompts=0)
 
 
 def test_a_source_holds_each_problem_once() -> None:
-    task = Level(num_steps=1, need=1, min_drift=1, max_drift=3)
-    tokenizer = build_tokenizer(task.words())
-    drawn = load_prompts(Problems(task=task, num_prompts=4), tokenizer, 100)
+    knobs = {"num_steps": 1, "need": 1, "min_drift": 1, "max_drift": 3}
+    tokenizer = build_tokenizer(Level(**knobs).words())
+    drawn = load_prompts(procedural(num_prompts=4, knobs=knobs), tokenizer, 100)
     assert len({prompt.text for prompt in drawn}) == 4
     with pytest.raises(
-        BadKeys, match=r"num_prompts = 400: with these knobs level has \d different problems in split train"
+        ConfigError,
+        match=r"^task.train.num_prompts = 400: with these knobs level has \d different problems in split train",
     ):
-        load_prompts(Problems(task=task, num_prompts=400), tokenizer, 100)
+        load_prompts(procedural(num_prompts=400, knobs=knobs), tokenizer, 100)
 
 
 def test_a_split_that_no_problem_belongs_to_is_said() -> None:
-    task = Level(num_steps=1, need=1, min_drift=2, max_drift=2)
-    with pytest.raises(BadKeys, match=r"knobs: 10000 draws in a row gave no problem of split held_out"):
-        load_prompts(Problems(task=task, num_prompts=1, split="held_out"), build_tokenizer(task.words()), 100)
+    knobs = {"num_steps": 1, "need": 1, "min_drift": 2, "max_drift": 2}
+    source = procedural(num_prompts=1, knobs=knobs, split="held_out")
+    with pytest.raises(ConfigError, match=r"^task.train.knobs: 10000 draws in a row gave no problem of split held_out"):
+        load_prompts(source, build_tokenizer(Level(**knobs).words()), 100)
 
 
 def test_knobs_are_checked_for_their_types() -> None:

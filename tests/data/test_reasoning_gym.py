@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -49,7 +50,7 @@ COMPOSITE = {"datasets": [{"name": name, "weight": 1.0, "config": {}} for name i
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[tuple[PuzzleProcess, PuzzleProcess]]:
-    with PuzzleProcess() as one, PuzzleProcess() as other:
+    with closing(PuzzleProcess()) as one, closing(PuzzleProcess()) as other:
         yield one, other
 
 

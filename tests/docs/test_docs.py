@@ -17,6 +17,11 @@ def test_the_page_of_metrics_is_the_table_of_the_code() -> None:
     assert (ROOT / "docs" / "metrics.md").read_text() == page, "run make docs"
 
 
+def test_the_table_of_verifiers_is_that_of_the_code() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "generate_verifiers.py"))["page"]()
+    assert (ROOT / "docs" / "verifiers.md").read_text() == page, "run make docs"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

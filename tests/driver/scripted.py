@@ -5,7 +5,6 @@ They train nothing. What they answer is a plain function of what they are asked,
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -19,12 +18,12 @@ from sae_rl import checkpoint
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Config
 from sae_rl.data.sampler import PromptSampler, Sampler
-from sae_rl.driver import Run
 from sae_rl.protocols import Metrics
 from sae_rl.records.clock import Clock
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
-from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, Targets
+from sae_rl.run import Run
+from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, StepRecord, Targets
 
 NUM_PROMPTS = 10
 PATIENCE_S = 20
@@ -146,15 +145,7 @@ class ScriptedWorkers:
     def interrupt(self) -> None:
         self._write("interrupt")
 
-    def start_score(self, rollouts: Sequence[Rollout]) -> Batch:
-        part = Batch.of(rollouts, [0.0] * len(rollouts))
-        self._write("start_score", batch=part)
-        return part
-
-    def score(self, batch: Batch, started: Sequence[Batch] = (), rows: Sequence[int] = ()) -> Scores:
-        if started:
-            responses = [part.token_ids[a:b] for part in started for a, b in itertools.pairwise(part.offsets.tolist())]
-            assert torch.equal(torch.cat([responses[row] for row in rows]), batch.token_ids)
+    def score(self, batch: Batch) -> Scores:
         scores = Scores(
             old_logprobs=batch.rollout_logprobs - 0.01,
             values=torch.linspace(-1, 1, batch.num_tokens),
@@ -265,8 +256,8 @@ class ScriptedRecords:
     def log(self, step: int, metrics: Metrics, phase: str = "train") -> None:
         self._log.append(Asked("log", {"step": step, "metrics": dict(metrics), "phase": phase}))
 
-    def rollouts(self, step: int, *values: Any) -> None:
-        self._log.append(Asked("rollouts", {"step": step, "values": values}))
+    def rollouts(self, record: StepRecord) -> None:
+        self._log.append(Asked("rollouts", {"step": record.step, "record": record}))
 
     def samples(self, step: int, *values: Any) -> None:
         self._log.append(Asked("samples", {"step": step, "values": values}))

@@ -12,7 +12,8 @@ from sae_rl.data.sampler import Sampler
 from sae_rl.driver import train
 from sae_rl.rewards.pool import Rewards
 from sae_rl.rewards.verdict import Verdict
-from sae_rl.rollouts.groups import FailedRule, StepSamples, collect, is_useful
+from sae_rl.rollouts.groups import FailedRule, StepSamples
+from sae_rl.rollouts.step import collect, is_useful
 from sae_rl.types import Prompt, Rollout
 from tests.driver.scripted import ScriptedWorkers, make_config, make_prompts, make_rollout, make_run
 
@@ -57,7 +58,7 @@ def test_useless_groups_are_left_out_or_sampled_again() -> None:
     assert kept(collect(sampler, 4, 2, settings("none"), RULE, Engines(table))) == order[:4]
     sampler = Sampler(make_prompts(10), 0)
     filtered = collect(sampler, 4, 2, settings("filter"), RULE, Engines(table))
-    assert kept(filtered) == [order[1], order[3]] and filtered.scores == [1.0, 0.0] * 2
+    assert kept(filtered) == [order[1], order[3]] and filtered.rewards == [1.0, 0.0] * 2
     assert filtered.metrics == {
         "reward/failed_fraction": 0.0,
         "sampling/reward_mean": 0.75,

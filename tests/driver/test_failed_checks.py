@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_rl.driver import Run, train
+from sae_rl.driver import train
 from sae_rl.overlapped import train_overlapped
 from sae_rl.rewards.pool import Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.rollouts.groups import FailedRule, groups_of
+from sae_rl.run import Run
 from sae_rl.types import Batch, Rollout
 
 from .scripted import ScriptedWorkers, make_config, make_prompts, make_rollout, make_run, outcome_of, reward_of
@@ -37,10 +38,9 @@ def batches_of(workers: ScriptedWorkers) -> list[Batch]:
     return [call.of["batch"] for call in workers.asked("update")]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_they_are_left_out_of_the_update(tmp_path: Path, parts: int) -> None:
+def test_they_are_left_out_of_the_update(tmp_path: Path) -> None:
     workers = ScriptedWorkers()
-    train(moody_run(tmp_path, workers, "steps=3", f"schedule.scoring_parts={parts}"))
+    train(moody_run(tmp_path, workers, "steps=3"))
     logged = [call.of["metrics"] for call in workers.asked("log")]
     for step, batch in enumerate(batches_of(workers)):
         sampled = sampled_in(workers, step)
@@ -50,8 +50,8 @@ def test_they_are_left_out_of_the_update(tmp_path: Path, parts: int) -> None:
         assert batch.rewards.tolist() == [reward_of(r) for r in kept]
         assert logged[step]["reward/failed_fraction"] == pytest.approx(1 - len(kept) / len(sampled))
     first = workers.asked("rollouts")[0]
-    rollouts, rewards, reasons, *_ = first.of["values"]
-    assert len(rollouts) == len(rewards) == len(reasons) == batches_of(workers)[0].num_responses
+    record = first.of["record"]
+    assert len(record.rollouts) == len(record.rewards) == len(record.reasons) == batches_of(workers)[0].num_responses
 
 
 def test_they_score_as_the_rule_says(tmp_path: Path) -> None:
@@ -100,15 +100,15 @@ def test_groups_of() -> None:
     rollouts = [make_rollout(prompt, i, 0, 1.0) for prompt in make_prompts(2) for i in range(2)]
     rewards = Rewards([Verdict(1.0, "right"), Failed("late"), Failed("late"), Failed("died")], failed_score=-1.0)
     first, second = groups_of(rollouts, rewards, 2, FailedRule(leave_out=True, smallest_group=1))
-    assert (first.rows, first.scores, first.reasons, second.rows) == ([0], [1.0], ["right"], [])
+    assert (first.rollouts, first.rewards, first.reasons, second.rollouts) == (rollouts[:1], [1.0], ["right"], [])
     first, second = groups_of(rollouts, rewards, 2, FailedRule(leave_out=True, smallest_group=2))
-    assert first.rows == second.rows == []
+    assert first.rollouts == second.rollouts == []
     first, second = groups_of(rollouts, rewards, 2, FailedRule(leave_out=False, smallest_group=2))
-    assert (first.scores, second.scores, second.reasons) == ([1.0, -1.0], [-1.0, -1.0], ["late", "died"])
+    assert (first.rewards, second.rewards, second.reasons) == ([1.0, -1.0], [-1.0, -1.0], ["late", "died"])
 
 
 def test_a_step_whose_checks_all_failed_ends_the_run(tmp_path: Path) -> None:
     workers = ScriptedWorkers()
-    with pytest.raises(RuntimeError, match="nothing is left to learn from: the checks of all responses failed"):
+    with pytest.raises(RuntimeError, match="no response is left to train on: the checks of all responses failed"):
         train(make_run(make_config(tmp_path), workers, verifier="broken"))
     assert workers.asked("update") == []

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from sae_rl import checkpoint
-from sae_rl.algo import SAE, LowProbability
-from sae_rl.driver import throughput, train
+from sae_rl.algo.estimators import SAE
+from sae_rl.algo.segmenters import LowProbability
+from sae_rl.driver import train
 from sae_rl.records.metrics import check_names
+from sae_rl.records.step_metrics import throughput
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Sampling
 
@@ -58,16 +60,6 @@ def test_the_batch_holds_the_responses_and_their_rewards(tmp_path: Path) -> None
         batch, expected = scored.of["batch"], Batch.of(rollouts, [reward_of(r) for r in rollouts])
         for name in ("token_ids", "offsets", "prompt_token_ids", "rollout_logprobs", "rewards", "groups"):
             assert torch.equal(getattr(batch, name), getattr(expected, name)), name
-
-
-def test_parts_are_scored_while_others_are_sampled(tmp_path: Path) -> None:
-    """The last group of a step comes first; parts are of consecutive prompts, and the batch is in their order."""
-    workers = trained(tmp_path, "steps=2", "rollout.prompts_per_step=5", "schedule.scoring_parts=2")
-    assert [call.name for call in workers.log][2:7] == ["generate", "start_score", "start_score", "reward", "score"]
-    assert [call.of["batch"].num_responses for call in workers.asked("start_score")] == [4, 6] * 2
-    straight = trained(tmp_path / "straight", "steps=2", "rollout.prompts_per_step=5")
-    for one, other in zip(workers.asked("update"), straight.asked("update"), strict=True):
-        assert torch.equal(one.of["batch"].token_ids, other.of["batch"].token_ids)
 
 
 @pytest.mark.parametrize("whitens", [True, False])
@@ -142,13 +134,13 @@ def test_metrics_of_a_step_are_known_and_complete(tmp_path: Path) -> None:
 def test_records_get_targets_as_the_estimator_made_them(tmp_path: Path) -> None:
     workers = trained(tmp_path, "steps=1")
     (shown,) = workers.asked("rollouts")
-    rollouts, rewards, reasons, opens, scores, targets = shown.of["values"]
+    record = shown.of["record"]
     (updated,) = workers.asked("update")
-    assert scores is updated.of["scores"]
-    assert [reward_of(r) for r in rollouts] == rewards
-    assert [outcome_of(r).why for r in rollouts] == reasons
-    assert len(opens) == updated.of["batch"].num_tokens
-    assert not torch.equal(targets.advantages, updated.of["targets"].advantages)
+    assert record.scores is updated.of["scores"]
+    assert [reward_of(r) for r in record.rollouts] == record.rewards
+    assert [outcome_of(r).why for r in record.rollouts] == record.reasons
+    assert len(record.opens) == updated.of["batch"].num_tokens
+    assert not torch.equal(record.targets.advantages, updated.of["targets"].advantages)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from sae_rl import checkpoint
 from sae_rl.data.curriculum import CurriculumSampler
 from sae_rl.data.mixture import MixtureSampler
 from sae_rl.data.sampler import PromptSampler, Sampler
-from sae_rl.driver import Run, train
+from sae_rl.driver import train
 from sae_rl.overlapped import train_overlapped
+from sae_rl.run import Run
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Prompt
 

@@ -14,8 +14,9 @@ import torch
 
 from sae_rl import checkpoint
 from sae_rl.driver import train
-from sae_rl.overlapped import SamplingThread, train_overlapped
+from sae_rl.overlapped import train_overlapped
 from sae_rl.protocols import Metrics
+from sae_rl.rollouts.sampling_thread import SamplingThread
 from sae_rl.types import Batch, Rollout, Scores, Targets
 
 from .scripted import PATIENCE_S, ScriptedWorkers, make_config, make_prompts, make_run, until
@@ -138,13 +139,13 @@ def test_a_resumed_run_goes_on_behind_the_checkpoint_and_not_behind_what_was_sam
 def test_a_sampling_thread_that_begins_late_still_samples_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gather_all = SamplingThread._gather_all
+    work = SamplingThread._work
 
-    def late(ahead: SamplingThread, *arguments: Any) -> None:
+    def late(thread: SamplingThread, *arguments: Any) -> None:
         time.sleep(0.2)  # the run waits for its first batch by now
-        gather_all(ahead, *arguments)
+        work(thread, *arguments)
 
-    monkeypatch.setattr(SamplingThread, "_gather_all", late)
+    monkeypatch.setattr(SamplingThread, "_work", late)
     workers = Timed()
     run = threading.Thread(target=overlapped, args=(tmp_path, workers), daemon=True)
     run.start()

@@ -61,7 +61,7 @@ def test_entropies_are_computed_only_when_something_asks_for_them(
     [
         ("not finite", "Broken's advantages is nan at token 0 of response 0"),
         ("shape", r"Broken's advantages has shape \(\d+,\), but the batch has \d+ response tokens"),
-        ("returns", "Broken needs a critic, but gives it no returns to learn"),
+        ("returns", "Broken needs a critic, but its returns are None: the critic would have no targets"),
     ],
 )
 def test_no_update_sees_a_wrong_answer_of_a_plug_in(tmp_path: Path, how: str, message: str) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_rl.algo import SAE, TokenRewards
+from sae_rl.algo.estimators import SAE
+from sae_rl.algo.shaping import TokenRewards
 from sae_rl.config.schema import Config
 from sae_rl.critic.pretraining import pretrain_critic, split_by_prompt
 from sae_rl.driver import train

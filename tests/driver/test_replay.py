@@ -12,7 +12,7 @@ from sae_rl.records.rollouts import write_rollouts
 from sae_rl.replay import train_replay
 from sae_rl.seeds import derive_seed
 from sae_rl.settings import ConfigError
-from sae_rl.types import Batch, Scores, Targets
+from sae_rl.types import Batch, Scores, StepRecord, Targets
 from tests.records.sample_run import sample_step
 
 from .scripted import ScriptedWorkers, make_config, make_run
@@ -27,9 +27,16 @@ def recorded(tmp_path: Path) -> tuple[Path, list[Batch]]:
         rollouts, rewards = sample_step(step, num_prompts=2, skill=0.5, rng=random.Random(step))
         batch = Batch.of(rollouts, rewards)
         flat = torch.zeros(batch.num_tokens)
-        scores = Scores(old_logprobs=flat, values=None, ref_logprobs=None)
-        targets = Targets(advantages=flat, returns=None)
-        write_rollouts(folder, step, rollouts, rewards, [""] * len(rollouts), flat.bool(), scores, targets)
+        record = StepRecord(
+            step=step,
+            rollouts=rollouts,
+            rewards=rewards,
+            reasons=[""] * len(rollouts),
+            opens=flat.bool(),
+            scores=Scores(old_logprobs=flat, values=None, ref_logprobs=None),
+            targets=Targets(advantages=flat, returns=None),
+        )
+        write_rollouts(folder, record)
         batches.append(batch)
     return folder, batches
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 
-from sae_rl.algo import LowProbability
-from sae_rl.algo.segmenters import Segmenter
+from sae_rl.algo import Segmenter
+from sae_rl.algo.segmenters import LowProbability
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Config
 from sae_rl.evaluation.evaluate import Evaluation, evaluate

@@ -1,10 +1,9 @@
-"""pass@k and maj@k against their definitions, by enumerating all subsets; intervals against a naive bootstrap."""
+"""pass@k and maj@n against their definitions; intervals against a naive bootstrap."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import combinations
@@ -15,16 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_rl.evaluation import statistics
-from sae_rl.evaluation.statistics import (
-    NO_ANSWER,
-    NUM_RESAMPLES,
-    estimates,
-    majority_at,
-    pass_at,
-    powers_up_to,
-    quantile,
-)
+from sae_rl.evaluation.statistics import NO_ANSWER, NUM_RESAMPLES, estimates, majority, pass_at, powers_up_to, quantile
 
 Samples = list[tuple[int, float]]  # of one prompt: number of the answer, score
 
@@ -35,23 +25,15 @@ def passes(right: Sequence[bool], k: int) -> float:
     return sum(map(any, subsets)) / len(subsets)
 
 
-def vote(samples: Sequence[tuple[int, float]], means: dict[int, float]) -> float:
-    """One election, with the expected score of a tie."""
-    votes = Counter(answer for answer, _ in samples if answer != NO_ANSWER)
-    if not votes:
-        return 0.0
-    first = [answer for answer, count in votes.items() if count == max(votes.values())]
-    return sum(means[answer] for answer in first) / len(first)
-
-
-def majority(samples: Samples, k: int) -> float:
-    """The definition: the mean over all subsets of k samples."""
+def elected_score(samples: Samples) -> float:
+    """The definition: the score of the most frequent answer, with the expected score of a tie."""
     by_answer: dict[int, list[float]] = {}
     for answer, score in samples:
-        by_answer.setdefault(answer, []).append(score)
-    means = {answer: sum(scores) / len(scores) for answer, scores in by_answer.items()}
-    subsets = list(combinations(samples, k))
-    return sum(vote(subset, means) for subset in subsets) / len(subsets)
+        if answer != NO_ANSWER:
+            by_answer.setdefault(answer, []).append(score)
+    most = max(map(len, by_answer.values()), default=0)
+    means = [sum(scores) / len(scores) for scores in by_answer.values() if len(scores) == most]
+    return sum(means) / len(means) if means else 0.0
 
 
 def arrays(prompts: Sequence[Samples]) -> tuple[Any, Any]:
@@ -85,29 +67,9 @@ def test_pass_at_is_equation_1_for_numbers_that_no_float_holds(n: int) -> None:
 
 
 @given(prompts_of())
-def test_majority_is_the_mean_over_all_subsets(prompts: list[Samples]) -> None:
-    answers, scores = arrays(prompts)
-    for k in range(1, scores.shape[1] + 1):
-        expected = [majority(samples, k) for samples in prompts]
-        assert majority_at(answers, scores, k) == pytest.approx(expected, abs=1e-12)
-
-
-def test_majority_of_random_subsets_is_close_to_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    n = statistics.EXACT_SAMPLES + 4
-    answers = rng.integers(NO_ANSWER, 4, (40, n))
-    scores = (answers == 1) + 0.5 * (answers == 2)
-    resampled = {k: majority_at(answers, scores, k) for k in (2, 8)}
-    assert all(np.array_equal(resampled[k], majority_at(answers, scores, k)) for k in resampled), "seeded"
-    monkeypatch.setattr(statistics, "CHUNK", 1 << 14)
-    few_at_a_time = majority_at(answers, scores, 8)
-    assert few_at_a_time == pytest.approx(resampled[8], abs=0.05), "no prompt takes another's subsets"
-    monkeypatch.setattr(statistics, "EXACT_SAMPLES", n)
-    for k, found in resampled.items():
-        exact = majority_at(answers, scores, k)
-        assert not np.array_equal(found, exact)
-        assert np.abs(found - exact).max() < 4 * 0.5 / math.sqrt(4096)  # four standard errors of one prompt
-        assert abs((found - exact).mean()) < 0.002
+def test_majority_is_the_score_of_the_most_frequent_answer(prompts: list[Samples]) -> None:
+    expected = [elected_score(samples) for samples in prompts]
+    assert majority(*arrays(prompts)) == pytest.approx(expected, abs=1e-12)
 
 
 @given(prompts_of(), st.randoms(use_true_random=False))
@@ -116,8 +78,7 @@ def test_the_order_of_samples_does_not_matter_nor_what_answers_are_called(
 ) -> None:
     names = {NO_ANSWER: NO_ANSWER, **dict(zip(range(4), rng.sample(range(4), 4), strict=True))}
     shuffled = [[(names[a], s) for a, s in rng.sample(samples, len(samples))] for samples in prompts]
-    for k in range(1, len(prompts[0]) + 1):
-        assert majority_at(*arrays(shuffled), k) == pytest.approx(majority_at(*arrays(prompts), k), abs=1e-12)
+    assert majority(*arrays(shuffled)) == pytest.approx(majority(*arrays(prompts)), abs=1e-12)
 
 
 @given(prompts_of(12))
@@ -129,26 +90,19 @@ def test_pass_at_rises_with_k_and_begins_with_the_mean(prompts: list[Samples]) -
     assert found[0] == pytest.approx(right / n) and found[-1] == pytest.approx((right > 0).astype(float))
 
 
-@given(prompts_of(12))
-def test_majority_of_one_is_the_mean_where_all_answer(prompts: list[Samples]) -> None:
-    answers, scores = arrays([[(max(a, 0), s) for a, s in samples] for samples in prompts])
-    assert majority_at(answers, scores, 1) == pytest.approx(scores.mean(axis=1))
-
-
-@given(prompts_of(12))
-def test_majority_of_two_is_that_of_one_where_all_answer(prompts: list[Samples]) -> None:
+@given(prompts_of(2))
+def test_majority_of_one_or_two_is_the_mean_where_all_answer(prompts: list[Samples]) -> None:
     """Two votes agree or tie."""
-    answers, scores = arrays([[(max(a, 0), float(a == 1)) for a, _ in samples] for samples in prompts])
-    if scores.shape[1] > 1:
-        assert majority_at(answers, scores, 2) == pytest.approx(scores.mean(axis=1))
+    answers, scores = arrays([[(max(a, 0), s) for a, s in samples] for samples in prompts])
+    assert majority(answers, scores) == pytest.approx(scores.mean(axis=1))
 
 
 @pytest.mark.parametrize("n", [1, 4, 20])
 @pytest.mark.parametrize(("answer", "score"), [(0, 1.0), (0, 0.0), (NO_ANSWER, 0.0)])
 def test_samples_that_all_are_alike(n: int, answer: int, score: float) -> None:
     answers, scores = np.full((3, n), answer), np.full((3, n), score)
+    assert majority(answers, scores).tolist() == [score] * 3
     for k in powers_up_to(n):
-        assert majority_at(answers, scores, k).tolist() == [score] * 3
         assert pass_at((scores >= 1).sum(axis=1), n, k).tolist() == [score] * 3
 
 
@@ -156,8 +110,6 @@ def test_samples_that_all_are_alike(n: int, answer: int, score: float) -> None:
 def test_no_more_samples_than_there_are(k: int) -> None:
     with pytest.raises(ValueError, match=f"from 1 to n = 4, found {k}"):
         pass_at(np.array([1]), 4, k)
-    with pytest.raises(ValueError, match=f"from 1 to n = 4, found {k}"):
-        majority_at(np.zeros((1, 4), dtype=int), np.zeros((1, 4)), k)
 
 
 def test_the_ks_that_are_reported() -> None:
@@ -178,9 +130,7 @@ def naive_interval(numerators: Any, denominators: Any) -> list[float]:
     return [float(end) for end in np.quantile(ratios, [0.025, 0.975])]
 
 
-@pytest.mark.parametrize("chunk", [1, 100_000, 1 << 21])
-def test_intervals_are_those_of_a_naive_bootstrap(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "CHUNK", chunk)
+def test_intervals_are_those_of_a_naive_bootstrap() -> None:
     rng = np.random.default_rng(1)
     numerators = np.stack([rng.random(40), rng.integers(0, 5, 40) * 10.0, (np.arange(40) == 3) * 2.0], axis=1)
     denominators = np.stack([np.ones(40), numerators[:, 1] / 10 + 1, (np.arange(40) == 3) * 1.0], axis=1)

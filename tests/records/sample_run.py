@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from sae_rl.algo import SAE, LowProbability, explained_variance, mismatch_stats, rollout_stats, segment_stats
+from sae_rl.algo.estimators import SAE
+from sae_rl.algo.segmenters import LowProbability
 from sae_rl.algo.shaping import TokenRewards
+from sae_rl.algo.stats import explained_variance, mismatch_stats, rollout_stats, segment_stats
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Config
 from sae_rl.records.records import Records
 from sae_rl.tasks.level import Level
-from sae_rl.types import Batch, Prompt, Rollout, Scores, Targets
+from sae_rl.types import Batch, Prompt, Rollout, Scores, StepRecord, Targets
 
 LEVEL = Level()
 WORDS = ("<pad>", "<bos>", "<eos>", "<unk>", *LEVEL.words())
@@ -79,6 +81,20 @@ def sample_step(step: int, num_prompts: int, skill: float, rng: random.Random) -
     return rollouts, rewards
 
 
+def step_record(step: int, num_prompts: int, skill: float, rng: random.Random) -> StepRecord:
+    rollouts, rewards = sample_step(step, num_prompts, skill, rng)
+    scores, targets, opens = score(Batch.of(rollouts, rewards), skill)
+    return StepRecord(
+        step=step,
+        rollouts=rollouts,
+        rewards=rewards,
+        reasons=[f"scores {reward:g}" for reward in rewards],
+        opens=opens,
+        scores=scores,
+        targets=targets,
+    )
+
+
 def score(batch: Batch, skill: float) -> tuple[Scores, Targets, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch.num_tokens, generator=generator)
@@ -102,11 +118,10 @@ def write_sample_run(run_dir: Path, num_steps: int = 3, num_prompts: int = 2, ev
     with Records(config, run_dir, first_step=0) as records:
         for step in range(num_steps):
             skill = 1 - math.exp(-3 * step / num_steps)
-            rollouts, rewards = sample_step(step, num_prompts, skill, rng)
-            batch = Batch.of(rollouts, rewards)
-            scores, targets, opens = score(batch, skill)
+            record = step_record(step, num_prompts, skill, rng)
+            batch, scores, targets = Batch.of(record.rollouts, record.rewards), record.scores, record.targets
             assert scores.values is not None and targets.returns is not None
-            metrics = rollout_stats(batch) | segment_stats(batch, opens) | mismatch_stats(batch, scores)
+            metrics = rollout_stats(batch) | segment_stats(batch, record.opens) | mismatch_stats(batch, scores)
             metrics |= {
                 "critic/explained_variance": explained_variance(scores.values, targets.returns),
                 "policy/approx_kl": 2e-3 * rng.random() + 1e-3,
@@ -117,7 +132,7 @@ def write_sample_run(run_dir: Path, num_steps: int = 3, num_prompts: int = 2, ev
             }
             metrics["time/step_s"] = sum(value for name, value in metrics.items() if name.startswith("time/"))
             metrics["throughput/tokens_per_s"] = batch.num_tokens / metrics["time/step_s"]
-            records.rollouts(step, rollouts, rewards, [f"scores {r:g}" for r in rewards], opens, scores, targets)
+            records.rollouts(record)
             records.log(step, metrics)
             logged.append(metrics)
         _log_evaluations(records, num_steps)

@@ -8,15 +8,9 @@ import re
 
 import pytest
 
-from sae_rl.algo import (
-    ImportanceCorrection,
-    PolicyLoss,
-    PolicyTokens,
-    ValueLoss,
-    mismatch_stats,
-    rollout_stats,
-    segment_stats,
-)
+from sae_rl.algo.corrections import ImportanceCorrection
+from sae_rl.algo.losses import PolicyLoss, PolicyTokens, ValueLoss
+from sae_rl.algo.stats import mismatch_stats, rollout_stats, segment_stats
 from sae_rl.records.metrics import METRICS, PHASES, check_names, markdown_table, show
 from sae_rl.records.terminal import lines_of
 from sae_rl.types import Batch

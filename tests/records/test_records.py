@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sae_rl.records.records import Jsonl, Records, _wandb_mode, first_steps, read_jsonl
 from sae_rl.records.rollouts import flat_column, read_rollouts, rollout_files, write_rollouts
 from sae_rl.records.samples import read_samples, samples_file, step_samples
-from sae_rl.types import Batch, Scores, Targets
+from sae_rl.types import Batch
 from tests.evaluation.made_up import made_up
 
-from .sample_run import make_config, sample_step, score
+from .sample_run import make_config, step_record
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -105,14 +106,13 @@ def test_tensorboard_reads_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
-    rollouts, rewards = sample_step(3, num_prompts=3, skill=0.5, rng=random.Random(0))
-    batch = Batch.of(rollouts, rewards)
-    scores, targets, opens = score(batch, skill=0.5)
+    record = step_record(3, num_prompts=3, skill=0.5, rng=random.Random(0))
+    rollouts, scores, opens = record.rollouts, record.scores, record.opens
+    batch = Batch.of(rollouts, record.rewards)
     config = make_config(tmp_path, "steps=10", "logger.rollouts_every_steps=3")
-    reasons = [f"because of {i}" for i in range(len(rollouts))]
     with Records(config, tmp_path, first_step=0) as records:
         for step in (1, 3, 9):
-            records.rollouts(step, rollouts, rewards, reasons, opens, scores, targets)
+            records.rollouts(replace(record, step=step))
     assert [step for step, _ in rollout_files(tmp_path)] == [3, 9], "every third step, and the last"
     assert [file.name for file in (tmp_path / "rollouts").iterdir() if "tmp" in file.name] == []
     rows = read_rollouts(tmp_path / "rollouts" / "step_000003.parquet").to_pylist()
@@ -121,7 +121,7 @@ def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
         part = slice(int(batch.offsets[i]), int(batch.offsets[i + 1]))
         assert row["token_ids"] == rollout.token_ids.tolist()
         assert row["opens"] == opens[part].tolist() and row["opens"][0] is True
-        for name, flat in (("values", scores.values), ("advantages", targets.advantages)):
+        for name, flat in (("values", scores.values), ("advantages", record.targets.advantages)):
             assert row[name] == pytest.approx(flat[part].tolist(), rel=1e-6)
         assert row["rollout_logprobs"] == rollout.rollout_logprobs.tolist()
         assert row["old_logprobs"] == pytest.approx(scores.old_logprobs[part].tolist(), rel=1e-6)
@@ -130,21 +130,24 @@ def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
             rollout.prompt.text,
             rollout.prompt.answer,
         )
-        assert (row["step"], row["sample"], row["reward"], row["text"]) == (3, rollout.sample, rewards[i], rollout.text)
-        assert (row["finish_reason"], row["temperature"], row["why"]) == (rollout.finish_reason, 1.0, reasons[i])
+        assert (row["step"], row["sample"], row["text"]) == (3, rollout.sample, rollout.text)
+        assert (row["reward"], row["why"]) == (record.rewards[i], record.reasons[i])
+        assert (row["finish_reason"], row["temperature"]) == (rollout.finish_reason, 1.0)
         assert row["policy_versions"] == [3] * len(row["token_ids"])
     with Records(config, tmp_path, first_step=9):
         assert [step for step, _ in rollout_files(tmp_path)] == [3], "step 9 is sampled again"
 
 
 def test_parquet_without_a_critic_and_with_soft_segments(tmp_path: Path) -> None:
-    rollouts, rewards = sample_step(0, num_prompts=1, skill=0.5, rng=random.Random(0))
-    batch = Batch.of(rollouts, rewards)
-    reasons = [""] * len(rollouts)
-    scores = Scores(old_logprobs=batch.rollout_logprobs, values=None, ref_logprobs=None)
-    targets = Targets(advantages=torch.zeros(batch.num_tokens), returns=None)
-    opens = torch.full((batch.num_tokens,), 0.5)
-    rows = read_rollouts(write_rollouts(tmp_path, 0, rollouts, rewards, reasons, opens, scores, targets))
+    record = step_record(0, num_prompts=1, skill=0.5, rng=random.Random(0))
+    batch = Batch.of(record.rollouts, record.rewards)
+    without_critic = replace(
+        record,
+        scores=replace(record.scores, values=None),
+        targets=replace(record.targets, returns=None),
+        opens=torch.full((batch.num_tokens,), 0.5),
+    )
+    rows = read_rollouts(write_rollouts(tmp_path, without_critic))
     assert rows["values"].to_pylist() == [None, None] and rows["opens"].to_pylist()[1][0] == 0.5
     assert flat_column(rows, "token_ids").tolist() == batch.token_ids.tolist()
     assert flat_column(rows, "values").size == 0

@@ -1,4 +1,4 @@
-"""Model-written programs against the sandbox, in each way in which this machine can isolate them."""
+"""Model-written programs against the sandbox, with each isolation that works on this machine."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
 
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.verdict import Failed, Sample, Verdict
-from sae_rl.sandbox.isolation import FIRST_USER, NUM_USERS, How, candidates, chosen
-from sae_rl.sandbox.processes import adopt_orphans
+from sae_rl.sandbox.isolation import FIRST_USER, NUM_USERS, Isolation
+from sae_rl.sandbox.probe import CHOSEN, chosen, problem_with
 
 from .hostile import FUNCTIONS, HOSTILE
 from .test_pool import make_pool, rollout, score
@@ -33,7 +34,6 @@ TIME_S = 1.5
 ENDS_S = 5.0  # what starting and ending a sandbox may take beyond that, several at a time on a busy machine
 NUM_PROCESSES = 4
 LEFT_BEHIND = (Path("/tmp/sae_rl_hostile"), Path("/dev/shm/sae_rl_hostile"))
-WAYS = [way.how for way in candidates(os.geteuid() == 0)]
 
 
 @dataclass
@@ -62,19 +62,19 @@ class Surroundings:
         return source
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> How:
-    """Each that works here."""
-    how: How = request.param
-    try:
-        chosen(how)
-    except OSError as error:
-        pytest.skip(str(error))
-    return how
+@pytest.fixture(params=get_args(Isolation))
+def isolation(request: pytest.FixtureRequest) -> Iterator[Isolation]:
+    """Each isolation that works on this machine, as if it had been chosen."""
+    if (problem := problem_with(request.param)) is not None:
+        pytest.skip(f"{request.param}: {problem}")
+    before = list(CHOSEN)
+    CHOSEN[:] = [request.param]
+    yield request.param
+    CHOSEN[:] = before
 
 
-def test_one_way_works() -> None:
-    chosen("auto")
+def test_an_isolation_works_here() -> None:
+    assert chosen() in get_args(Isolation)
 
 
 @pytest.fixture
@@ -139,17 +139,17 @@ def unit_tests(function: bool, secret: str) -> str:
     return json.dumps({"inputs": ["1\n"], "outputs": [secret]})
 
 
-def strict(way: How) -> Code:
-    return Code(time_s=TIME_S, total_s=TIME_S, memory_mb=256, isolation=way)
+STRICT = Code(time_s=TIME_S, total_s=TIME_S, memory_mb=256)
 
 
-def check_here(source: str, way: How, around: Surroundings, function: bool = False) -> Verdict:
-    return strict(way)(
+def check_here(source: str, around: Surroundings, function: bool = False) -> Verdict:
+    return STRICT(
         Sample(prompt="", response=f"```python\n{around.fill(source)}\n```", answer=unit_tests(function, around.secret))
     )
 
 
-def test_hostile_programs_get_nothing_and_delay_nobody(way: How, around: Surroundings, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("isolation")
+def test_hostile_programs_get_nothing_and_delay_nobody(around: Surroundings) -> None:
     """All at once, as a batch of a run, with honest ones among them."""
     honest = {f"honest {i}": f"print({around.secret!r})" for i in range(4)}
     programs = [(name, source, False) for name, source in (HOSTILE | honest).items()]
@@ -162,7 +162,7 @@ def test_hostile_programs_get_nothing_and_delay_nobody(way: How, around: Surroun
     ]
     started = time.monotonic()
     with make_pool(
-        num_processes=NUM_PROCESSES, deadline_s=TIME_S + ENDS_S, memory_gb=2.0, verifiers={"code": strict(way)}
+        num_processes=NUM_PROCESSES, deadline_s=TIME_S + ENDS_S, memory_gb=2.0, verifiers={"code": STRICT}
     ) as pool:
         outcomes = score(pool, rollouts).outcomes
     took_s = time.monotonic() - started
@@ -175,15 +175,10 @@ def test_hostile_programs_get_nothing_and_delay_nobody(way: How, around: Surroun
     assert took_s < len(programs) / NUM_PROCESSES * (TIME_S + 1.0) + 10, "nobody waits longer than for the time limits"
 
 
+@pytest.mark.usefixtures("isolation")
 @pytest.mark.parametrize("name", [name for name in HOSTILE if "folders" in name or "paths" in name])
-def test_folders_of_any_shape_are_removed(
-    name: str, way: How, around: Surroundings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sae_rl.sandbox.programs.REMOVE_S", 60.0)  # however busy the machine is
-    why = check_here(HOSTILE[name], way, around).why
-    assert "found 'x'" in why or "it wrote more than 16 MB or 4096 files" in why, (
-        "it depends on when the folder is looked at"
-    )
+def test_folders_of_any_shape_are_removed(name: str, around: Surroundings) -> None:
+    assert "found 'x'" in check_here(HOSTILE[name], around).why
 
 
 FILES = """
@@ -194,49 +189,44 @@ for i in range(20):
 print(%r)"""
 
 
-def test_what_a_folder_holds_is_limited_as_a_whole(way: How, around: Surroundings) -> None:
-    verdict = check_here(FILES % around.secret, way, around)
+@pytest.mark.usefixtures("isolation")
+def test_what_a_folder_holds_is_limited_as_a_whole(around: Surroundings) -> None:
+    verdict = check_here(FILES % around.secret, around)
     assert verdict.score == 0.0
-    assert "No space left" in verdict.why or "more than 16 MB or 4096 files" in verdict.why
+    assert "No space left" in verdict.why
 
 
+@pytest.mark.usefixtures("isolation")
 @pytest.mark.parametrize("name", [name for name in HOSTILE if "environment" in name or "checker" in name])
-def test_the_process_that_checks_gives_nothing_away(name: str, way: How, around: Surroundings) -> None:
+def test_the_process_that_checks_gives_nothing_away(name: str, around: Surroundings) -> None:
     """Here that is this process, which knows the secret and has it in its environment."""
-    adopt_orphans()
-    assert check_here(HOSTILE[name], way, around).score == 0.0
+    assert check_here(HOSTILE[name], around).score == 0.0
 
 
-def test_the_documents_count_them() -> None:
-    assert f"[{len(HOSTILE) + len(FUNCTIONS)} hostile ones]" in (Path(__file__).parents[2] / "README.md").read_text()
-
-
-def test_an_honest_program_scores_in_every_way(way: How, around: Surroundings) -> None:
+@pytest.mark.usefixtures("isolation")
+def test_an_honest_program_scores(around: Surroundings) -> None:
     """What the tests above refuse is not refused for another reason."""
-    assert check_here(f"print({around.secret!r})", way, around).score == 1.0
-    assert check_here(f"def f(x): return {around.secret!r}", way, around, function=True).score == 1.0
+    assert check_here(f"print({around.secret!r})", around).score == 1.0
+    assert check_here(f"def f(x): return {around.secret!r}", around, function=True).score == 1.0
 
 
 AS_NOBODY = """
-import json, sys, threading, time
-from pathlib import Path
-from sae_rl.sandbox import programs as sandbox_programs
-from sae_rl.sandbox.isolation import candidates, probe
+import json, os, sys, threading, time
+from typing import get_args
+from sae_rl.sandbox.isolation import Isolation
 from sae_rl.sandbox.limits import Limits
-from sae_rl.sandbox.processes import adopt_orphans
-from sae_rl.sandbox.programs import Sandbox
+from sae_rl.sandbox.probe import problem_with
+from sae_rl.sandbox.programs import run_program
 
 for _ in range(40):  # processes and threads of the user that are none of the program's
     threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
-sandbox_programs.REMOVE_S = 60.0  # however busy the machine is
-programs, told = json.loads(sys.stdin.read()), {}
-adopt_orphans()
-for way in candidates(as_root=False):
-    told[way.how] = {"": probe(way) or ""}
-    for name, source in programs.items() if not told[way.how][""] else ():
-        import os
-        with Sandbox(source.replace("@PID@", str(os.getpid())), Limits(time_s=1.5, memory_mb=256), way) as sandbox:
-            told[way.how][name] = str(sandbox.run([""], 2.0).answers)
+programs, told, limits = json.loads(sys.stdin.read()), {}, Limits(time_s=1.5, memory_mb=256)
+for isolation in get_args(Isolation):
+    told[isolation] = {"": problem_with(isolation) or ""}
+    for name, source in programs.items() if not told[isolation][""] else ():
+        source = source.replace("@PID@", str(os.getpid()))
+        ended = run_program(source, [""], limits=limits, isolation=isolation, total_s=2.0)
+        told[isolation][name] = str(ended.answers)
 print(json.dumps(told))
 """
 # What a user's own processes and files have to fear, beside what is tested above.
@@ -278,8 +268,8 @@ def test_started_by_a_user_without_rights(around: Surroundings) -> None:
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["limits"][""] == ""
-    for how, outputs in told.items():
+    assert any(not outputs[""] for outputs in told.values()), told
+    for isolation, outputs in told.items():
         if not outputs[""]:
-            assert {name for name, text in outputs.items() if around.secret in text} == honest.keys(), how
+            assert {name for name, text in outputs.items() if around.secret in text} == honest.keys(), isolation
             assert len(outputs) == len(programs) + len(honest) + 1

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,3 +144,28 @@ def test_bad_knobs() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Http(**knobs)  # type: ignore[arg-type]
+
+
+def test_the_service_that_the_page_of_the_sandbox_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    client.cache_clear()
+    page = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    source = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0].replace('("", 8080)', f'("127.0.0.1", {port})')
+    service = tmp_path / "judge.py"
+    service.write_text(source)
+    process = subprocess.Popen([sys.executable, str(service)], stderr=subprocess.DEVNULL)
+    try:
+        judge = Http(f"http://127.0.0.1:{port}", timeout_s=20.0, retries=8)
+        tests = json.dumps({"inputs": ["1 2"], "outputs": ["3"]})
+        for operator, score in (("+", 1.0), ("-", 0.0)):
+            program = f"```python\na, b = map(int, input().split())\nprint(a {operator} b)\n```"
+            verdict = judge(Sample(prompt="Add.", response=program, answer=tests))
+            assert verdict.score == score
+        assert verdict.why == "0 of 1 tests pass; test 1: line 1: expected '3', found '-1'"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(10)
+        client().close()
+        client.cache_clear()

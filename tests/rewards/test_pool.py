@@ -13,8 +13,8 @@ import psutil
 import pytest
 import torch
 
+from sae_rl.rewards.format import Format
 from sae_rl.rewards.pool import RewardPool, Rewards
-from sae_rl.rewards.rules import Format
 from sae_rl.rewards.table import READY
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Prompt, Rollout

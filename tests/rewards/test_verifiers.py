@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from sae_rl.rewards.exact import Exact
-from sae_rl.rewards.functions import Function
+from sae_rl.rewards.function import Function
 from sae_rl.rewards.table import READY, VERIFIERS, resolve
 from sae_rl.rewards.verdict import Sample, Verdict, Verifier
 from sae_rl.rewards.weighted import Weighted

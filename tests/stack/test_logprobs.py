@@ -10,7 +10,7 @@ import ray
 import torch
 
 from sae_rl.commands.assemble import load_tokenizer
-from sae_rl.data.load import load_task
+from sae_rl.commands.prompts import load_task
 from sae_rl.records.clock import Clock
 from sae_rl.types import Batch, Prompt, Targets
 from sae_rl.workers.run_workers import RunWorkers

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sae_rl.commands.assemble import load_tokenizer
-from sae_rl.data.load import load_task
+from sae_rl.commands.prompts import load_task
 from sae_rl.records.clock import Clock
 from sae_rl.types import Batch, Prompt, Rollout, Sampling, Targets
 from sae_rl.workers.group import WorkerError

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sae_rl.commands.assemble import load_tokenizer
-from sae_rl.data.load import load_task
+from sae_rl.commands.prompts import load_task
 from sae_rl.records.clock import Clock
 from sae_rl.records.records import read_jsonl
 from sae_rl.records.rollouts import read_rollouts, read_step, rollout_files

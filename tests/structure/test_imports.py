@@ -1,4 +1,4 @@
-"""Who may import what, how long things may be, and what importing the pure parts costs: the rules of DESIGN.md."""
+"""Who may import what, how long files and functions may be, and what importing the pure parts costs."""
 
 from __future__ import annotations
 
@@ -24,34 +24,62 @@ HEAVY = {  # library: the only places that import it
     "triton": ["algo/recursion_gpu.py"],  # imported for tensors on a GPU only, where torch brings it along
 }
 LIGHT = {"torch", "numpy", "numba"}  # beside the standard library
-# Part of the package: what else of the package it may import. `commands`, `cli` and `__main__` put things together.
+# Part of the package -> the other parts that it may import. `commands`, `cli` and `__main__` put everything together.
 MAY_IMPORT = {
     "types": [],
     "seeds": [],
     "settings": [],
-    "algo": ["types"],
+    "knobs": [],
     "sandbox": [],
+    "algo": ["knobs", "types"],
     "tasks": ["settings"],
     "reasoning_gym": ["seeds", "settings", "tasks"],
-    "rewards": ["reasoning_gym", "sandbox", "types"],
+    "rewards": ["knobs", "reasoning_gym", "sandbox", "types"],
     "data": ["reasoning_gym", "rewards", "seeds", "settings", "tasks", "types"],
     "config": ["algo", "data", "rewards", "settings", "types"],
     "protocols": ["rewards", "types"],
     "checkpoint": ["data", "protocols"],
-    "records": ["config", "rewards", "types"],
-    "rollouts": ["config", "data", "protocols", "records", "rewards", "types"],
+    "records": ["algo", "config", "rewards", "types"],
+    "run": ["config", "data", "protocols", "records", "rewards", "types"],
+    "rollouts": ["config", "data", "protocols", "records", "rewards", "run", "settings", "types"],
     "evaluation": ["algo", "config", "protocols", "records", "rewards", "rollouts", "types"],
-    "critic": ["algo", "config", "protocols", "settings", "types"],
+    "critic": ["algo", "config", "protocols", "rollouts", "run", "seeds", "settings", "types"],
     "driver": [
-        *("algo", "checkpoint", "config", "critic", "data", "evaluation"),
-        *("protocols", "records", "rewards", "rollouts", "seeds", "types"),
+        *("algo", "checkpoint", "critic", "data", "evaluation"),
+        *("protocols", "records", "rollouts", "run", "seeds", "types"),
     ],
-    "overlapped": ["driver", "protocols", "records", "rollouts"],
-    "replay": ["driver", "records", "rollouts", "settings"],
+    "overlapped": ["driver", "records", "rollouts", "run"],
+    "replay": ["driver", "rollouts", "run"],
     "backends": ["algo", "config", "types"],
     "workers": ["algo", "backends", "config", "records", "seeds", "settings", "types"],
     "sft": ["data", "knobs", "tasks"],
     "analysis": ["evaluation", "records"],
+}
+# Folder -> its layers from the bottom to the top. A file imports files of lower layers only; "*" is every other file.
+LAYERS = {
+    "algo": [
+        *("jit kl recursion_gpu", "ragged recursion_cpu whitening_cpu"),
+        *("corrections recursion segmentation shaping stats", "*"),
+    ],
+    "analysis": ["*", "responses samples_page", "report"],
+    "backends": ["*", "sequence_parallel vllm", "deepspeed models", "weight_sender"],
+    "commands": ["prompts run_folder warm_start", "assemble", "*", "demo"],
+    "config": ["schema", "checks", "compose"],
+    "critic": ["*"],
+    "data": ["rows sampler", "columns curriculum mixture", "prompts", "loader task"],
+    "data/sources": ["source", "*", "kinds", "mixture"],
+    "evaluation": ["segments statistics", "summary", "evaluate", "files"],
+    "reasoning_gym": ["lossless_json tasks", "puzzles"],
+    "records": ["clock failed_update metrics rollouts", "*", "records"],
+    "rewards": ["verdict", "*", "processes table", "pool"],
+    "rewards/math": ["numbers sizes", "final values", "expressions", "verifier warm"],
+    "rollouts": ["groups", "partial recorded step", "sampling_thread"],
+    "sandbox": ["inside limits system_calls", "isolation", "programs", "probe"],
+    "tasks": ["task tokenizer", "*", "table"],
+    "workers": [
+        *("engine_client placement rank_results", "group", "engines learner rollout"),
+        *("critic policy reference rollout_pool", "table weight_sync", "run_workers", "session"),
+    ],
 }
 EMPTY_NAMES = {"utils", "common", "helpers", "base", "misc", "core"}
 
@@ -70,6 +98,14 @@ def imports_of(name: str) -> Iterator[str]:
             assert node.level == 0 and node.module, f"{name}:{node.lineno}: imports are absolute here"
             is_package = node.module == "sae_rl"
             yield from (f"{node.module}.{alias.name}" for alias in node.names) if is_package else (node.module,)
+
+
+def modules_of(name: str) -> Iterator[str]:
+    """Dotted names of the package's modules that a file imports, also those of ``from package import module``."""
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def part_of(dotted: str) -> str:
@@ -103,9 +139,33 @@ def test_algo_and_types_need_nothing_but_torch_numpy_and_numba() -> None:
             assert top - sys.stdlib_module_names <= allowed, name
 
 
-def test_the_driver_and_what_it_is_made_of_know_no_process() -> None:
-    for name in ("driver.py", "pretraining.py", "evaluation/evaluate.py", "checkpoint.py", "protocols.py"):
-        assert not ours(name) & {"workers", "backends", "run", "records", "cli"}, name
+@pytest.mark.parametrize("name", ["driver.py", "overlapped.py", "replay.py", "run.py", "checkpoint.py", "protocols.py"])
+def test_the_loops_know_no_process_and_no_writer(name: str) -> None:
+    assert not ours(name) & {"workers", "backends", "commands", "cli"}
+    assert "sae_rl.records.records" not in set(imports_of(name))
+
+
+def folder_of(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def test_every_folder_has_its_layers() -> None:
+    assert set(LAYERS) == {folder_of(name) for name in NAMES} - {""}
+
+
+@pytest.mark.parametrize("folder", LAYERS)
+def test_a_file_imports_only_lower_layers_of_its_folder(folder: str) -> None:
+    stems = {Path(name).stem for name in NAMES if folder_of(name) == folder} - {"__init__"}
+    named = {stem: height for height, layer in enumerate(LAYERS[folder]) for stem in layer.split() if layer != "*"}
+    assert set(named) <= stems, "a layer names a file that is not there"
+    assert "*" in LAYERS[folder] or set(named) == stems, "every file has a layer"
+    height = {stem: named[stem] if stem in named else LAYERS[folder].index("*") for stem in stems}
+    package = f"sae_rl.{folder.replace('/', '.')}."
+    for stem in stems:
+        below = {
+            module.removeprefix(package) for module in modules_of(f"{folder}/{stem}.py") if module.startswith(package)
+        }
+        assert all(height[other] < height[stem] for other in below if other in height), f"{folder}/{stem}.py"
 
 
 def test_arrows_never_turn_back() -> None:
@@ -185,7 +245,17 @@ def run_python(source: str) -> list[str]:
 
 
 def test_pure_parts_leave_heavy_libraries_alone() -> None:
-    parts = ["types", "algo", "config.schema", "config.compose", "data.prompts", "rewards.table", "rewards.pool", "protocols", "driver"]
+    parts = [
+        "types",
+        "algo",
+        "config.schema",
+        "config.compose",
+        "data.prompts",
+        "rewards.table",
+        "rewards.pool",
+        "protocols",
+        "driver",
+    ]
     parts += ["cli", "records.records", "backends.packing"]
     assert run_python(FRESH.format(parts=parts)) == parts
 

@@ -1,4 +1,4 @@
-"""Verifiers that are plain functions, named by their import path."""
+"""A user's function as a verifier."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sae_rl.rewards.verdict import Sample, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """``function(prompt, response, answer)``, which returns a number or a `Verdict`."""
+    """What a function ``(prompt, response, answer)`` returns, a number or a `Verdict`."""
 
     path: str  # package.module:function
 
@@ -28,7 +28,7 @@ def imported(path: str) -> Callable[..., Any]:
     """The function at an import path.
 
     Raises:
-        ValueError: there is none, with the nearest name there is.
+        ValueError: there is none. The message has the nearest name that the module has.
     """
     module_name, _, name = path.partition(":")
     try:

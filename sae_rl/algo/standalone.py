@@ -1,4 +1,4 @@
-"""SAE as one function of tensors, for trainers that are not this one."""
+"""SAE as one function of tensors, for use in other trainers."""
 
 from __future__ import annotations
 
@@ -30,26 +30,27 @@ def segmental_advantages(
     A token opens a segment where ``exp(logprob) < p``, and the trace decays by ``lam`` only there; see `recursion`.
 
     Args:
-        rewards: (N,) of ragged, (B, T) of padded responses: r_t, for example 0 but at the last token.
-        values: like ``rewards``: V_t of the state before token t.
-        logprobs: like ``rewards``: of the sampled tokens, under the policy that sampled them and at its temperature.
-        offsets: (B+1,) int64, where responses begin and end in flat tensors; None with flat tensors: one response.
-        mask: like ``rewards``, true where the policy sampled the token. Padding and what a tool wrote are transparent:
-            the recursion runs as if they were not there, and a reward that stands on one goes to the sampled token
-            before it. None: all tokens are sampled.
-        p: probability threshold, in [0, 1]. 0 makes it Monte Carlo; above 1 would be GAE, as `td_recursion` computes.
-        lam: of the advantages, in [0, 1].
+        rewards: r_t, (N,) for ragged or (B, T) for padded responses; for example 0 except at the last token.
+        values: V_t of the state before token t, in the shape of ``rewards``.
+        logprobs: logprobs of the sampled tokens under the policy that sampled them, at its temperature, in the shape of
+            ``rewards``.
+        offsets: (B+1,) int64; response i of flat tensors is ``[offsets[i]:offsets[i + 1]]``. None: one response.
+        mask: true where the policy sampled the token, in the shape of ``rewards``. Padding and tool output are
+            transparent: the recursion skips them, and a reward at such a token goes to the sampled token before it.
+            None: all tokens are sampled.
+        p: probability threshold, in [0, 1]. 0 gives Monte Carlo. For GAE call `td_recursion` with weights of 1.
+        lam: lambda of the advantages, in [0, 1].
         gamma: discount, in [0, 1].
-        value_lam: of the critic's targets, in [0, 1]; 1 gives the Monte-Carlo return.
-        out: two contiguous tensors to write to, as they would be returned; None: new ones.
+        value_lam: lambda of the critic's targets, in [0, 1]. 1 gives the Monte-Carlo return.
+        out: two contiguous tensors for the results, with the shape, type and device of the results. None: new tensors.
 
     Returns:
-        (advantages, returns), both like ``rewards`` and on its device, float32 at least, 0 outside the mask. The
-        advantages are not whitened. No gradient flows through them.
+        (advantages, returns), both in the shape of ``rewards`` and on the device of ``values``, in its type but at least
+        float32, and 0 outside the mask. The advantages are not whitened. Neither has a gradient.
 
     Raises:
-        ValueError: a number out of its range, shapes that differ, no tokens, offsets that do not cover the tokens, or a
-            reward, value or logprob that is not finite, with its response.
+        ValueError: a number is out of its range, shapes differ, there are no tokens, offsets do not cover the tokens, or a
+            reward, value or logprob is not finite (the message names the response).
     """
     _check_knobs(p=p, lam=lam, gamma=gamma, value_lam=value_lam)
     _check_shapes(rewards, values=values, logprobs=logprobs, mask=mask)
@@ -71,8 +72,8 @@ def segmental_advantages(
 
 
 def _check_knobs(**knobs: float) -> None:
-    for name, number in knobs.items():
-        check_number(name, number, 0, 1)
+    for name, value in knobs.items():
+        check_number(name, value, 0, 1)
 
 
 def _check_shapes(rewards: Tensor, **others: Tensor | None) -> None:
@@ -101,5 +102,7 @@ def _checked_offsets(offsets: Tensor | None, rewards: Tensor) -> Tensor:
     lengths = offsets.diff()
     if bool((lengths <= 0).any()):
         response = int((lengths <= 0).nonzero()[0])
-        raise ValueError(f"response {response} has {int(lengths[response])} tokens by the offsets, allowed: at least 1")
+        raise ValueError(
+            f"response {response} has {int(lengths[response])} tokens according to offsets, allowed: at least 1"
+        )
     return offsets

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_rl.algo import LowProbability, segmental_advantages
+from sae_rl.algo import segmental_advantages
+from sae_rl.algo.segmenters import LowProbability
 from sae_rl.types import Batch
 
 from . import oracle

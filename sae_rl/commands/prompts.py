@@ -1,0 +1,56 @@
+"""The prompts of a run: from its configuration to a sampler and held-out prompts."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from transformers import PreTrainedTokenizerBase
+
+from sae_rl.config.schema import Config
+from sae_rl.data.loader import Loader
+from sae_rl.data.sampler import PromptSampler
+from sae_rl.rewards.table import check_verifier, resolve
+from sae_rl.types import Prompt
+
+
+def load_task(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSampler, list[Prompt]]:
+    """The sampler of ``task.train``, and the prompts of ``task.evaluation``: none if the run is never evaluated.
+
+    Raises:
+        ConfigError: everything that is wrong with the files and the keys of both sources.
+    """
+    source = config.task.evaluation if config.evaluation.every_steps else None
+    assert config.task.train is not None, "checked with the configuration"
+    with _loader(config, tokenizer) as loader:
+        sampler = config.task.train.sampler(loader.at("task.train"), config.seed)
+        heldout = [] if source is None else source.prompts(loader.at("task.evaluation"))
+    assert sampler is not None, "a source without sampler has a problem"
+    return sampler, heldout
+
+
+def load_heldout(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts of ``task.evaluation``. Raises ConfigError as `load_task`."""
+    assert config.task.evaluation is not None, "checked with the configuration"
+    with _loader(config, tokenizer) as loader:
+        return config.task.evaluation.prompts(loader.at("task.evaluation"))
+
+
+def _loader(config: Config, tokenizer: PreTrainedTokenizerBase) -> Loader:
+    @cache  # rows of a file ask again and again
+    def check_reward(name: str) -> None:
+        check_verifier(name, resolve(name, config.rewards.verifiers), config.rewards.deadline_s)
+
+    at_once = {
+        "rollout.prompts_per_step": config.rollout.prompts_per_step,
+        "rollout.prompts_under_way": config.rollout.prompts_under_way or 0,
+    }
+    pretraining = config.learner.critic_pretraining
+    if config.algorithm.needs_critic and pretraining.checkpoint is None:
+        at_once["learner.critic_pretraining.num_prompts"] = pretraining.num_prompts
+    return Loader(
+        tokenizer=tokenizer,
+        max_prompt_tokens=config.task.max_prompt_tokens,
+        overlong=config.task.overlong_prompts,
+        check_reward=check_reward,
+        prompts_at_once=at_once,
+    )

@@ -1,0 +1,133 @@
+"""The columns of a row: their names in each published layout, and the values in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from sae_rl.data.rows import BrokenRow, Row, shown
+from sae_rl.settings import Section
+
+Messages = list[dict[str, Any]]  # a chat: {role, content} and other keys of the tokenizer's chat template
+GSM8K_MARK = "####"
+
+
+class Columns(Section):
+    """The names of columns in a file. A dot leads into a nested object; null means the layout's name.
+
+    Every row needs a prompt and an answer. A row without id gets its place in the file as id; a row without reward or
+    task gets those of the source.
+    """
+
+    prompt: str | None = None
+    answer: str | None = None
+    id: str | None = None
+    reward: str | None = None
+    task: str | None = None
+
+    def named(self) -> dict[str, str]:
+        """The columns that are not null."""
+        return {name: column for name, column in self if column is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a published data set lays out its rows."""
+
+    columns: Columns = field(default_factory=Columns)  # null: the column has our own name for it
+    gold: Callable[[str], str] | None = None  # extracts the gold answer from the column; None: the whole column
+
+    def names(self, columns: Columns) -> dict[str, str]:
+        """Our name of every column -> its name in the file, where ``columns`` go before those of the layout."""
+        return {name: name for name in Columns.model_fields} | self.columns.named() | columns.named()
+
+
+def gsm8k_gold(answer: str) -> str:
+    """The number behind ``####``, without the commas between thousands. Raises BrokenRow if there is none."""
+    solution, mark, gold = answer.rpartition(GSM8K_MARK)
+    if not mark or not gold.strip():
+        end = solution if mark else gold
+        raise BrokenRow(f"nothing is behind '{GSM8K_MARK}', where GSM8K has its result: it ends in {shown(end[-40:])}")
+    return gold.strip().replace(",", "")
+
+
+_VERL = Layout(Columns(answer="reward_model.ground_truth", id="extra_info.index", task="data_source"))
+
+LAYOUTS = {
+    "own": Layout(),
+    "verl": _VERL,
+    "dapo_math": _VERL,  # as published it repeats every problem many times: read it with duplicates: drop
+    "gsm8k": Layout(Columns(prompt="question"), gold=gsm8k_gold),
+}
+
+
+def value_at(row: Row, column: str) -> Any:
+    """The value in a column. The full name of a column comes before its parts as a path.
+
+    Raises:
+        BrokenRow: there is no such column.
+    """
+    if column in row:
+        return row[column]
+    value: Any = row
+    for key in column.split("."):
+        if not isinstance(value, Mapping):
+            raise BrokenRow(f"no column {column!r}: {key!r} would be inside {shown(value)}")
+        if key not in value:
+            nearest = get_close_matches(key, value, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise BrokenRow(f"no column {column!r}: found {', '.join(map(repr, value)) or 'nothing'}{hint}")
+        value = value[key]
+    return value
+
+
+def text_at(row: Row, column: str) -> str:
+    """The text in a column. Raises BrokenRow if there is no such column, or if it holds something else."""
+    if not isinstance(value := value_at(row, column), str):
+        raise BrokenRow(f"{column!r} must be text, found {shown(value)}")
+    return checked_text(value, column)
+
+
+def prompt_at(row: Row, column: str) -> str | Messages:
+    """The text or the chat messages in a column.
+
+    Raises:
+        BrokenRow: there is no such column, or it holds something else.
+    """
+    value = value_at(row, column)
+    if not isinstance(value, list):
+        if not text_at(row, column).strip():
+            raise BrokenRow(f"{column!r} is empty")
+        return str(value)
+    good = [isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value]
+    if not value or not all(good):
+        bad = shown(value[good.index(False)]) if value else "none"
+        raise BrokenRow(f"{column!r} must be text or a list of {{role, content}} messages, found {bad}")
+    for message in value:
+        checked_text(message["content"], column)
+    return value
+
+
+def answer_at(row: Row, column: str) -> str:
+    """The answer in a column: text, or any other value as JSON. Raises BrokenRow if there is none."""
+    value = value_at(row, column)
+    if value is None:
+        raise BrokenRow(f"{column!r} must hold an answer, found null")
+    try:
+        return checked_text(value, column) if isinstance(value, str) else json.dumps(value)
+    except TypeError as error:
+        raise BrokenRow(f"{column!r} must be text, or fit into JSON: {error}") from error
+
+
+def checked_text(text: str, column: str) -> str:
+    """The text itself. Raises BrokenRow if it holds a lone surrogate, which has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BrokenRow(
+            f"{column!r} holds half a character (U+{ord(text[error.start]):04X}), which neither tokenizers nor files take"
+        ) from error
+    return text

@@ -1,0 +1,37 @@
+"""Rollouts that an earlier run recorded, as the samples of a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sae_rl.data.sampler import SamplerState
+from sae_rl.records.rollouts import FOLDER, read_step, rollout_files
+from sae_rl.rollouts.groups import StepSamples
+from sae_rl.settings import ConfigError
+
+
+def recorded_files(folder: Path, num_steps: int) -> list[tuple[int, Path]]:
+    """(step, file) of the first ``num_steps`` recorded steps of the run in ``folder``.
+
+    Raises:
+        ConfigError: fewer steps are recorded there.
+    """
+    files = rollout_files(folder)
+    if len(files) < num_steps:
+        raise ConfigError(
+            [
+                f"replay = {folder}: {len(files)} steps are recorded in {folder / FOLDER}, but steps = {num_steps}; lower "
+                "steps, or record more of them (logger.rollouts_every_steps=1)"
+            ]
+        )
+    return files[:num_steps]
+
+
+def recorded_samples(file: Path, sampler: SamplerState) -> StepSamples:
+    """The samples of one recorded step; ``sampler`` goes into the step's checkpoint.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    rollouts, rewards, reasons = read_step(file)
+    return StepSamples(rollouts, rewards, reasons, {}, sampler)

@@ -1,0 +1,134 @@
+"""The responses of one training step, with dynamic sampling (DAPO, arXiv 2503.14476)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sae_rl.config.schema import DynamicSamplingConfig
+from sae_rl.data.sampler import PromptSampler
+from sae_rl.protocols import Metrics
+from sae_rl.rewards.pool import Rewards
+from sae_rl.rollouts.groups import FailedRule, Group, StepSamples, groups_of, observe, sample
+from sae_rl.run import Run
+from sae_rl.types import Prompt, Rollout
+
+Respond = Callable[[list[Prompt], int], tuple[list[Rollout], Rewards]]
+
+
+def sample_step(run: Run, step: int) -> StepSamples:
+    """Samples and checks the responses that step ``step`` trains on.
+
+    Raises:
+        RuntimeError: no engine is left, too many checks failed, or no group is useful.
+    """
+    rollout = run.config.rollout
+
+    def respond_in_round(prompts: list[Prompt], round_number: int) -> tuple[list[Rollout], Rewards]:
+        return respond(run, prompts, f"step {step}" if round_number == 1 else f"step {step} round {round_number}")
+
+    rule = FailedRule.of(run.config)
+    return collect(
+        run.sampler, rollout.prompts_per_step, rollout.group_size, rollout.dynamic_sampling, rule, respond_in_round
+    )
+
+
+def respond(run: Run, prompts: list[Prompt], seed_name: str) -> tuple[list[Rollout], Rewards]:
+    """Samples ``rollout.group_size`` responses to each prompt as training does, and checks them."""
+    rollout = run.config.rollout
+    return sample(
+        prompts,
+        run.workers.rollout,
+        run.rewards,
+        run.clock,
+        group_size=rollout.group_size,
+        sampling=rollout.sampling(rollout.max_response_tokens),
+        seed_name=seed_name,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round of dynamic sampling."""
+
+    prompts: list[Prompt]
+    groups: list[Group]  # one per prompt, without the responses that the rule for failed checks leaves out
+    rewards: Rewards  # one per response
+
+
+def collect(
+    sampler: PromptSampler,
+    num_prompts: int,
+    group_size: int,
+    config: DynamicSamplingConfig,
+    rule: FailedRule,
+    respond: Respond,
+) -> StepSamples:
+    """Samples rounds of prompts until ``num_prompts`` groups are useful, or ``config.max_rounds`` are over.
+
+    Every round is waited for, and useful groups are taken in the order of their prompts. Taking the groups that finish
+    first would prefer short responses, and no run could be repeated. Prompts whose groups are not needed go back to the
+    sampler; the next step samples them again from its own policy.
+
+    Args:
+        respond: (prompts, number of the round) -> their responses and rewards.
+
+    Raises:
+        RuntimeError: no group of any round is useful.
+    """
+    rounds: list[Round] = []
+    kept: list[Group] = []
+    max_rounds = config.max_rounds if config.mode == "resample" else 1
+    while len(kept) < num_prompts and len(rounds) < max_rounds:
+        missing = num_prompts - len(kept)
+        wanted = missing if config.mode == "none" else math.ceil(missing * config.oversampling)
+        prompts = _draw(sampler, wanted, {prompt.id for sampled in rounds for prompt in sampled.prompts})
+        if not prompts:
+            break
+        rollouts, rewards = respond(prompts, len(rounds) + 1)
+        groups = groups_of(rollouts, rewards, group_size, rule)
+        rounds.append(Round(prompts, groups, rewards))
+        observe(sampler, prompts, groups)
+        useful = [i for i, group in enumerate(groups) if group.rollouts and is_useful(group.rewards, config)]
+        kept += [groups[i] for i in useful[:missing]]
+        sampler.put_back([prompts[i] for i in useful[missing:]])
+    if not kept and config.mode != "none":
+        raise RuntimeError(_nothing_useful(rounds, config))
+    return StepSamples.of(kept, _metrics(rounds, kept, config), sampler.state())
+
+
+def is_useful(rewards: Sequence[float], config: DynamicSamplingConfig) -> bool:
+    """Whether a step should train on a group with these rewards."""
+    if config.mode == "none":
+        return True
+    if config.by == "variance":
+        return max(rewards) > min(rewards)
+    return config.success_low <= sum(rewards) / len(rewards) <= config.success_high
+
+
+def _draw(sampler: PromptSampler, wanted: int, seen: set[str]) -> list[Prompt]:
+    """Up to ``wanted`` prompts that this step has not sampled yet; a new epoch within the step would repeat some."""
+    drawn = sampler.next(min(wanted, len(sampler.prompts)))
+    sampler.put_back([prompt for prompt in drawn if prompt.id in seen])
+    return [prompt for prompt in drawn if prompt.id not in seen]
+
+
+def _metrics(rounds: Sequence[Round], kept: Sequence[Group], config: DynamicSamplingConfig) -> Metrics:
+    scores = [score for sampled in rounds for score in sampled.rewards.scores]
+    num_failed = sum(len(sampled.rewards.failures) for sampled in rounds)
+    metrics = {"reward/failed_fraction": num_failed / len(scores)}
+    if config.mode != "none":
+        metrics["sampling/reward_mean"] = sum(scores) / len(scores)
+        metrics["sampling/kept_fraction"] = sum(len(group.rollouts) for group in kept) / len(scores)
+        metrics["sampling/num_rounds"] = float(len(rounds))
+    return metrics
+
+
+def _nothing_useful(rounds: Sequence[Round], config: DynamicSamplingConfig) -> str:
+    scores = [score for sampled in rounds for score in sampled.rewards.scores]
+    return (
+        f"none of {sum(len(sampled.prompts) for sampled in rounds)} groups in {len(rounds)} round(s) is useful by "
+        f"rollout.dynamic_sampling.by = {config.by}; the mean reward is {sum(scores) / len(scores):.3g}: choose problems "
+        "that are easier or harder, or set rollout.dynamic_sampling.mode=none"
+    )

@@ -1,0 +1,77 @@
+"""What the policy, critic and reference workers share: one data-parallel rank of a network in a DeepSpeed engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sae_rl.algo.losses import LossSum
+from sae_rl.backends.deepspeed import Learner, Rank, join_group
+from sae_rl.backends.packing import MicroBatch, draw_mini_batches
+from sae_rl.backends.sequence_parallel import SequenceGroup
+from sae_rl.config.schema import LearnerConfig, ModelConfig
+from sae_rl.types import Batch
+from sae_rl.workers.group import Process
+
+Write = Callable[[Any, Iterable[tuple[str, Tensor]], str, Path], None]
+
+
+class LearnerWorker(Process):
+    """One data-parallel rank. Every method is a collective: all ranks of the role are called with the same arguments."""
+
+    def _start(
+        self,
+        rank: Rank,
+        model: ModelConfig,
+        config: LearnerConfig,
+        build: Callable[[SequenceGroup | None], nn.Module],
+        num_steps: int | None,
+    ) -> None:
+        """Joins the process group and loads the network. ``num_steps`` None: the network is never trained."""
+        join_group(rank)
+        self._model, self._config = model, config
+        self._learner = Learner(build, model, config, rank, num_steps=num_steps)
+
+    def _epoch(
+        self,
+        batch: Batch,
+        loss: Callable[[MicroBatch], LossSum],
+        total: Callable[[Tensor], float],
+        num_mini_batches: int,
+        seed: int,
+    ) -> list[dict[str, float]]:
+        """One pass over a batch: an optimizer update for each mini-batch.
+
+        Args:
+            loss: the sum of the loss over a micro-batch.
+            total: rows (b,) of a mini-batch -> the number that its sum is divided by.
+
+        Returns:
+            For each update, sums over this rank's tokens.
+        """
+        return [
+            self._learner.update(batch, rows, loss, total(rows))
+            for rows in draw_mini_batches(batch.num_responses, num_mini_batches, seed)
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, optimizer, schedule and random states."""
+        self._learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self._learner.load(folder)
+
+    def _export(self, write: Write, network: Any, folder: Path) -> None:
+        """Writes a Hugging Face folder: all ranks gather the weights, rank 0 writes."""
+        weights = self._learner.full_weights()
+        if self._learner.rank.index == 0:
+            write(network, weights, self._model.path, folder)
+        else:
+            for _ in weights:
+                pass
+
+    def close(self) -> None:
+        self._learner.close()
