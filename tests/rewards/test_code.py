@@ -311,15 +311,37 @@ found += [error(libc.unshare(0x10000000)), error(libc.ptrace(0, 0, 0, 0))]
 """
 
 
-@pytest.mark.parametrize("isolation", get_args(Isolation))
-def test_scripts_and_functions_run_behind_the_filter(isolation: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=get_args(Isolation))
+def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isolation:
+    """Each isolation that works on this machine, as if it had been chosen."""
+    isolation: Isolation = request.param
     if (problem := problem_with(isolation)) is not None:
-        pytest.skip(problem)
+        pytest.skip(f"{isolation}: {problem}")
     monkeypatch.setattr("sae_rl.rewards.code.chosen", lambda: isolation)
+    return isolation
+
+
+@pytest.mark.usefixtures("isolation")
+def test_scripts_and_functions_run_behind_the_filter() -> None:
     tests: dict[str, Any] = {"inputs": [""] * 2, "outputs": ["[1, 1, 1, 1]"] * 2}
     assert check(f"{REFUSED_CALLS}print(found)", tests).why == "all 2 tests pass"
     tests = {"fn_name": "f", "inputs": [[]], "outputs": [[1, 1, 1, 1]]}
     assert check(f"{REFUSED_CALLS}def f(): return found", tests).why == "all 1 tests pass"
+
+
+ORDINARY = """
+import os, random, subprocess, tempfile, threading
+subprocess.run(["true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+random.SystemRandom().random()
+with tempfile.TemporaryFile() as file: file.write(b"x")
+thread = threading.Thread(target=os.listdir, args=("/etc",)); thread.start(); thread.join()
+print(len(open("/dev/urandom", "rb").read(8)), os.getcwd(), [os.access(path, os.R_OK) for path in ("/etc", "/dev", "/usr")])
+"""
+
+
+@pytest.mark.usefixtures("isolation")
+def test_programs_find_what_they_usually_need() -> None:
+    assert check(ORDINARY, {"inputs": [""], "outputs": ["8 /tmp [True, True, True]"]}).why == "all 1 tests pass"
 
 
 def test_reward_processes_use_what_the_driver_chose(monkeypatch: pytest.MonkeyPatch) -> None:
