@@ -37,6 +37,8 @@ def command(isolation: Isolation, folder: Path, arguments: Sequence[str], limits
 
 def _bubblewrap(folder: Path, run: Sequence[str], limits: Limits) -> list[str]:
     mounts: list[str] = []
+    for parent in ("/dev", "/etc"):  # bubblewrap makes folders for single files, and closes them to other users
+        mounts += ["--perms", "0755", "--dir", parent]
     for path in _visible():
         mounts += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     for device in DEVICES:

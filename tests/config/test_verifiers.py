@@ -82,6 +82,11 @@ def load(folder: Path, written: str) -> Any:
     )
 
 
+def flow(node: Any) -> str:
+    """A value as an override of Hydra takes it."""
+    return re.sub(r"'(\w+)':", r"\1:", json.dumps(node).replace('"', "'"))
+
+
 @pytest.mark.parametrize("written", WRITTEN)
 def test_a_verifier_is_built_from_the_configuration(written: str, tmp_path: Path) -> None:
     config = load(tmp_path, written)
@@ -102,8 +107,7 @@ def test_a_verifier_is_ready_or_says_which_knob_it_needs(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("verifier", [*{**READY, **WRITTEN}.values()], ids=[*{**READY, **WRITTEN}])
 def test_every_knob_can_be_written(verifier: Any, tmp_path: Path) -> None:
-    written = json.dumps(tree_of(verifier, VERIFIERS))
-    assert load(tmp_path, written.replace('"', "'")).rewards.verifiers["mine"] == verifier
+    assert load(tmp_path, flow(tree_of(verifier, VERIFIERS))).rewards.verifiers["mine"] == verifier
 
 
 @pytest.mark.parametrize("name", VERIFIERS)
@@ -136,9 +140,8 @@ def test_programs_that_cannot_be_isolated_are_refused_before_anything_starts(
     file = tmp_path / "problems.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Add {i}.", "answer": "{}"}) + "\n" for i in range(8)))
     mine = "+rewards.verifiers.mine={name: weighted, parts: [{name: code, time_s: 1, total_s: 1}], weights: [1]}"
-    outcome = train(
-        "task=file", f"task.train.path={file}", f"task.evaluation.path={file}", f"task.train.reward={reward}", mine
-    )
+    files = [f"task.train.path={file}", f"task.evaluation.path={file}", "task.max_prompt_tokens=64"]
+    outcome = train("task=file", *files, f"task.train.reward={reward}", mine)
     told = f"task.train.reward {reward!r}: programs cannot be isolated on this machine (bubblewrap: bwrap is not installed; "
     assert_refused(outcome, told, "unshare: unshare is not installed). Install bubblewrap", "http", "docs/sandbox.md")
 
@@ -174,13 +177,13 @@ def test_defaults_fit_into_the_default_deadline(tmp_path: Path) -> None:
 
 def test_the_examples_of_the_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("my.module")
-    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-        exec(block, vars(module))
     monkeypatch.setitem(sys.modules, "my", ModuleType("my"))
     monkeypatch.setitem(sys.modules, "my.module", module)
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(block, vars(module))
     examples = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)]
     verifiers = {name: knobs for example in examples for name, knobs in example["rewards"]["verifiers"].items()}
-    built = {name: load(tmp_path, json.dumps(knobs).replace('"', "'")) for name, knobs in verifiers.items()}
+    built = {name: load(tmp_path, flow(knobs)) for name, knobs in verifiers.items()}
     scores = {
         name: config.rewards.verifiers["mine"](
             Sample(prompt="", response="так \\boxed{4}", answer="4", num_tokens=60)

@@ -10,7 +10,7 @@ import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -18,6 +18,8 @@ from sae_rl.rewards.code import Code, different, program_of, read_tests, same_va
 from sae_rl.rewards.table import check_verifier
 from sae_rl.rewards.verdict import Sample, Verdict
 from sae_rl.rewards.weighted import Weighted
+from sae_rl.sandbox.isolation import Isolation
+from sae_rl.sandbox.probe import problem_with
 from sae_rl.sandbox.system_calls import (
     ALLOW,
     CLONE,
@@ -293,6 +295,53 @@ def test_the_filter_refuses_these_calls_and_no_others(machine: str) -> None:
     assert {n for n in range(600) if not is_allowed(n)} == whole | {CLONE3[column], SOCKETPAIR[column]}
     other = next(each for each, _ in MACHINES.values() if each != architecture)
     assert answered(code, other, 0) != ALLOW and answered(code, architecture, 0x40000000) != ALLOW
+
+
+REFUSED_CALLS = """
+import ctypes, os, socket
+libc = ctypes.CDLL(None, use_errno=True)
+def error(number):
+    return ctypes.get_errno() if number == -1 else 0
+def number(call):
+    try: call()
+    except OSError as error: return error.errno
+    return 0
+found = [number(lambda: os.memfd_create("x")), number(socket.socket)]
+found += [error(libc.unshare(0x10000000)), error(libc.ptrace(0, 0, 0, 0))]
+"""
+
+
+@pytest.fixture(params=get_args(Isolation))
+def isolation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Isolation:
+    """Each isolation that works on this machine, as if it had been chosen."""
+    isolation: Isolation = request.param
+    if (problem := problem_with(isolation)) is not None:
+        pytest.skip(f"{isolation}: {problem}")
+    monkeypatch.setattr("sae_rl.rewards.code.chosen", lambda: isolation)
+    return isolation
+
+
+@pytest.mark.usefixtures("isolation")
+def test_scripts_and_functions_run_behind_the_filter() -> None:
+    tests: dict[str, Any] = {"inputs": [""] * 2, "outputs": ["[1, 1, 1, 1]"] * 2}
+    assert check(f"{REFUSED_CALLS}print(found)", tests).why == "all 2 tests pass"
+    tests = {"fn_name": "f", "inputs": [[]], "outputs": [[1, 1, 1, 1]]}
+    assert check(f"{REFUSED_CALLS}def f(): return found", tests).why == "all 1 tests pass"
+
+
+ORDINARY = """
+import os, random, subprocess, tempfile, threading
+subprocess.run(["true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+random.SystemRandom().random()
+with tempfile.TemporaryFile() as file: file.write(b"x")
+thread = threading.Thread(target=os.listdir, args=("/etc",)); thread.start(); thread.join()
+print(len(open("/dev/urandom", "rb").read(8)), os.getcwd(), [os.access(path, os.R_OK) for path in ("/etc", "/dev", "/usr")])
+"""
+
+
+@pytest.mark.usefixtures("isolation")
+def test_programs_find_what_they_usually_need() -> None:
+    assert check(ORDINARY, {"inputs": [""], "outputs": ["8 /tmp [True, True, True]"]}).why == "all 1 tests pass"
 
 
 def test_reward_processes_use_what_the_driver_chose(monkeypatch: pytest.MonkeyPatch) -> None:
