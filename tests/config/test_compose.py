@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 from pydantic import ValidationError
-from sae_rl.data.sources.reasoning_gym import TEMPLATE
 
 from sae_rl.algo import ESTIMATORS, SEGMENTERS
 from sae_rl.config.checks import check
 from sae_rl.config.compose import CONF, load_config, load_evaluation_config
 from sae_rl.config.schema import Config, as_tree
+from sae_rl.data.sources.reasoning_gym import TEMPLATE
 from sae_rl.settings import ConfigError
 from sae_rl.types import Batch, Prompt, Rollout, Scores
 
