@@ -1,4 +1,4 @@
-"""A sampler that hands out prompts of one level, and of the next when the policy has learnt to solve them."""
+"""A sampler that draws prompts of one level, and of the next level when the policy solves enough of them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from sae_rl.types import Prompt
 
 class CurriculumState(SamplerState):
     window: list[float]  # scores of the last prompts of this level
-    samplers: list[ShuffleState]  # by level
+    samplers: list[ShuffleState]  # one of each level
 
 
 class CurriculumSampler:
-    """Moves on, and never back, as soon as the mean score over the last ``window_prompts`` prompts reaches ``promote_at``.
+    """Moves to the next level as soon as the mean score of the level's last prompts reaches ``promote_at``.
 
-    Only scores of the level itself count. Prompts of an earlier level that were put back still come first.
+    It never moves back. Prompts of an earlier level that were put back still come first, but their scores do not count.
 
     Args:
         levels: level -> its prompts, from easy to hard.
-        promote_at: mean of the scores of groups.
-        window_prompts: over how many.
+        promote_at: the mean score that ends a level.
+        window_prompts: the number of prompts that the mean is over.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class CurriculumSampler:
         self._promote_at, self._window_prompts = promote_at, window_prompts
         self._samplers = [Sampler(prompts, derive_seed(seed, level)) for level, prompts in levels.items()]
         self._level_of = {prompt.id: i for i, prompts in enumerate(levels.values()) for prompt in prompts}
-        self._at = 0  # an index of _names
+        self._at = 0  # index into _names
         self._window: list[float] = []
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
-        """Of the current level."""
+        """The prompts of the current level."""
         return self._samplers[self._at].prompts
 
     @property

@@ -1,4 +1,4 @@
-"""A sampler that draws from several, by weight."""
+"""A sampler that draws from several samplers by weight."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sae_rl.types import Prompt
 
 
 class MixtureState(SamplerState):
-    counts: dict[str, int]  # prompts that each part gave and that were not put back
+    counts: dict[str, int]  # part -> prompts drawn from it and not put back
     weights: dict[str, float]
     samplers: dict[str, SamplerState]
 
 
 class MixtureSampler:
-    """Each prompt comes from the part that is furthest behind its share, so counts stay within fewer prompts of their
-    shares than there are parts: no batch is drawn by luck, and over many the proportions are exact.
+    """Draws each prompt from the part that is furthest behind its share of all prompts so far.
 
-    A part that has given all its prompts to a batch is left out of the rest of that batch, and catches up later.
+    The count of a part differs from its share by less than the number of parts, and over many batches shares are exact.
+    A part whose prompts are all in a batch gives no more to this batch, and catches up in later ones.
 
     Args:
-        parts: name -> its sampler; prompts carry the name in `Prompt.task`.
+        parts: name -> sampler. `Prompt.task` of its prompts is the name.
         weights: name -> share; they need not add up to one.
     """
 
@@ -44,7 +44,7 @@ class MixtureSampler:
 
     @property
     def epoch(self) -> int:
-        """Of the part that has made the fewest passes."""
+        """The epoch of the part with the fewest passes."""
         return min(part.epoch for part in self._parts.values())
 
     def anew(self, seed: int) -> MixtureSampler:
@@ -70,7 +70,7 @@ class MixtureSampler:
         return [next(drawn[name]) for name in order]
 
     def _furthest_behind(self, names: Sequence[str], done: int) -> str:
-        """Of ``done`` prompts; the first of those that are equally far."""
+        """The part whose count is furthest below its share of ``done`` prompts; the first of equals."""
         return max(names, key=lambda name: self._shares[name] * done - self._counts[name])
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:

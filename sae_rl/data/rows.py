@@ -1,4 +1,4 @@
-"""The rows of JSONL, of parquet and of Hugging Face data sets, each with its place; and every broken one by name."""
+"""Reads the rows of JSONL, parquet and Hugging Face data sets, and reports every broken row with its place."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 Row = dict[str, Any]
-Rows = Iterator[tuple[str, "Row | BrokenRow"]]  # (where, what)
-MAX_REPORTED = 50  # broken rows that an error names one by one
+Rows = Iterator[tuple[str, "Row | BrokenRow"]]  # (place such as "line 3", row)
+MAX_REPORTED = 50  # broken rows that one message lists
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class BrokenRow(ValueError):
-    """What is wrong with one row, without saying which."""
+    """What is wrong with a row. The message does not name the row."""
 
 
 def parse_rows(
@@ -26,20 +26,19 @@ def parse_rows(
     subset: str | None = None,
     limit: int | None = None,
 ) -> tuple[list[T], list[str]]:
-    """``parse(row, where)`` of every row that is good; it reports what is wrong by raising `BrokenRow`, and leaves a row
-    out with None.
+    """Calls ``parse(row, where)`` for every row. ``parse`` raises `BrokenRow`, or returns None to leave the row out.
 
     Args:
         path: a JSONL or parquet file, a folder of ``datasets.save_to_disk``, or a name on the Hugging Face hub.
-        split: of a Hugging Face data set that has several.
-        subset: of one on the hub that has several.
-        limit: the first so many are enough, and what lies behind them is not read; None: all.
+        split: the split of a Hugging Face data set with several splits.
+        subset: the subset of a data set on the hub with several subsets.
+        limit: stop after so many parsed rows; None: read all.
 
     Returns:
-        What was parsed, and what is wrong: lines that name every broken row, empty if none is.
+        The parsed rows, and lines that name every broken row.
 
     Raises:
-        ValueError: there is nothing of that name, or it is empty, cut, or of another kind.
+        ValueError: the file or data set does not exist, is empty or truncated, or has another format.
     """
     parsed: list[T] = []
     broken: list[str] = []
@@ -61,7 +60,7 @@ def parse_rows(
 
 
 def listed(title: str, problems: Sequence[str]) -> list[str]:
-    """The lines of a message: none without a problem, and not thousands with thousands."""
+    """The title and the problems as lines of a message, at most `MAX_REPORTED`; no line without a problem."""
     more = [f"... and {len(problems) - MAX_REPORTED} more"] if len(problems) > MAX_REPORTED else []
     return [title, *(f"  {line}" for line in (*problems[:MAX_REPORTED], *more))] if problems else []
 
@@ -70,7 +69,7 @@ def _rows(path: str, split: str | None, subset: str | None) -> Rows:
     kinds = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     file = Path(path)
     if file.is_dir():
-        _only_of_the_hub(path, subset=subset)
+        _refuse(path, subset=subset)
         return _saved_rows(path, split)
     if file.is_file() or file.suffix in kinds:
         if file.suffix not in kinds:
@@ -80,14 +79,15 @@ def _rows(path: str, split: str | None, subset: str | None) -> Rows:
             )
         if not file.is_file():
             raise ValueError(f"{path}: there is no such file")
-        _only_of_the_hub(path, split=split, subset=subset)
+        _refuse(path, split=split, subset=subset)
         return kinds[file.suffix](file)
     if not HUB_NAME.fullmatch(path):
         raise ValueError(f"{path}: there is no such file or folder")
     return _hub_rows(path, split, subset)
 
 
-def _only_of_the_hub(path: str, **given: str | None) -> None:
+def _refuse(path: str, **given: str | None) -> None:
+    """Raises ValueError if a key is given that a file without splits or subsets cannot have."""
     for key, value in given.items():
         if value is not None:
             raise ValueError(f"{path}: {key} = {value!r}, but it holds one data set; set {key} to null")
@@ -107,7 +107,7 @@ def _json_row(line: bytes) -> Row | BrokenRow:
         return BrokenRow(f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}")
     except json.JSONDecodeError as error:
         return BrokenRow(f"not JSON: {error.msg} at column {error.colno}")
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # Python refuses a number of thousands of digits
         return BrokenRow(f"not read: {error}")
     except RecursionError:
         return BrokenRow("not read: its brackets are nested too deeply")
@@ -135,7 +135,7 @@ def _parquet_rows(file: Path) -> Rows:
 def _python_rows(chunk: Any) -> Iterator[Row | BrokenRow]:
     try:
         yield from chunk.to_pylist()
-    except UnicodeDecodeError:  # somewhere: which row is it?
+    except UnicodeDecodeError:  # it does not say in which row
         for index in range(chunk.num_rows):
             try:
                 yield chunk.slice(index, 1).to_pylist()[0]
@@ -161,7 +161,7 @@ def _saved_rows(folder: str, split: str | None) -> Rows:
             yield f"row {number}", row
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: it is a folder, but not a whole one of datasets.save_to_disk ({error})") from error
-    except IndexError:  # of datasets, which cannot read what it saved of a data set without rows
+    except IndexError:  # the library cannot read its own file of a data set without rows
         return
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         behind = f"cannot be read behind row {number}: " if number else ""
@@ -173,7 +173,7 @@ def _hub_rows(name: str, split: str | None, subset: str | None) -> Rows:
 
     try:
         loaded = load_dataset(name, subset, split=split)
-    except (OSError, ValueError, RuntimeError) as error:  # no network, no such name, subset or split
+    except (OSError, ValueError, RuntimeError) as error:  # no network, or no such name, subset or split
         raise ValueError(
             f"{name}: there is no such file or folder, and the hub gave no data set of that name "
             f"({str(error).strip().splitlines()[0]}). Without a network: save it where there is one, with "
@@ -186,6 +186,6 @@ def _hub_rows(name: str, split: str | None, subset: str | None) -> Rows:
 
 
 def shown(value: Any) -> str:
-    """A value in a message."""
+    """A value as a message shows it: JSON of at most 60 characters."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."

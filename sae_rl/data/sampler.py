@@ -1,4 +1,4 @@
-"""Hands out prompts, epoch after epoch, and remembers where it was."""
+"""Draws the prompts of each step, and can save and restore its position."""
 
 from __future__ import annotations
 
@@ -11,62 +11,62 @@ from sae_rl.types import Prompt
 
 
 class SamplerState(TypedDict):
-    """Everything that decides the next prompts; plain values, fit for JSON. Each kind of sampler adds its own keys."""
+    """Everything that decides the next prompts, as plain values for JSON. Each kind of sampler adds its own keys."""
 
     kind: str
     epoch: int
-    levels: list[int]  # of the curricula, in their order
+    levels: list[int]  # the current level of each curriculum
 
 
 class PromptSampler(Protocol):
-    """What a run draws its prompts from."""
+    """The source of a run's prompts."""
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
-        """All that it draws from now, in their own order."""
+        """The prompts that it draws from at present, unshuffled."""
         ...
 
     @property
     def epoch(self) -> int: ...
 
     def next(self, num_prompts: int) -> list[Prompt]:
-        """Different prompts, at most as many as `prompts` has. Raises ValueError for other numbers."""
+        """``num_prompts`` different prompts. Raises ValueError if that is below 1 or above the number of `prompts`."""
         ...
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
-        """Prompts that were handed out and are not used now: they come before others, in this order."""
+        """Returns drawn prompts that were not used. They come next, in this order."""
         ...
 
     def observe(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
-        """What the policy scored: of each prompt the mean of its group."""
+        """Reports the policy's scores: for each prompt the mean of its group."""
         ...
 
     def state(self, unused: Sequence[Prompt] = ()) -> SamplerState:
-        """Where it is; as if the prompts ``unused``, which it handed out, had been put back."""
+        """Its position, as if the drawn prompts ``unused`` had been put back."""
         ...
 
     def load_state(self, state: SamplerState) -> None:
-        """Goes on exactly where ``state`` was taken. Raises ValueError if it is of other prompts or another seed."""
+        """Continues exactly where ``state`` was taken. Raises ValueError if it has other prompts or another seed."""
         ...
 
     def anew(self, seed: int) -> PromptSampler:
-        """One that begins, with the same prompts in another order."""
+        """A new sampler of the same prompts, with another seed."""
         ...
 
 
 class ShuffleState(SamplerState):
     seed: int
-    fingerprint: str  # of the data set, since positions in another one mean nothing
-    position: int  # prompts of this epoch that were handed out
-    postponed: list[int]  # moved to the end of this epoch: the batch that began it held them already
-    pending: list[int]  # handed out and put back: the next ones to hand out
+    fingerprint: str  # of the prompts: a position among other prompts means nothing
+    position: int  # prompts drawn in this epoch
+    postponed: list[int]  # moved to the end of this epoch, because the batch that began it held them already
+    pending: list[int]  # drawn and put back: the next ones to draw
 
 
 class Sampler:
-    """Goes through a shuffled list of prompts; every epoch has its own order, decided by (seed, epoch).
+    """Draws from a shuffled list of prompts. Every epoch has an order of its own, which (seed, epoch) decides.
 
-    A batch that reaches the end of an epoch goes on in the next one, so no prompt is ever dropped, and one batch never
-    holds a prompt twice.
+    A batch that reaches the end of an epoch continues in the next one, so no prompt is dropped. No batch holds a prompt
+    twice.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
@@ -109,7 +109,7 @@ class Sampler:
                 "ask for fewer prompts per step or give more data"
             )
         chosen: list[int] = []
-        again: list[int] = []  # a prompt of an epoch ago that was put back, and comes in this epoch as well
+        again: list[int] = []  # prompts that were put back in the last epoch and come in this one as well
         while len(chosen) < num_prompts:
             i = self._pending.pop(0) if self._pending else self._draw(chosen)
             (again if i in chosen else chosen).append(i)
@@ -123,11 +123,11 @@ class Sampler:
         return self._order[self._position - 1]
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
-        """Prompts that were handed out and are not used now: they come before all others, in this order."""
+        """Returns drawn prompts that were not used. They come next, in this order."""
         self._pending = [self._index[prompt.id] for prompt in prompts] + self._pending
 
     def observe(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
-        """Scores change nothing here."""
+        """Does nothing: scores do not change the order."""
 
     def state(self, unused: Sequence[Prompt] = ()) -> ShuffleState:
         return ShuffleState(
@@ -142,11 +142,7 @@ class Sampler:
         )
 
     def load_state(self, state: SamplerState) -> None:
-        """Goes on exactly where ``state`` was taken.
-
-        Raises:
-            ValueError: the state belongs to other prompts or to another seed.
-        """
+        """Continues exactly where ``state`` was taken. Raises ValueError if it has other prompts or another seed."""
         check_kind(state, "shuffle")
         saved = cast(ShuffleState, state)
         if saved["fingerprint"] != self._fingerprint:
@@ -167,7 +163,7 @@ class Sampler:
 
 
 def check_kind(state: SamplerState, kind: str) -> None:
-    """Raises ValueError unless a sampler of this kind saved the state."""
+    """Raises ValueError if a sampler of another kind saved the state."""
     if state["kind"] != kind:
         raise ValueError(
             f"the saved sampler is a {state['kind']}, this one a {kind}; resume with the same sources, or start anew"
@@ -175,7 +171,7 @@ def check_kind(state: SamplerState, kind: str) -> None:
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Differs when the prompts, their order or their answers differ."""
+    """A hash of the prompts, their answers and their order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(repr((prompt.id, prompt.text, prompt.answer)).encode())

@@ -1,6 +1,6 @@
-"""The tasks of reasoning-gym (arXiv 2505.24760) by name: their knobs and levels are checked, and their scorers made.
+"""The tasks of reasoning-gym (arXiv 2505.24760) by name, with checks of their knobs and levels.
 
-reasoning-gym is imported inside functions: it takes seconds, and few runs need it.
+reasoning-gym is imported inside functions, because its import takes seconds and few runs need it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from sae_rl.settings import BadKeys, describe, nearest
 
-OWN_KEYS = ("seed", "size")  # of every task's configuration; a source has keys of its own for them
+OWN_KEYS = ("seed", "size")  # fields of every task's configuration that are no knobs of a source
 
 
 def make_dataset(task: str, knobs: Mapping[str, Any], *, seed: int, size: int) -> Any:
@@ -28,7 +28,7 @@ def make_dataset(task: str, knobs: Mapping[str, Any], *, seed: int, size: int) -
     if unknown:
         raise BadKeys(*unknown)
     try:
-        # Reads dates, tuples and enumerations from what YAML has, and checks types; reasoning-gym checks ranges.
+        # pydantic reads dates, tuples and enumerations from YAML values and checks types; reasoning-gym checks ranges.
         config = TypeAdapter(config_class).validate_python({**knobs, "seed": seed, "size": size})
         return dataset_class(config=config)
     except ValidationError as error:
@@ -38,10 +38,10 @@ def make_dataset(task: str, knobs: Mapping[str, Any], *, seed: int, size: int) -
 
 
 def knobs_at(task: str, knobs: Mapping[str, Any], levels: Mapping[str, int] | int | None) -> dict[str, Any]:
-    """``knobs`` and those that levels of difficulty stand for.
+    """``knobs``, and the knobs that levels of difficulty stand for.
 
     Args:
-        levels: by attribute of the task's curriculum; or one for all attributes, each at most at its highest.
+        levels: attribute of the task's curriculum -> level; or one level for all attributes, each up to its highest.
 
     Raises:
         BadKeys: there is no such task, curriculum, attribute or level, or a knob is given twice.
@@ -77,7 +77,7 @@ def knobs_at(task: str, knobs: Mapping[str, Any], levels: Mapping[str, int] | in
 
 
 def task_names() -> list[str]:
-    """Every task that a source may name."""
+    """The names of all tasks."""
     from reasoning_gym.factory import DATASETS
 
     return sorted(DATASETS)

@@ -23,15 +23,15 @@ ATTEMPT_WORDS = 14
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Countdown:
-    """The knobs of the task; ``greedy_fraction`` sets how good its demonstrations are."""
+    """The task with its knobs. ``greedy_fraction`` sets how good its demonstrations are."""
 
     num_numbers: int = 5
     max_number: int = 9
     min_target: int = 10
     max_target: int = 60
-    near: int = 2  # the largest distance that is rewarded
+    near: int = 2  # the largest rewarded distance
     max_attempts: int = 5
-    greedy_fraction: float = 0.0  # of the demonstrated attempts are the best possible, the others are random
+    greedy_fraction: float = 0.0  # share of demonstrated attempts that are the best possible; the others are random
 
     name = "countdown"
     reward = "countdown"
@@ -65,7 +65,7 @@ class Countdown:
                 f"numbers up to {self.max_number}; raise countdown.max_number or widen the targets"
             )
 
-        def key(problem: tuple[list[int], int]) -> str:  # the order of the numbers does not make a new problem
+        def key(problem: tuple[list[int], int]) -> str:  # problems are the same if only the order of numbers differs
             return f"{sorted(problem[0])} {problem[1]}"
 
         numbers, target = draw_from_split(draw, key, seed, split, index)
@@ -94,13 +94,13 @@ def read_prompt(prompt: str) -> tuple[list[int], int]:
 
 
 def calculate(a: int, operation: str, b: int) -> int | None:
-    """The result; None: it has no word."""
+    """The result, or None if the vocabulary has no word for it."""
     result = {"+": a + b, "-": a - b, "*": a * b}[operation]
     return result if 0 <= result <= LARGEST else None
 
 
 def attempts(numbers: list[int]) -> list[tuple[int, str, int, int, str, int, int]]:
-    """Every (a, operation, b, a o b, operation, c, result) that the numbers allow, each once."""
+    """Every different (a, operation, b, result of both, operation, c, result) that the numbers allow."""
     found = []
     for (a, b, c), (first, second) in product(sorted(set(permutations(numbers, 3))), product(OPERATIONS, repeat=2)):
         between = calculate(a, first, b)
@@ -111,7 +111,7 @@ def attempts(numbers: list[int]) -> list[tuple[int, str, int, int, str, int, int
 
 
 def countdown(prompt: str, response: str, answer: str) -> float:
-    """1 if the last attempt is correct, uses given numbers at most once each, and is near the target; else 0."""
+    """1 if the last attempt is correct, uses each given number at most once, and is near the target; else 0."""
     rules = json.loads(answer)
     numbers, target = read_prompt(prompt)
     words = response.split()

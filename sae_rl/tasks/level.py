@@ -23,17 +23,17 @@ from sae_rl.tasks.task import Problem, Split, draw_from_split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """The knobs of the task; ``random_fraction`` and ``temperature`` set how good its demonstrations are."""
+    """The task with its knobs. ``random_fraction`` and ``temperature`` set how good its demonstrations are."""
 
     num_steps: int = 12
-    need: int = 6  # steps that must end inside the band
+    need: int = 6  # steps that must end inside the band for a reward
     band: int = 2
     limit: int = 12
     min_drift: int = 2
     max_drift: int = 7
     actions: tuple[int, ...] = (-8, -5, -3, -1, 1, 3, 5, 8)
-    random_fraction: float = 0.4  # of the demonstrated actions are uniform,
-    temperature: float = 4.0  # the others follow softmax(-|level after| / temperature)
+    random_fraction: float = 0.4  # share of demonstrated actions that are uniform
+    temperature: float = 4.0  # the other actions follow softmax(-|level after| / temperature)
 
     name = "level"
     reward = "level"
@@ -93,7 +93,7 @@ def drifts_of(prompt: str) -> list[int]:
 
 
 def trace(drifts: list[int], pick: Callable[[int], int], limit: int, band: int) -> tuple[str, int]:
-    """The response that the decisions ``pick(level)`` imply, and how many steps it ended inside the band."""
+    """The response with the decisions ``pick(level)``, and the number of steps that end inside the band."""
     words: list[str] = []
     level, outside = 0, 0
 
@@ -116,7 +116,7 @@ def trace(drifts: list[int], pick: Callable[[int], int], limit: int, band: int) 
 
 
 def steps_inside(prompt: str, response: str, answer: str) -> int | None:
-    """Steps that ended inside the band; None: the response is not the trace that its own decisions imply."""
+    """The number of steps that end inside the band, or None if the response is not the exact trace of its decisions."""
     rules = json.loads(answer)
     names = {f"A{action:+d}": action for action in rules["actions"]}
     words = response.split()

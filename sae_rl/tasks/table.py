@@ -1,4 +1,4 @@
-"""The procedural tasks by name. To add one, write a class like `Level` or `Countdown` and put it in `TASKS`."""
+"""The procedural tasks by name. A new task is a class in a file of its own, and its line in `TASKS`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TASKS: dict[str, type[Any]] = {"countdown": Countdown, "level": Level}
 
 
 def knobs_of(name: str) -> list[str]:
-    """The names of a task's knobs."""
+    """The knobs of a task: the fields of its dataclass."""
     return [field.name for field in dataclasses.fields(TASKS[name])]  # type: ignore[arg-type]
 
 
 def make_task(name: str, knobs: Mapping[str, Any]) -> Task:
-    """The task with these knobs of its own. Raises ValueError if it refuses one, or if one is of the wrong type."""
-    assert knobs.keys() <= set(knobs_of(name)), "pydantic would ignore what it does not know"
+    """The task with these knobs, which must be in `knobs_of`. Raises ValueError for a wrong type or range."""
+    assert knobs.keys() <= set(knobs_of(name)), "pydantic would ignore unknown knobs"
     try:
         task: Task = TypeAdapter(TASKS[name]).validate_python(dict(knobs))
     except ValidationError as error:

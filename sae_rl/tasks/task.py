@@ -1,4 +1,4 @@
-"""What a procedural task is: problems by number, demonstrations, and a reward that checks them."""
+"""The protocol of a procedural task, and its two splits."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from sae_rl.settings import BadKeys
 
 T = TypeVar("T")
 Split = Literal["train", "held_out"]
-HELD_OUT_SHARE = 8  # one problem in so many belongs to the held-out split
-MAX_DRAWS = 10_000  # for one problem of a split
+HELD_OUT_SHARE = 8  # one problem in eight belongs to the held-out split
+MAX_DRAWS = 10_000  # attempts to draw one problem of a split
 MAX_BARREN_DRAWS = 1000  # draws in a row without a new problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """A prompt and what its verifier needs to know, both as text."""
+    """A prompt, and the answer that its verifier reads."""
 
     prompt: str
     answer: str
 
 
 class Task(Protocol):
-    """A family of problems that a program writes and a program checks.
+    """Problems that a program writes and a program checks.
 
-    Prompts and responses are words separated by single spaces; `words` is the whole vocabulary.
+    Prompts and responses are words separated by single spaces.
     """
 
     @property
@@ -36,31 +36,31 @@ class Task(Protocol):
 
     @property
     def reward(self) -> str:
-        """Name in `sae_rl.rewards.table.READY`."""
+        """The name of its verifier in `sae_rl.rewards.table.READY`."""
         ...
 
     def words(self) -> tuple[str, ...]:
-        """Every word that a prompt or a response may contain, in the order of their ids."""
+        """The vocabulary of prompts and responses, in the order of token ids."""
         ...
 
     def problem(self, seed: int, split: Split, index: int) -> Problem:
-        """Problem ``index`` of a split; it depends on nothing but the arguments and the task's knobs."""
+        """Problem ``index`` of a split. Only the arguments and the task's knobs decide it."""
         ...
 
     def demonstration(self, problem: Problem, rng: random.Random) -> str:
-        """A response in the right format, of the quality that a base policy should have."""
+        """A response in the right format, as good as a base policy should be."""
         ...
 
 
 def split_of(key: str) -> Split:
-    """The split that a problem belongs to, by a hash of its content, so that no seed can mix them."""
+    """The split of a problem. A hash of its content decides, so the splits of different seeds share no problem."""
     return "held_out" if hashlib.sha256(key.encode()).digest()[0] % HELD_OUT_SHARE == 0 else "train"
 
 
 def draw_from_split(
     draw: Callable[[random.Random], T], key: Callable[[T], str], seed: int, split: Split, index: int
 ) -> T:
-    """Draws until the problem belongs to ``split``. Raises BadKeys if hardly any does."""
+    """Calls ``draw`` until the problem belongs to ``split``. Raises BadKeys after `MAX_DRAWS` attempts."""
     if split not in ("train", "held_out"):
         raise ValueError(f"split: found {split!r}, allowed are 'train' and 'held_out'")
     if index < 0:

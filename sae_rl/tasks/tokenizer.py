@@ -1,4 +1,4 @@
-"""Word-level tokenizers for the procedural tasks, made by code: one word, one token."""
+"""Word-level tokenizers of the procedural tasks: one word, one token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
 
 
 def build_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer that splits at spaces, puts BOS before a text, and decodes to words joined by single spaces.
+    """A tokenizer that splits at spaces, puts BOS before the text, and decodes to words with single spaces between.
 
     Raises:
-        ValueError: a word that is empty, repeated, special, or contains white space.
+        ValueError: a word is empty, repeated or special, or contains white space.
     """
     specials = (PAD, BOS, EOS, UNKNOWN)
     vocabulary = {word: i for i, word in enumerate((*specials, *words))}

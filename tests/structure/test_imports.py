@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "tasks": ["settings"],
     "reasoning_gym": ["seeds", "settings", "tasks"],
     "rewards": ["knobs", "reasoning_gym", "sandbox", "types"],
-    "data": ["reasoning_gym", "rewards", "seeds", "settings", "tasks", "types"],
+    "data": ["reasoning_gym", "seeds", "settings", "tasks", "types"],
     "config": ["algo", "data", "rewards", "settings", "types"],
     "protocols": ["rewards", "types"],
     "checkpoint": ["data", "protocols"],
