@@ -11,7 +11,7 @@ and return new tensors unless their name says that memory is reused: the first u
 "Whole" is `segmental_advantages` with all its checks, then `Whitening` of the advantages.
 
 The padded loops are our own code in the form of other trainers: "verl's form" carries value and advantage over masked
-positions, "OpenRLHF's form" masks its inputs first. They compute GAE, which costs as much as SAE. torchrl is included if it is
+positions, "OpenRLHF's form" masks its inputs first. They compute GAE, which costs as much as SAE. torchrl is timed if it is
 installed, with one lambda per token, so that it computes SAE.
 """
 
