@@ -1,18 +1,18 @@
-"""Advantages of one batch: this library, loops over padded time as peers write them, and the floor that memory sets.
+"""Advantages of one batch: this library, loops over padded time as in other trainers, and the limit set by memory.
 
     python -m benchmarks.advantage [--shapes 512x1024 512x8192 4096x8192 8x131072] [--rounds 5]
 
-Lengths are lognormal (sigma 0.6), about half of a padded batch is padding; values and logprobs are random, 1.8 % of the
-tokens open a segment, and the last token of a response is rewarded. The floor is one pass over the real tokens that reads
-three float32 arrays and writes two, 20 bytes a token, always to the same memory. Programs take turns in every round; the
-table gives the best time of each, and ratios of best times. All use one thread unless their name says two, and return new
-tensors unless it says that they are reused: the first use of memory costs more than the arithmetic.
+Lengths are lognormal (sigma 0.6), so about half of a padded batch is padding. Values and logprobs are random, 1.8 % of the
+tokens open a segment, and the last token of each response has the reward. The floor is one pass over the real tokens that
+reads three float32 arrays and writes two, 20 bytes per token, always in the same memory. Programs take turns in every round.
+The table shows the best time of each program and ratios of best times. Programs use one thread unless their name says two,
+and return new tensors unless their name says that memory is reused: the first use of memory costs more than the arithmetic.
 
-"Whole" is `segmental_advantages` with all its checks, and `Whitening` of its advantages.
+"Whole" is `segmental_advantages` with all its checks, then `Whitening` of the advantages.
 
-The padded loops are ours, in the form of the peers': "verl's form" carries value and advantage over masked positions,
-"OpenRLHF's form" masks its inputs first. They compute GAE, which costs what SAE does. torchrl is timed where it is
-installed, with a lambda for each token, so that it computes SAE.
+The padded loops are our own code in the form of other trainers: "verl's form" carries value and advantage over masked
+positions, "OpenRLHF's form" masks its inputs first. They compute GAE, which costs as much as SAE. torchrl is timed if it is
+installed, with one lambda per token, so that it computes SAE.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Program = Callable[[], Any]
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One batch, ragged and padded at the right."""
+    """One ragged batch, and its mask when padded on the right."""
 
     rewards: Tensor  # (N,)
     values: Tensor  # (N,)
@@ -89,7 +89,7 @@ def read_three_write_two(a: Any, b: Any, c: Any, x: Any, y: Any) -> None:
 
 
 def loop_in_the_form_of_verl(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """What lies behind a masked position is carried over it, by blending."""
+    """Value and advantage are carried over masked positions by blending."""
     kept = mask.to(values.dtype)
     next_value, carried = values.new_zeros(len(values)), values.new_zeros(len(values))
     columns: list[Tensor] = []
@@ -104,7 +104,7 @@ def loop_in_the_form_of_verl(rewards: Tensor, values: Tensor, mask: Tensor, lam:
 
 
 def loop_in_the_form_of_openrlhf(rewards: Tensor, values: Tensor, mask: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """Inputs are set to 0 outside the mask; then a plain loop."""
+    """Inputs are set to 0 outside the mask before a plain loop."""
     values, rewards = values * mask, rewards * mask
     carried: Tensor | float = 0.0
     columns: list[Tensor] = []

@@ -2,8 +2,8 @@
 
     make docs
 
-The chain has no reward but at its end. Its critic is wrong by at most ``ERROR e^(-DECAY t)``, as one that knows more the
-longer it has read. What SAE makes of it is measured on sampled chains by `sae_rl.algo.td_recursion`.
+The only reward of a chain is at its end. The critic's error at token t is at most ``ERROR e^(-DECAY t)``: it knows more the
+longer the prefix is. The bias is measured on sampled chains with `sae_rl.algo.td_recursion`.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, slots=True)
 class Chains:
-    """Sampled chains, flat, (N,) each, and their values."""
+    """Sampled chains, as flat (N,) tensors."""
 
     rewards: Tensor
     values: Tensor  # V of the state before each token
-    errors: Tensor  # the critic says V + error
+    errors: Tensor  # the critic's values are V + error
     offsets: Tensor  # (num_chains + 1,)
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of SAE's return ``A + V`` with segments of one length."""
+    """Results for SAE's return ``A + V`` with segments of one length."""
 
     length: int
     first: float  # bias at the first token
-    mean: float  # of the bias over all tokens
-    bound: float  # of the bias at the first token
-    exact: float  # bias at the first token with an exact critic, which is 0 but for the sampling
-    exact_error: float  # its standard error
-    std: float  # of the advantages with an exact critic
+    mean: float  # mean bias over all tokens
+    bound: float  # upper bound of the bias at the first token
+    exact: float  # bias at the first token with an exact critic: 0 except for sampling noise
+    exact_error: float  # standard error of `exact`
+    std: float  # std of the advantages with an exact critic
 
 
 def sample(num_chains: int, seed: int = 0) -> Chains:
-    """Chains of 1024 steps between six states that they mostly stay in; half of the states end with reward 1."""
+    """Chains of 1024 steps over six states, which mostly stay in their state; ending in half of the states pays reward 1."""
     rng = np.random.default_rng(seed)
     moves = 0.97 * np.eye(NUM_STATES) + 0.03 * rng.dirichlet(np.ones(NUM_STATES), NUM_STATES)
     pays = np.arange(NUM_STATES) % 2
@@ -65,7 +65,7 @@ def sample(num_chains: int, seed: int = 0) -> Chains:
         states[:, t + 1] = (rng.random((num_chains, 1)) > thresholds[states[:, t]]).sum(1).clip(max=NUM_STATES - 1)
     rewards = np.zeros((num_chains, NUM_TOKENS))
     rewards[:, -1] = pays[states[:, -1]]
-    share = rng.uniform(0.5, 1, NUM_STATES)  # of the envelope, by state
+    share = rng.uniform(0.5, 1, NUM_STATES)  # the error of each state, as a fraction of the envelope
     errors = ERROR * np.exp(-DECAY * np.arange(NUM_TOKENS)) * share[states[:, :-1]]
     known = values[np.arange(NUM_TOKENS), states[:, :-1]]
     flat = (torch.from_numpy(array.reshape(-1)) for array in (rewards, known, errors))
@@ -99,10 +99,10 @@ def measure(chains: Chains, length: int) -> Measured:
     )
 
 
-def slope(found: Sequence[Measured], of: str) -> float:
-    """Of log bias over log M, by least squares within FITTED."""
+def slope(found: Sequence[Measured], bias: str) -> float:
+    """Least-squares slope of log bias over log M, for M within FITTED."""
     inside = [one for one in found if FITTED[0] <= one.length <= FITTED[1]]
-    lengths, biases = [one.length for one in inside], [getattr(one, of) for one in inside]
+    lengths, biases = [one.length for one in inside], [getattr(one, bias) for one in inside]
     return float(np.polyfit(np.log(lengths), np.log(biases), 1)[0])
 
 
@@ -152,26 +152,27 @@ PAGE = """# Segments and the bias of a wrong critic
 
 Written by `make docs`.
 
-SAE's paper (arXiv 2601.07320) bounds its bias for segments of M tokens and a critic whose error lies under an exponential
-envelope: the bound falls like 1/M. Here is why, and what it is on a chain whose values are known.
+SAE's paper (arXiv 2601.07320) bounds the bias of SAE for segments of M tokens and a critic whose error lies under an
+exponential envelope. The bound falls like 1/M. This page derives the bound and measures the bias on a Markov chain whose
+values are known.
 
-Let the critic be wrong by at most `C e^(-beta t)` at token t, as one that knows more the longer it has read. SAE's return
-bootstraps from the critic only where a segment opens. Seen from the first token the k-th such place is token k M, its
-weight `(1 - lam) lam^(k-1)`, so that the bias of `A + V` there is at most
+Let the critic's error at token t be at most `C e^(-beta t)`: the critic knows more the longer the prefix is. SAE's return
+bootstraps from the critic only where a segment opens. For the first token, the k-th such place is token k M, with weight
+`(1 - lam) lam^(k-1)`. So the bias of `A + V` at the first token is at most
 
     sum over k of (1 - lam) lam^(k-1) C e^(-beta k M)  =  C (1 - lam) / (e^(beta M) - lam)
                                                       <=  C (1 - lam) / (1 - lam + beta M)
 
-GAE is M = 1, and bootstraps at every token, right away, where the critic knows least. Monte Carlo never bootstraps. A
-critic that is wrong by the same C everywhere is another matter: its bias is `C (1 - lam^K)` with K boundaries ahead, and M
-matters only where few are left.
+GAE is the case M = 1. It bootstraps at every token, including the first ones, where the critic knows least. Monte Carlo
+never bootstraps. If the critic's error is C at every token instead, the bias is `C (1 - lam^K)` with K boundaries ahead, so
+M matters only where few boundaries are left.
 
-The chain: {states} states, {tokens} tokens, one reward at the end, {chains} sampled chains; lam = {lam}, C = {error},
-beta = {decay}, the error of a state between half of the envelope and all of it. The advantages are those of
-`sae_rl.algo.td_recursion` with segments of M tokens; the bias is the difference to those with the exact critic on the same
-chains. Fitted from M = {low} to {high}, the bias falls like M^{first_slope:.2f} at the first token and like
-M^{mean_slope:.2f} on average over all tokens; for larger M, where the first boundary already lies behind most of the
-error, it falls faster.
+The chain has {states} states, {tokens} tokens and one reward at the end; {chains} chains are sampled. lam = {lam}, C =
+{error}, beta = {decay}, and the error of a state lies between half of the envelope and the whole envelope. The advantages
+are computed by `sae_rl.algo.td_recursion` with segments of M tokens. The bias is their difference from the advantages under
+the exact critic on the same chains. Fitted from M = {low} to {high}, the bias falls like M^{first_slope:.2f} at the first
+token and like M^{mean_slope:.2f} on average over all tokens. For larger M it falls faster, because the first boundary then
+lies behind most of the error.
 
 ![bias over M](bias.svg)
 
@@ -179,8 +180,8 @@ error, it falls faster.
 |--:|--:|--:|--:|--:|--:|
 {rows}
 
-With an exact critic every M has the same expectation: where a segment opens does not depend on what was sampled here. What
-longer segments cost is variance, as the last column shows.
+With an exact critic the expectation is the same for every M, because these segments do not depend on the sampled tokens.
+Longer segments cost variance, as the last column shows.
 """
 
 

@@ -54,7 +54,7 @@ def _step(t: Any, tokens: Any, is_soft: Any, gamma: Any, gammas: Any, action_mas
             tokens.advantages[t] = tokens.returns[t] = 0.0
             return advantage, value_advantage, next_value, decay, value_decay, carried_reward + tokens.rewards[t]
     discount = gamma
-    if gammas is not None:  # gamma is 1 then, so the decays lack their discount
+    if gammas is not None:  # then gamma is 1, and the decays do not include the discount
         discount = gammas[t]
         decay *= discount
         value_decay *= discount

@@ -1,4 +1,4 @@
-"""Random ragged batches, and the algorithm as plain loops over Python floats, written from the paper's sums.
+"""Random ragged batches, and the algorithm as plain loops over Python floats, written from the sums of the paper.
 
 Nothing here calls `sae_rl.algo`, and nothing here is fast.
 """
@@ -20,7 +20,7 @@ property_test = settings(max_examples=30, deadline=None, database=None, derandom
 
 
 def make_batch(lengths: list[int], seed: int = 0, group_size: int = 1) -> Batch:
-    """A float64 batch of random content; probabilities of sampled tokens are spread over (0, 1)."""
+    """A random float64 batch. The probabilities of its tokens are spread over (0, 1)."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens, num_responses = sum(lengths), len(lengths)
     return Batch(
@@ -55,7 +55,7 @@ def random_opens(batch: Batch, rate: float, seed: int = 2) -> Tensor:
 
 
 def dense_rewards(batch: Batch, seed: int = 3) -> Tensor:
-    """(N,) a reward at every token: harder than the paper's one at the end."""
+    """(N,) random rewards at all tokens, a harder case than the paper's single reward at the end."""
     return torch.randn(batch.num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -64,7 +64,7 @@ def with_values(scores: Scores, values: Tensor) -> Scores:
 
 
 def reordered(flat: Tensor, batch: Batch, order: list[int]) -> Tensor:
-    """Tokens of responses ``order``, concatenated."""
+    """The tokens of the responses in ``order``, concatenated."""
     pieces = split(flat, batch)
     return torch.cat([pieces[i] for i in order])
 
@@ -85,7 +85,7 @@ def batches(min_responses: int = 1) -> st.SearchStrategy[Batch]:
 unit = st.one_of(st.sampled_from([0.0, 0.5, 0.95, 1.0]), st.floats(0, 1, allow_subnormal=False))
 
 
-# ---- The definitions of SAE.md, one response at a time -------------------------------------------------------------
+# ---- The definitions of the paper, one response at a time -----------------------------------------------------------
 
 
 def n_step_advantage(rewards: list[float], values: list[float], t: int, n: int, gamma: float) -> float:
@@ -163,7 +163,7 @@ def td_recursion_reference(
         next_value = torch.tensor(0.0) if final_values is None else final_values[response].double()
         advantage = value_advantage = next_weight = torch.tensor(0.0, dtype=torch.float64)
         for t, following in zip(reversed(tokens), reversed(ends), strict=True):
-            reward = rewards[t:following].double().sum()  # with what is paid up to the next sampled token
+            reward = rewards[t:following].double().sum()  # includes rewards at the transparent tokens after t
             delta = reward + gammas[t] * next_value - values[t].double()
             advantage = delta + gammas[t] * lams[t] ** next_weight * advantage
             value_advantage = delta + gammas[t] * value_lams[t] ** next_weight * value_advantage

@@ -37,7 +37,7 @@ def test_segment_stats() -> None:
     assert stats == {
         "segment/per_response_mean": 5 / 3,
         "segment/tokens_mean": 8 / 5,
-        "segment/tokens_p50": 2.0,  # of 2, 1, 2, 1, 2
+        "segment/tokens_p50": 2.0,  # lengths are 2, 1, 2, 1, 2
         "segment/tokens_p90": 2.0,
         "segment/opens_fraction": 2 / 5,
     }
@@ -76,7 +76,7 @@ def test_mismatch_stats() -> None:
     assert off["mismatch/kl_mean"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_critic_is_judged_at_every_place() -> None:
+def test_explained_variance_by_place() -> None:
     batch = make_batch([20, 10])
     generator = torch.Generator().manual_seed(0)
     returns, noise = (torch.randn(30, generator=generator) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The estimators against the sums of the paper, the identities of SAE.md, naive loops, and what must not matter."""
+"""Estimators: the sums of the paper, SAE's identities, naive loops, and invariances."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_sae_is_its_definition(batch: Batch, lam: float, value_lam: float, gamma
 
 
 def test_sae_by_hand() -> None:
-    """One response of four tokens, the third opens: lambda decays the step from token 1 to token 2, and no other."""
+    """The third of four tokens opens a segment: lambda decays the step from token 1 to token 2 and no other."""
     batch = make_batch([4])
     scores = with_values(make_scores(batch), torch.tensor([0.5, 0.25, 0.75, 0.5], dtype=torch.float64))
     rewards = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
@@ -125,7 +125,9 @@ def test_lambda_zero_is_the_current_segment_alone(batch: Batch, gamma: float, ra
 
 @property_test
 @given(batch=batches(), lam=unit, gamma=unit, seed=st.integers(0, 99))
-def test_a_value_inside_a_segment_moves_its_own_token_alone(batch: Batch, lam: float, gamma: float, seed: int) -> None:
+def test_a_value_inside_a_segment_changes_the_advantage_of_its_token_alone(
+    batch: Batch, lam: float, gamma: float, seed: int
+) -> None:
     scores, rewards, opens = make_scores(batch), dense_rewards(batch), random_opens(batch, 0.3, seed)
     estimator = SAE(lam, gamma)
     before = estimator(batch, scores, rewards, opens).advantages
@@ -139,7 +141,7 @@ def test_a_value_inside_a_segment_moves_its_own_token_alone(batch: Batch, lam: f
         assert close(change, expected)
 
 
-def test_a_value_at_an_opening_token_moves_the_segments_before() -> None:
+def test_a_value_at_an_opening_token_changes_the_segments_before() -> None:
     batch = make_batch([4])
     scores, rewards = make_scores(batch), dense_rewards(batch)
     opens = torch.tensor([True, False, True, False])
@@ -154,7 +156,7 @@ def test_a_value_at_an_opening_token_moves_the_segments_before() -> None:
 @property_test
 @given(batch=batches(), lam=unit, gamma=unit, seed=st.integers(0, 99))
 def test_soft_segments(batch: Batch, lam: float, gamma: float, seed: int) -> None:
-    """lambda_t = lam^{w_{t+1}} for any w in [0, 1]; weights of 0 and 1 are booleans."""
+    """lambda_t = lam^{w_{t+1}} for any w in [0, 1]. Float weights of 0 and 1 equal hard segments."""
     scores, rewards, opens = make_scores(batch), dense_rewards(batch), random_opens(batch, 0.4, seed)
     assert scores.values is not None
     weights = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -191,7 +193,7 @@ def ended(prefix: tuple[int, ...]) -> bool:
 
 
 def true_value(prefix: tuple[int, ...], gamma: float) -> float:
-    """V(s): the expectation over everything that the policy can write after the prefix; r is paid by the last token."""
+    """V(s): the expected return over all continuations of the prefix. The last token pays the reward."""
     return sum(prob * action_value(prefix, token, gamma) for token, prob in enumerate(policy(prefix)))
 
 
@@ -205,7 +207,7 @@ def every_response(prefix: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
 
 
 def chain(gamma: float) -> tuple[Batch, Scores, list[tuple[int, ...]]]:
-    """Every response of the chain once, with the exact critic, and the prefix before each of their tokens."""
+    """(every response of the chain once, scores with the exact critic, the prefix before each token)."""
     responses = every_response()
     prefixes = [response[:t] for response in responses for t in range(len(response))]
     tokens = [token for response in responses for token in response]
@@ -221,7 +223,7 @@ def chain(gamma: float) -> tuple[Batch, Scores, list[tuple[int, ...]]]:
 
 
 def worst_bias(estimator: SAE | GAE, segmenter: Segmenter) -> float:
-    """max over (s, a) of |E[A_t | s, a] - (Q(s, a) - V(s))|, expected over every response, with no sampling."""
+    """max over (s, a) of |E[A_t | s, a] - (Q(s, a) - V(s))|. The expectation is exact: it enumerates all responses."""
     batch, scores, prefixes = chain(estimator.gamma)
     opens = segmenter(batch, scores)
     assert 0.2 < float(opens.double().mean()) < 0.9, "both kinds of token occur"
@@ -243,15 +245,16 @@ def worst_bias(estimator: SAE | GAE, segmenter: Segmenter) -> float:
 @pytest.mark.parametrize("gamma", [1.0, 0.8])
 @pytest.mark.parametrize("segmenter", [FixedLength(2), Delimiter((0,))], ids=name_of)
 def test_an_exact_critic_makes_every_lambda_unbiased(segmenter: Segmenter, gamma: float, lam: float) -> None:
-    """...where the prefix alone decides whether a token opens a segment."""
+    """Both segmenters decide by the prefix alone whether a token opens a segment."""
     assert worst_bias(SAE(lam, gamma), segmenter) < 1e-12
     assert worst_bias(GAE(lam, gamma), segmenter) < 1e-12
 
 
 def test_low_probability_segments_are_biased_even_with_an_exact_critic() -> None:
-    """Whether token t+1 opens depends on that token itself, so lambda_t and A_{t+1} are correlated given s_{t+1}.
+    """Whether token t+1 opens a segment depends on that token, so lambda_t and A_{t+1} are correlated given s_{t+1}.
 
-    E[lambda_t A_{t+1}] is then -(1 - lambda) E[w_{t+1} A_{t+1}], and not 0: linear in 1 - lambda for the last boundary.
+    E[lambda_t A_{t+1}] is then -(1 - lambda) E[w_{t+1} A_{t+1}] instead of 0; for the last boundary it is linear in
+    1 - lambda.
     """
     assert worst_bias(SAE(lam=1.0), LowProbability(0.34)) < 1e-12
     biases = [worst_bias(SAE(lam), LowProbability(0.34)) for lam in (0.99, 0.95, 0.5)]
@@ -300,7 +303,7 @@ def test_length_adaptive_gae_against_its_sum(batch: Batch, alpha: float, value_l
 
 
 def test_length_adaptive_lambda_of_vapo() -> None:
-    """alpha = 0.05: a response of 200 tokens has lambda 0.9; one of 20 or fewer has 0."""
+    """With alpha = 0.05 lambda is 0.9 for a response of 200 tokens and 0 for 20 tokens or fewer."""
     batch = make_batch([200, 20, 5])
     scores, rewards, opens = make_scores(batch), dense_rewards(batch), random_opens(batch, 0.5)
     adaptive = split(LengthAdaptiveGAE()(batch, scores, rewards, opens).advantages, batch)
@@ -314,7 +317,7 @@ def test_grpo_against_a_loop_over_groups(sizes: list[int], seed: int, normalize_
     batch = make_batch([1 + (seed + i) % 4 for i in range(sum(sizes))], seed)
     groups = [name for name, size in zip((40, 7, 900), sizes, strict=False) for _ in range(size)]
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
-    batch = replace(batch, groups=torch.tensor([groups[i] for i in order]))  # any numbers, in any order
+    batch = replace(batch, groups=torch.tensor([groups[i] for i in order]))  # group numbers need no order
     token_rewards = dense_rewards(batch, seed)
     targets = GRPO(normalize_std)(
         batch, replace(make_scores(batch), values=None), token_rewards, random_opens(batch, 0.5)
@@ -433,7 +436,9 @@ def test_contract(estimator: Estimator) -> None:
     half = estimator(batch, with_values(scores, scores.values.bfloat16()), rewards.bfloat16(), opens)
     assert half.advantages.dtype == torch.float32
     truncated = replace(batch, truncated=~batch.truncated)
-    assert torch.equal(estimator(truncated, scores, rewards, opens).advantages, double.advantages), "always terminal"
+    assert torch.equal(estimator(truncated, scores, rewards, opens).advantages, double.advantages), (
+        "a truncated response ends without bootstrapping"
+    )
     for knob in fields(estimator):  # type: ignore[arg-type]
         with pytest.raises(FrozenInstanceError):
             setattr(estimator, knob.name, 1)
@@ -441,7 +446,7 @@ def test_contract(estimator: Estimator) -> None:
 
 @pytest.mark.parametrize("estimator", TD_MEMBERS, ids=name_of)
 def test_a_truncated_response_can_go_on_with_its_value(estimator: Estimator) -> None:
-    """The same as gamma V paid with the last reward; one that ended is left alone."""
+    """Bootstrapping equals adding gamma V to the last reward. Responses that ended are unaffected."""
     batch = replace(make_batch([4, 1, 6]), truncated=torch.tensor([True, False, True]))
     scores, rewards, opens = make_scores(batch), dense_rewards(batch), random_opens(batch, 0.4)
     final = torch.tensor([2.0, 100.0, -3.0], dtype=torch.float64)
@@ -481,7 +486,7 @@ def test_a_missing_critic(estimator: Estimator) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("estimator", MEMBERS, ids=name_of)
 @pytest.mark.parametrize("name", ["token_rewards", "scores.values", "scores.old_logprobs", "batch.rollout_logprobs"])
-def test_what_is_not_a_number_names_the_response(name: str, estimator: Estimator, bad: float) -> None:
+def test_errors_about_non_finite_inputs_name_the_response(name: str, estimator: Estimator, bad: float) -> None:
     batch = make_batch([2, 3, 4, 1], group_size=2)
     scores, rewards = make_scores(batch), dense_rewards(batch)
     assert scores.values is not None

@@ -1,4 +1,4 @@
-"""The losses against per-token loops of Python floats, and gradients against formulas written out."""
+"""Losses against per-token loops over Python floats, and their gradients against formulas."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_k1_and_k2_as_a_loss_have_the_gradient_of_the_kl(num_tokens: int, seed: 
 
 
 def test_the_gradient_of_k1_as_a_loss_is_that_of_the_kl_in_expectation() -> None:
-    """Over all tokens of a categorical distribution, weighted with their probabilities."""
+    """The expectation is a sum over all tokens of a categorical distribution."""
     logits = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     ref = torch.randn(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(0)
     logprobs = logits.log_softmax(0)
@@ -117,7 +117,7 @@ def test_micro_batches_add_up(num_tokens: int, seed: int) -> None:
         assert torch.allclose(value, parts[0].stats[name] + parts[1].stats[name], atol=1e-4), name
 
 
-def test_stats_carry_no_gradient_and_only_what_was_given() -> None:
+def test_stats_have_no_gradient_and_cover_the_given_tensors() -> None:
     logprobs, old, advantages, ref, entropies = policy_inputs(8, 0)
     plain = PolicyLoss()(tokens_of(logprobs, old, advantages))
     assert "policy/ref_kl" not in plain.stats and "policy/entropy_mean" not in plain.stats

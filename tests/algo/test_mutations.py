@@ -33,7 +33,7 @@ def on_one_batch(property_test: Any, **arguments: Any) -> Callable[[Path], None]
     return lambda tmp_path: property_test.hypothesis.inner_test(batch=make_batch([4, 1, 6, 2]), **arguments)
 
 
-def recursion(mistake: Callable[..., tuple[Tensor, Tensor, Tensor]], caught_by: Callable[..., None]) -> Mutation:
+def recursion(mistake: Callable[..., tuple[Tensor, Tensor, Tensor | int]], caught_by: Callable[..., None]) -> Mutation:
     """The recursion on weights, offsets and final values that a mistake computes from (values, weights, offsets)."""
 
     def run(rewards: Tensor, values: Tensor, weights: Tensor, offsets: Tensor, *others: Any) -> bool:

@@ -92,7 +92,7 @@ def test_gspo_has_one_ratio_for_a_response(counts: list[int], seed: int, clip: f
 @property_test
 @given(counts=counts_of, seed=seeds)
 def test_gspo_with_sequence_mean_is_the_papers_gradient(counts: list[int], seed: int) -> None:
-    """Of ``s_i A_i`` with ``s_i = (pi(y) / pi_old(y))^(1/T)`` (eq. 5), where all tokens of a response have one advantage."""
+    """The gradient of ``s_i A_i``, ``s_i = (pi(y) / pi_old(y))^(1/T)`` (eq. 5), if all tokens of a response share A_i."""
     tokens = make_tokens(counts, seed)
     assert tokens.counts is not None
     per_response = torch.randn(len(counts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

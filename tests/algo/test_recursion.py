@@ -1,4 +1,4 @@
-"""`td_recursion`: against its formula, by hand, its types and threads, and where numba cannot keep its code."""
+"""`td_recursion`: its formula, values by hand, types, threads, errors, and numba without a cache."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def numbers(count: int, seed: int) -> torch.Tensor:
 @property_test
 @given(batch=batches(), seed=st.integers(0, 10**6), lam=unit, gamma=unit, features=st.sets(st.sampled_from("wglfs")))
 def test_equals_the_reference(batch: Batch, seed: int, lam: float, gamma: float, features: set[str]) -> None:
-    """With numbers or tensors for gamma and lambda, hard or soft weights, final values, transparent tokens."""
+    """gamma and lambda are numbers or tensors; weights are hard or soft; with final values and transparent tokens or not."""
     values = make_scores(batch).values
     assert values is not None
     n, b = batch.num_tokens, batch.num_responses
@@ -66,7 +66,7 @@ def test_by_hand() -> None:
 
 @property_test
 @given(batch=batches(), seed=st.integers(0, 10**6), gamma=unit, lam=unit)
-def test_transparent_tokens_might_as_well_not_be_there(batch: Batch, seed: int, gamma: float, lam: float) -> None:
+def test_transparent_tokens_have_no_effect(batch: Batch, seed: int, gamma: float, lam: float) -> None:
     values, rewards, opens = make_scores(batch).values, dense_rewards(batch), random_opens(batch, 0.5)
     assert values is not None
     action_mask = numbers(batch.num_tokens, seed) < 0.6
@@ -89,7 +89,7 @@ def test_a_reward_at_a_transparent_token_goes_to_the_sampled_token_before_it() -
         rewards, torch.zeros(4), torch.ones(4, dtype=torch.bool), offsets_of([4]), gamma=1.0, lam=0.0, value_lam=0.0,
         action_mask=action_mask,
     )  # fmt: skip
-    assert advantages.tolist() == [0.0, 1.0, 0.0, 0.0], "what is paid before the first sampled token is nobody's"
+    assert advantages.tolist() == [0.0, 1.0, 0.0, 0.0], "rewards before the first sampled token are dropped"
 
 
 def test_accumulates_in_float64_and_returns_the_type_of_the_values() -> None:
@@ -132,8 +132,8 @@ def test_leaves_its_inputs_alone_and_takes_strided_ones() -> None:
 @pytest.mark.parametrize("name", ["rewards", "values", "final_values"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("token", [0, 2, 3, 8])
-def test_what_is_not_finite_is_named(name: str, bad: float, token: int) -> None:
-    """Wherever it stands, even where lambda and gamma are 0; and with threads."""
+def test_errors_name_non_finite_inputs(name: str, bad: float, token: int) -> None:
+    """At every token, even if lambda and gamma are 0."""
     batch = make_batch([3, 1, 5])
     values, opens = make_scores(batch).values, random_opens(batch, 0.5)
     inputs = {"rewards": dense_rewards(batch), "values": values, "final_values": torch.zeros(3, dtype=torch.float64)}
@@ -158,7 +158,7 @@ def test_an_overflow_is_named() -> None:
     )
 
 
-def test_writes_to_memory_that_is_given() -> None:
+def test_writes_to_out() -> None:
     batch = make_batch([3, 1, 5])
     values, rewards, opens = make_scores(batch).values, dense_rewards(batch), random_opens(batch, 0.5)
     assert values is not None
@@ -172,8 +172,8 @@ def test_writes_to_memory_that_is_given() -> None:
             td_recursion(rewards, values, opens, batch.offsets, out=(out[0], unfit), **settings)
 
 
-def test_new_memory_is_as_large_as_what_it_holds() -> None:
-    """Tensors are sent between processes with all of their storage."""
+def test_new_tensors_have_no_spare_storage() -> None:
+    """Sending a tensor to another process sends its whole storage."""
     batch = make_batch([100_000])
     values = make_scores(batch).values
     assert values is not None
@@ -184,7 +184,7 @@ def test_new_memory_is_as_large_as_what_it_holds() -> None:
 
 
 def test_a_fork_has_threads_of_its_own() -> None:
-    """Those of its parent are not in it, and a pool of them would wait for ever."""
+    """The parent's threads do not exist in the child, so its pool would wait forever."""
     batch = make_batch([200_000] * 2)
     values, rewards, opens = make_scores(batch).values, dense_rewards(batch), random_opens(batch, 0.02)
     assert values is not None
@@ -200,7 +200,7 @@ def test_a_fork_has_threads_of_its_own() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_compiles_where_no_cache_can_be_kept() -> None:
+def test_compiles_without_a_cache_folder() -> None:
     source = "def kernel(deltas, decays, offsets, sums):\n    sums[0] = deltas[0] + decays[0] * offsets[1]\n"
     names: dict[str, object] = {}
     exec(compile(source, "<no file, so numba has no place for a cache>", "exec"), names)

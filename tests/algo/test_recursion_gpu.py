@@ -1,4 +1,4 @@
-"""The Triton kernel: in Triton's interpreter everywhere, and on a GPU where there is one."""
+"""The Triton kernel, in Triton's interpreter and, if there is one, on a GPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.interpreter import in_tritons_interpreter
 from .oracle import close, dense_rewards, make_batch, make_scores, random_opens, td_recursion_reference
 
 pytest.importorskip("triton", reason="Triton is not installed, so its kernel cannot be tried")
-LENGTHS = [1, 9, 4, 5, 8, 1, 12]  # against blocks of 4: parts, wholes, and more than two
+LENGTHS = [1, 9, 4, 5, 8, 1, 12]  # with blocks of 4: shorter, equal, multiples and longer ones
 
 
 def arguments(seed: int, num_responses: int, num_tokens: int) -> dict[str, Any]:
-    """Each of the features in half of the cases, in all combinations."""
+    """Optional arguments; the bits of the seed choose which."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> torch.Tensor:

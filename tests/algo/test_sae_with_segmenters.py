@@ -1,4 +1,4 @@
-"""SAE together with the segmenters that turn it into something known."""
+"""SAE with segmenters that turn it into a known estimator."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_threshold_of_one_is_gae_and_of_zero_monte_carlo(batch: Batch, lam: fl
 
 
 def step_level_gae(rewards: Tensor, values: Tensor, starts: list[int], lam: float) -> list[float]:
-    """GAE over whole steps, as AlphaMath has it (arXiv 2405.03553): a step is an action, and its reward what it was paid."""
+    """GAE over steps as in AlphaMath (arXiv 2405.03553): a step is an action, and its reward is the sum over its tokens."""
     ends = [*starts[1:], len(rewards)]
     paid = [float(rewards[a:b].sum()) for a, b in zip(starts, ends, strict=True)]
     states = [*(float(values[a]) for a in starts), 0.0]

@@ -1,4 +1,4 @@
-"""Every member of `SEGMENTERS`: what opens, what always opens, and what must not matter."""
+"""Every member of `SEGMENTERS`: which tokens open a segment, and invariances."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MEMBERS: list[Segmenter] = [
 
 
 def scores_of(batch: Batch) -> Scores:
-    """Entropies that go with their token, wherever it stands in the batch."""
+    """Scores whose entropies depend on the token alone, not on its place in the batch."""
     return replace(make_scores(batch), entropies=(7.3 * batch.rollout_logprobs).sin() + 1)
 
 
@@ -139,7 +139,7 @@ def test_minimum_length_against_a_loop(batch: Batch, num_tokens: int) -> None:
         last = t if keep else last
         expected.append(keep)
     assert MinimumLength(LowProbability(0.7), num_tokens)(batch, make_scores(batch)).tolist() == expected
-    assert LowProbability(0.7)(batch, make_scores(batch)).tolist() == inner, "the inner segmenter's answer stays"
+    assert LowProbability(0.7)(batch, make_scores(batch)).tolist() == inner, "the inner segmenter's result is unchanged"
 
 
 def test_minimum_length_needs_hard_segments() -> None:
@@ -272,8 +272,8 @@ def test_nan_logprobs_name_the_response() -> None:
 
 @property_test
 @given(batch=batches(), seed=st.integers(0, 999), segmenter=st.sampled_from(MEMBERS))
-def test_tokens_that_nobody_sampled_do_not_exist_for_a_segmenter(batch: Batch, seed: int, segmenter: Segmenter) -> None:
-    """The answer is that to the batch without them, and they open nothing."""
+def test_segmenters_do_not_see_tokens_that_were_not_sampled(batch: Batch, seed: int, segmenter: Segmenter) -> None:
+    """The result is that for a batch without these tokens, and they open no segment."""
     draw = torch.Generator().manual_seed(seed)
     action_mask = torch.rand(batch.num_tokens, generator=draw) < 0.6
     action_mask[batch.offsets[1:] - 1] = True
@@ -289,12 +289,12 @@ def test_tokens_that_nobody_sampled_do_not_exist_for_a_segmenter(batch: Batch, s
     found = segment(segmenter, replace(batch, action_mask=action_mask), scores)
     assert torch.equal(
         found[action_mask], segmenter(without, replace(scores, entropies=scores.entropies[action_mask]))
-    ), "as if they had never been there"
+    ), "the result for a batch without them"
     assert found.shape == action_mask.shape and not bool(found[~action_mask].any())
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("result", "message"),
     [
         (
             torch.ones(5, dtype=torch.int64),
@@ -312,9 +312,9 @@ def test_tokens_that_nobody_sampled_do_not_exist_for_a_segmenter(batch: Batch, s
     ],
     ids=["type", "shape", "range", "nan"],
 )
-def test_the_answer_of_a_segmenter_is_checked(answer: Tensor, message: str) -> None:
+def test_the_result_of_a_segmenter_is_checked(result: Tensor, message: str) -> None:
     def ones(batch: Batch, scores: Scores) -> Tensor:
-        return answer
+        return result
 
     batch = make_batch([3, 2])
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Token rewards against loops, and whitening over the whole batch."""
+"""Token rewards against loops, and whitening of the whole batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sae_rl.types import Batch
 from .oracle import batches, close, dense_rewards, make_batch, make_scores, property_test
 
 WHITEN = Whitening()
-NAIVE_KL = {  # of p at log-probability a, q at b, for a token sampled from p
+NAIVE_KL = {  # KL(p || q) from a token sampled from p, with logprobs a under p and b under q
     "k1": lambda a, b: a - b,
     "k2": lambda a, b: 0.5 * (a - b) ** 2,
     "k3": lambda a, b: math.exp(b) / math.exp(a) - 1 - (b - a),
@@ -33,7 +33,7 @@ def test_the_reward_is_paid_by_the_last_token(batch: Batch) -> None:
         for reward, length in zip(batch.rewards.tolist(), batch.lengths.tolist(), strict=True)
         for t in range(length)
     ]
-    scores = replace(make_scores(batch), ref_logprobs=None)  # kl_coef = 0 reads no reference
+    scores = replace(make_scores(batch), ref_logprobs=None)  # kl_coef = 0 needs no reference
     assert TokenRewards()(batch, scores).tolist() == expected
 
 
@@ -50,7 +50,7 @@ def test_the_kl_penalty_against_a_loop(batch: Batch, kl_coef: float, kind: Liter
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_unbiased_estimators_have_the_kl_as_their_expectation(kind: Literal["k1", "k3"]) -> None:
-    """Summed over every token that pi_old can sample, not by sampling: the arguments are not the wrong way round."""
+    """The expectation is a sum over all tokens; it shows that the arguments are not swapped."""
     old, ref = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64), torch.tensor([0.4, 0.5, 0.1], dtype=torch.float64)
     batch = replace(make_batch([1, 1, 1]), rewards=torch.zeros(3, dtype=torch.float64))
     scores = replace(make_scores(batch), old_logprobs=old.log(), ref_logprobs=ref.log())
@@ -141,7 +141,7 @@ def test_whitening_knobs() -> None:
 
 @pytest.mark.parametrize(("length", "lost"), [(3, 0.0), (12, 0.0), (13, 0.125), (16, 0.5), (20, 1.0), (25, 1.0)])
 def test_the_overlong_penalty_grows_in_the_buffer(length: int, lost: float) -> None:
-    """DAPO's: none up to 20 - 8 tokens, then in proportion, all of it at the limit and beyond."""
+    """DAPO's penalty: 0 up to 20 - 8 tokens, then linear, and at its maximum from the limit on."""
     batch = make_batch([length, 1])
     plain, shaped = (
         rewards(batch, make_scores(batch))

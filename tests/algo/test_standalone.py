@@ -1,4 +1,4 @@
-"""`segmental_advantages`: the function that other trainers call, against the sums of the paper and its own refusals."""
+"""`segmental_advantages`, the function that other trainers call: the sums of the paper, padding, and errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_ragged_is_the_definition(batch: Batch, p: float, lam: float, gamma: flo
 @property_test
 @given(batch=batches(), lam=unit, seed=st.integers(0, 99))
 def test_padded_is_ragged_at_either_side(batch: Batch, lam: float, seed: int) -> None:
-    """Right-padded as in verl, left-padded, and with garbage in the padding."""
+    """Right-padded as in verl, or left-padded; with NaN in the padding."""
     values, rewards = make_scores(batch).values, dense_rewards(batch)
     assert values is not None
     flat = [rewards, values, batch.rollout_logprobs]
@@ -80,7 +80,7 @@ def test_the_default_threshold_is_the_papers_and_its_segmenter_agrees() -> None:
 
 @pytest.mark.parametrize("name", ["rewards", "values", "logprobs"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_names_the_response(name: str, bad: float) -> None:
+def test_errors_about_non_finite_inputs_name_the_response(name: str, bad: float) -> None:
     batch = make_batch([2, 3, 4])
     tensors = {"rewards": dense_rewards(batch), "values": make_scores(batch).values, "logprobs": batch.rollout_logprobs}
     tensors[name][6] = bad  # type: ignore[index]
@@ -115,7 +115,7 @@ def test_refusals(call: Callable[[], object], message: str) -> None:
         call()
 
 
-def test_a_sum_that_overflows_is_no_bad_number() -> None:
+def test_an_overflow_of_the_check_itself_is_no_error() -> None:
     batch = replace(make_batch([2]))
     large = torch.full((2,), 3e38)
     advantages, _ = segmental_advantages(large, large, batch.rollout_logprobs, lam=0.0, p=1.0)

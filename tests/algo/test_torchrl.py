@@ -1,4 +1,4 @@
-"""The recursion beside torchrl's, an implementation that shares nothing with ours, in float32."""
+"""The recursion against torchrl's independent implementation, in float32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ functional = pytest.importorskip("torchrl.objectives.value.functional")
 def torchrl_advantages(
     batch: Batch, rewards: Tensor, values: Tensor, lams: Tensor | float, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Response by response, in its shape (time, 1); the last token is terminal."""
+    """Computed per response in torchrl's shape (time, 1); the last token is terminal."""
     advantages, targets = torch.zeros(batch.num_tokens), torch.zeros(batch.num_tokens)
     for a, b in pairwise(batch.offsets.tolist()):
         done = torch.zeros(b - a, 1, dtype=torch.bool)
@@ -56,7 +56,7 @@ def test_gae(batch: Batch, lam: float, gamma: float) -> None:
 @property_test
 @given(batch=batches(), lam=unit, gamma=unit, rate=st.floats(0, 1))
 def test_sae_by_a_lambda_for_each_token(batch: Batch, lam: float, gamma: float, rate: float) -> None:
-    """torchrl's loop takes a tensor: lam where the next token opens a segment, else 1."""
+    """torchrl accepts one lambda per token: lam where the next token opens a segment, else 1."""
     opens, rewards = random_opens(batch, rate), dense_rewards(batch).float()
     found, scores = ours(SAE(lam, gamma, value_lam=lam), batch, rewards, opens)
     lams = torch.where(torch.cat([opens[1:], torch.zeros(1, dtype=torch.bool)]), lam, 1.0)

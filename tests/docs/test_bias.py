@@ -1,8 +1,9 @@
-"""The experiment behind docs/bias.md: what the theorem says holds on the chain, and the page is what the command writes."""
+"""The experiment behind docs/bias.md: the theorem holds on the chain, and the page has the numbers of the experiment."""
 
 from __future__ import annotations
 
 import math
+import re
 import runpy
 from itertools import pairwise
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_the_bias_falls_like_one_over_the_length_of_segments(script: dict[str, A
 
 
 def test_the_bias_lies_between_half_of_the_bound_and_the_bound(found: list[Any]) -> None:
-    """The error of every state is between half of its envelope and all of it."""
+    """The error of every state is between half of the envelope and the whole envelope."""
     for one in found:
         assert one.bound / 2 - 1e-12 <= one.first <= one.bound or one.bound < 1e-5
 
@@ -53,5 +54,18 @@ def test_an_exact_critic_is_unbiased_and_longer_segments_vary_more(found: list[A
     assert [one.std for one in found] == sorted(one.std for one in found)
 
 
-def test_the_page_is_what_the_command_writes(script: dict[str, Any], found: list[Any]) -> None:
-    assert (DOCS / "bias.md").read_text() == script["page"](found), "run make docs"
+NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
+
+
+def rounded_numbers(text: str) -> list[tuple[float, float]]:
+    """All numbers of a text, each with one unit of its last digit."""
+    found = NUMBER.findall(text)
+    return [(float(number), 10.0 ** -len(number.partition(".")[2])) for number in found]
+
+
+def test_the_page_has_the_text_and_the_numbers_of_the_experiment(script: dict[str, Any], found: list[Any]) -> None:
+    """Numbers may differ by one unit of the last digit, because CPUs round differently; text and integers may not."""
+    written, expected = (DOCS / "bias.md").read_text(), script["page"](found)
+    assert NUMBER.sub("#", written) == NUMBER.sub("#", expected), "run make docs"
+    for (one, unit), (other, _) in zip(rounded_numbers(written), rounded_numbers(expected), strict=True):
+        assert abs(one - other) <= (1.001 * unit if unit < 1 else 0), f"{one} for {other}: run make docs"

@@ -1,4 +1,4 @@
-"""The documentation describes what is there."""
+"""Pages, links and commands of the documentation are up to date."""
 
 from __future__ import annotations
 

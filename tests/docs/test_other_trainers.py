@@ -1,4 +1,4 @@
-"""The code of docs/other_trainers.md runs and computes SAE, with stand-ins that call it as those trainers do."""
+"""The code of docs/other_trainers.md runs and computes SAE. Stand-ins call it as the real trainers do."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> ModuleType:
-    """A module of that name and its parents, for as long as the test runs."""
+    """Registers a module and its parents in sys.modules until the test ends."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         module = ModuleType(".".join(parts[:end]))
@@ -78,7 +78,7 @@ def test_openrlhf(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Tensor]) ->
             return experiences
 
         def get_advantages_and_returns(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-            raise AssertionError("GAE is not asked for")
+            raise AssertionError("the original method must not be called")
 
     trainer = install(monkeypatch, "openrlhf.trainer.ppo_trainer", RemoteExperienceMaker=RemoteExperienceMaker)
     names: dict[str, Any] = {}
@@ -101,7 +101,7 @@ def test_openrlhf(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Tensor]) ->
 
 
 def test_trl(inputs: dict[str, Tensor]) -> None:
-    """Its rewards stand behind the last token; where nothing opens a segment, its loop over time says the same."""
+    """TRL's rewards stand after the last token. Without inner segments the result equals TRL's own loop with lambda = 1."""
     ends = torch.randint(3, T - 2, (B, 1))
     positions = torch.arange(T).expand(B, T)
     padding_mask, padding_mask_p1 = positions > ends, positions > ends + 1
