@@ -236,7 +236,7 @@ class RewardsConfig(Section):
 
 class EvaluationConfig(SamplingConfig):
     every_steps: NonNegative  # 0: never; always before the first and after the last step otherwise
-    samples_per_prompt: Positive  # n of avg@n; pass@k and maj@k are for k up to n
+    samples_per_prompt: Positive  # n of avg@n and maj@n; pass@k is for k up to n
     pass_score: float  # a sample passes with this score or a higher one
     record_samples: bool  # of evaluations in training, one parquet file each
 

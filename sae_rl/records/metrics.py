@@ -59,7 +59,7 @@ METRICS: dict[str, Metric] = {
     "probability/below_p20_fraction": Metric("fraction", "tokens sampled with a probability below 0.2"),
     **{
         f"probability/bin_{k}_fraction": Metric(
-            "fraction", f"tokens sampled with a probability in [0.{k}, {(k + 1) / 10})"
+            "fraction", f"tokens sampled with a probability in [0.{k}, {f'0.{k + 1})' if k < 9 else '1]'}"
         )
         for k in range(10)
     },
@@ -97,7 +97,7 @@ METRICS: dict[str, Metric] = {
     "critic/value_mean": Metric("", "mean of V(s_t) during the update"),
     "critic/return_mean": Metric("", "mean return G_t, the critic's target"),
     "critic/explained_variance": Metric(
-        "", "1 - Var(G - V) / Var(G) over tokens, before the update", "explained variance"
+        "", "1 - Var(G - V) / Var(G) over tokens, before the update, with returns G", "explained variance"
     ),
     "critic/explained_variance_starts": Metric("", "explained variance over the tokens that open a segment"),
     **{

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -134,6 +135,17 @@ def test_the_page_runs_nothing_and_loads_nothing(folder: Path) -> None:
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name in ("src", "href", "srcset") or name.startswith("on")]
     assert "default-src 'none'" in html and "http://" not in html and "https://" not in html
+
+
+def test_every_choice_hides_the_samples_that_it_leaves_out(folder: Path) -> None:
+    html = (folder / "samples.html").read_text()
+    page = Page(html)
+    choices = {value for name, value in page.attributes if name == "for"}
+    everything = {"kind", "set"}
+    assert choices == everything | {"right", "wrong", "failed", "truncated", "set-1", "set-2"}
+    assert {found for found in re.findall(r"main:has\(#([\w-]+):checked\)", html)} == choices - everything
+    classes = [value for name, value in page.attributes if name == "class" and "question" in value]
+    assert [value.split()[-1] for value in classes] == ["of-1"] * 6 + ["of-2"] * 4
 
 
 def test_a_page_that_would_be_too_large_says_what_is_missing(

@@ -169,7 +169,7 @@ def test_parquet_without_a_critic_and_with_soft_segments(tmp_path: Path) -> None
     )
     rows = read_rollouts(write_rollouts(tmp_path, without_critic))
     assert rows["values"].to_pylist() == [None, None] and rows["opens"].to_pylist()[1][0] == 0.5
-    assert sum(rows["token_ids"].to_pylist(), []) == batch.token_ids.tolist()
+    assert rows["token_ids"].combine_chunks().flatten().to_pylist() == batch.token_ids.tolist()
 
 
 def test_samples_of_evaluations_are_recorded_when_asked_for_and_dropped_with_what_is_done_again(tmp_path: Path) -> None:
