@@ -6,8 +6,8 @@ from sae_rl.records.metrics import markdown_table
 
 HEADER = """# Metrics
 
-Written by `make docs`. Where several data sets are evaluated, each `evaluation/...` is of all prompts together, and
-`evaluation/NAME/...` is the same of the data set of that name: [evaluation.md](evaluation.md).
+Written by `make docs`. Where there are several evaluation data sets, `evaluation/...` is over all prompts, and
+`evaluation/NAME/...` is the same metric on the data set called NAME: [evaluation.md](evaluation.md).
 
 """
 

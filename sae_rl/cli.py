@@ -112,7 +112,7 @@ def report(arguments: list[str]) -> None:
 COMMANDS = {
     "train": Command(train, "train as configured; -m sweeps, --print shows the configuration and stops"),
     "evaluate": Command(
-        evaluate, "avg@k, pass@k and maj@k of model.path, a folder or a checkpoint, on task.evaluation"
+        evaluate, "avg@n, pass@k and maj@n of model.path, a folder or a checkpoint, on task.evaluation"
     ),
     "pretrain-critic": Command(pretrain_critic, "pre-train a critic for model.path that several runs can start from"),
     "warm-start": Command(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,63 +16,52 @@ from sae_rl.evaluation.files import PAGE, SAMPLES, SUMMARY
 from sae_rl.records.metrics import show
 
 Summary = Mapping[str, Any]  # of one data set, as in summary.json
+Cell = tuple[str, str]  # a value and its interval, which may be empty
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    label: str
-    value: str
-    interval: str = ""
-
-
-def rows_of(summary: Summary) -> list[Row]:
-    """Everything that is known; maj@k where there are answers, segments where they are known."""
-    rows = [_row(f"avg@{summary['samples_per_prompt']}", summary["success"])]
-    rows += [_row(f"pass@{k}", estimate) for k, estimate in summary["pass_at"].items()]
-    has_answers = summary["maj_at_n"] is not None
-    rows += [_row(f"maj@{summary['samples_per_prompt']}", summary["maj_at_n"])] if has_answers else []
-    rows += [
-        _row("tokens, mean", summary["response_tokens"]),
-        Row("tokens, median", f"{summary['response_tokens_p50']:,.0f}"),
-        Row("tokens, 95th percentile", f"{summary['response_tokens_p95']:,.0f}"),
-        Row("tokens, longest", f"{summary['response_tokens_max']:,.0f}"),
-        _row("tokens, mean of right", summary["right_tokens"]),
-        _row("tokens, mean of wrong", summary["wrong_tokens"]),
-        _row("truncated", summary["truncated"], "fraction"),
-        _row("checks that failed", summary["failed"], "fraction"),
-    ]
-    if has_answers:
-        rows.append(_row("with an answer", summary["answered"], "fraction"))
-    if summary["segments"] is not None:
-        rows += [
-            Row("segments per response", _text(summary["segments"]["per_response_mean"])),
-            Row("tokens per segment", _text(summary["segments"]["tokens_mean"])),
-            Row("tokens that open", _text(summary["segments"]["opens_fraction"], "fraction")),
-        ]
+def rows_of(summary: Summary) -> dict[str, Cell]:
+    """Every known number by its label; maj@n where there are answers, segments where they are known."""
+    n, majority, segments = summary["samples_per_prompt"], summary["maj_at_n"], summary["segments"]
+    rows = {f"avg@{n}": _cell(summary["success"])}
+    rows |= {f"pass@{k}": _cell(estimate) for k, estimate in summary["pass_at"].items()}
+    rows |= {f"maj@{n}": _cell(majority)} if majority else {}
+    rows |= {
+        "tokens, mean": _cell(summary["response_tokens"]),
+        "tokens, median": (f"{summary['response_tokens_p50']:,.0f}", ""),
+        "tokens, 95th percentile": (f"{summary['response_tokens_p95']:,.0f}", ""),
+        "tokens, longest": (f"{summary['response_tokens_max']:,.0f}", ""),
+        "tokens, mean of right": _cell(summary["right_tokens"]),
+        "tokens, mean of wrong": _cell(summary["wrong_tokens"]),
+        "truncated": _cell(summary["truncated"], "fraction"),
+        "checks that failed": _cell(summary["failed"], "fraction"),
+    }
+    rows |= {"with an answer": _cell(summary["answered"], "fraction")} if majority else {}
+    if segments:
+        rows["segments per response"] = _text(segments["per_response_mean"]), ""
+        rows["tokens per segment"] = _text(segments["tokens_mean"]), ""
+        rows["tokens that open"] = _text(segments["opens_fraction"], "fraction"), ""
     return rows
 
 
-def _row(label: str, estimate: Mapping[str, float | None], unit: str = "") -> Row:
-    if estimate["low"] is None:
-        return Row(label, _text(estimate["value"], unit))
-    ends = f"[{_text(estimate['low'], unit)}, {_text(estimate['high'], unit)}]"
-    return Row(label, _text(estimate["value"], unit), ends)
+def _cell(estimate: Mapping[str, float | None], unit: str = "") -> Cell:
+    value, low, high = (_text(estimate[key], unit) for key in ("value", "low", "high"))
+    return value, "" if estimate["low"] is None else f"[{low}, {high}]"
 
 
 def _text(value: float | None, unit: str = "") -> str:
-    """Null stands for a number that does not exist, such as the length of right responses where none is right."""
-    return "-" if value is None else show(value if math.isfinite(value) else math.nan, unit)
+    """None is a number that does not exist, such as the length of right responses where none is right."""
+    return "-" if value is None else show(value, unit)
 
 
 def summaries_of(evaluation: Mapping[str, Any]) -> dict[str, Summary]:
-    """By title, from what summary.json holds: each data set, and of several all together first."""
+    """The summaries of summary.json by title: each data set, after all together where there are several."""
     data_sets: dict[str, Summary] = evaluation["data_sets"]
     together = {"all data sets": evaluation["all"]} if len(data_sets) > 1 else {}
     return {**together, **data_sets}
 
 
 def print_evaluation(folder: Path, *, plain: bool) -> None:
-    """What `write_evaluation` left in a folder, on the console; without colours and lines where that is no terminal."""
+    """Prints the evaluation of a folder; without colours and lines if ``plain``, or if the output is no terminal."""
     evaluation = json.loads((folder / SUMMARY).read_text())
     console = Console(highlight=False, soft_wrap=True)
     if plain or not console.is_terminal:
@@ -88,20 +75,16 @@ def print_evaluation(folder: Path, *, plain: bool) -> None:
 
 
 def console_tables(evaluation: Mapping[str, Any], *, plain: bool) -> list[Table]:
-    """One table per data set, from what summary.json holds."""
-    tables = []
-    for title, summary in summaries_of(evaluation).items():
-        table = Table(
-            title=escape(f"{title}: {extent(summary)}"),
-            title_justify="left",
-            title_style="" if plain else "bold",
-            box=None if plain else ROUNDED,
-        )
+    """One table for each summary."""
+    tables, bold = [], "" if plain else "bold"
+    for name, summary in summaries_of(evaluation).items():
+        title, box = escape(f"{name}: {extent(summary)}"), None if plain else ROUNDED
+        table = Table(title=title, title_justify="left", title_style=bold, box=box)
         table.add_column("", no_wrap=True)
-        table.add_column("value", justify="right", style="" if plain else "bold", no_wrap=True)
+        table.add_column("value", justify="right", style=bold, no_wrap=True)
         table.add_column("95 % interval", no_wrap=True)
-        for row in rows_of(summary):
-            table.add_row(row.label, row.value, row.interval)
+        for label, cell in rows_of(summary).items():
+            table.add_row(label, *cell)
         tables.append(table)
     return tables
 

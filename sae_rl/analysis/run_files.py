@@ -1,4 +1,4 @@
-"""What a run left behind, read back."""
+"""The files of a run, read back."""
 
 from __future__ import annotations
 
@@ -10,43 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from sae_rl.records.metrics import METRICS, Phase, data_set_of, show
+from sae_rl.analysis.plots import Curve
+from sae_rl.records.metrics import data_set_of
 from sae_rl.records.records import read_jsonl
 from sae_rl.records.rollouts import rollout_files
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
-    """Held-out success after ``step`` steps, with its interval."""
-
-    step: int
-    success_mean: float
-    success_low: float
-    success_high: float
-    response_tokens_mean: float
-    truncated_fraction: float
-    num_prompts: int
-    samples_per_prompt: int
-
-    @property
-    def interval(self) -> str:
-        return f"[{show(self.success_low)}, {show(self.success_high)}]" if math.isfinite(self.success_low) else ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """One line of the before/after table."""
-
-    label: str
-    before: str
-    after: str
-    before_interval: str = ""
-    after_interval: str = ""
-
-
 @dataclass(frozen=True)
 class RunFiles:
-    """The folder of a run; everything but ``metrics.jsonl`` may be absent."""
+    """The folder of a run. Every file but ``metrics.jsonl`` may be missing."""
 
     folder: Path
 
@@ -55,39 +27,36 @@ class RunFiles:
             raise ValueError(f"{self.folder} has no metrics.jsonl: it is no folder of a run, or logger.jsonl was false")
 
     @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.folder / "metrics.jsonl")
+    def rows(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """The metrics by phase and step; NaN stands for a number that was not finite."""
+        found: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "evaluation": {}, "pretraining": {}}
+        for row in read_jsonl(self.folder / "metrics.jsonl"):
+            numbers = {name: math.nan if value is None else value for name, value in row.items()}
+            found[row["phase"]][int(row["step"])] = numbers
+        return {phase: dict(sorted(rows.items())) for phase, rows in found.items()}
 
-    def series(self, name: str, phase: Phase = "train") -> list[tuple[int, float]]:
-        """(step, value) of one metric; nan where it was not finite."""
-        return [
-            (int(row["step"]), math.nan if row[name] is None else float(row[name]))
-            for row in self.rows
-            if row["phase"] == phase and name in row
-        ]
+    def series(self, name: str) -> dict[int, float]:
+        """A metric of training or of evaluations, by step."""
+        rows = self.rows["evaluation" if name.startswith("evaluation/") else "train"]
+        return {step: float(row[name]) for step, row in rows.items() if name in row}
 
-    @cached_property
-    def evaluations(self) -> list[Evaluated]:
-        """By step; of a step that was evaluated twice, the last."""
-        rows = {int(row["step"]): row for row in self.rows if row["phase"] == "evaluation"}
-        return [
-            Evaluated(
-                step=step,
-                success_mean=row["evaluation/success_mean"],
-                success_low=row["evaluation/success_low"],
-                success_high=row["evaluation/success_high"],
-                response_tokens_mean=row["evaluation/response_tokens_mean"],
-                truncated_fraction=row["evaluation/truncated_fraction"],
-                num_prompts=int(row["evaluation/num_prompts"]),
-                samples_per_prompt=int(row["evaluation/samples_per_prompt"]),
-            )
-            for step, row in sorted(rows.items())
-        ]
+    def curve(self, name: str) -> Curve:
+        """A metric by step, with its interval where it has one."""
+        value, stem = self.series(name), name.removesuffix("_mean")
+        ends = (self.series(f"{stem}_{end}") for end in ("low", "high"))
+        low, high = ([end.get(step, math.nan) for step in value] if end else [] for end in ends)
+        colour = "c2" if name.startswith("evaluation/") else "c1"
+        return Curve(x=[*value], y=[*value.values()], low=low, high=high, colour=colour)
 
-    @cached_property
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The metrics of each evaluation, by step."""
+        return list(self.rows["evaluation"].values())
+
+    @property
     def data_sets(self) -> list[str]:
-        """That evaluations tell apart; empty where there is one."""
-        names = (data_set_of(name) for row in self.rows if row["phase"] == "evaluation" for name in row)
+        """The data sets that evaluations tell apart; empty where there is only one."""
+        names = (data_set_of(name) for row in self.evaluations for name in row)
         return list(dict.fromkeys(name for name in names if name is not None))
 
     @cached_property
@@ -95,63 +64,18 @@ class RunFiles:
         return rollout_files(self.folder)
 
     @property
-    def config_text(self) -> str | None:
+    def config_text(self) -> str:
         file = self.folder / "config.yaml"
-        return file.read_text() if file.is_file() else None
+        return file.read_text() if file.is_file() else ""
 
     @property
     def num_steps(self) -> int:
-        return len([row for row in self.rows if row["phase"] == "train"])
+        return len(self.rows["train"])
 
     @property
-    def seconds(self) -> float:
+    def duration(self) -> str:
         """Wall time of all training steps."""
-        return float(np.nansum([value for _, value in self.series("time/step_s")]))
-
-    @property
-    def averaged_steps(self) -> int:
-        """A single step is noisy, so before and after are means over the first and last tenth of the steps."""
-        return max(1, self.num_steps // 10)
-
-    def changes(self) -> list[Change]:
-        """The lines that the report's headline and the console's closing table show."""
-        changes = []
-        if len(self.evaluations) > 1:
-            first, last = self.evaluations[0], self.evaluations[-1]
-            changes += [
-                Change(
-                    label="held-out success",
-                    before=show(first.success_mean),
-                    after=show(last.success_mean),
-                    before_interval=first.interval,
-                    after_interval=last.interval,
-                ),
-                Change(
-                    label="held-out length, tokens",
-                    before=show(first.response_tokens_mean),
-                    after=show(last.response_tokens_mean),
-                ),
-                Change(
-                    label="held-out truncated",
-                    before=show(first.truncated_fraction, "fraction"),
-                    after=show(last.truncated_fraction, "fraction"),
-                ),
-            ]
-        names = {
-            "rollout/reward_mean": "training reward",
-            "rollout/tokens_mean": "response length, tokens",
-            "segment/per_response_mean": "segments per response",
-            "critic/explained_variance": "explained variance",
-            "time/step_s": "seconds per step",
-        }
-        for name, label in names.items():
-            if values := [value for _, value in self.series(name)]:
-                unit = METRICS[name].unit
-                before, after = values[: self.averaged_steps], values[-self.averaged_steps :]
-                changes.append(Change(label=label, before=show(_mean(before), unit), after=show(_mean(after), unit)))
-        return changes
-
-
-def _mean(values: list[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+        seconds = float(np.nansum([*self.series("time/step_s").values()]))
+        if seconds < 120:
+            return f"{seconds:.0f} s"
+        return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,222 +1,89 @@
-"""The page of an evaluation: its numbers, and its samples to read, filter and search, in one HTML file without network."""
+"""The page of an evaluation: its numbers, and its samples to read and filter, in one HTML file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise, zip_longest
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-
 from sae_rl.analysis.evaluation_table import extent, rows_of, summaries_of
-from sae_rl.analysis.pages import environment
+from sae_rl.analysis.pages import render
+from sae_rl.analysis.responses import SHOWN, DecodeText, Token, shortened, split_at
 from sae_rl.evaluation.files import PAGE, SAMPLES, SUMMARY
 from sae_rl.records.samples import read_samples
 
-DecodeText = Callable[[list[int]], str]
 MAX_SAMPLES = 5000
-MAX_SIZE = 12_000_000  # about the characters of the page
-SHOWN = (12_000, 4000)  # characters of a longer response, its beginning and its end
-SIZE_OF_TOKEN = 4  # what marking segments costs, in characters per token
-EXCERPT = 200
-SPLIT_CHARACTER = 4  # characters between two segments that neither decodes, as a token may hold half of one
-WINDOW = 200  # characters behind a segment in which the next must begin
+MAX_SIZE = 12_000_000  # estimated characters of the page
+SIZE_OF_TOKEN = 4  # characters that marking segments costs per token
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One response as the page shows it."""
-
-    number: int
-    status: str  # right, wrong or failed
-    truncated: bool
-    score: float
-    why: str
-    extracted: str | None
-    num_tokens: int
-    num_segments: int | None  # None: not known
-    head: list[str]  # the text of each segment, or all in one where segments are not known
-    tail: list[str]  # empty unless a part is left out
-    num_left_out: int  # characters
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """A prompt and its samples."""
-
-    data_set: str
-    id: str
-    excerpt: str
-    prompt: str
-    answer: str
-    samples: list[Sample]
-
-    @property
-    def num_right(self) -> int:
-        return sum(sample.status == "right" for sample in self.samples)
+Row = dict[str, Any]  # of samples.parquet
 
 
 def write_samples_page(folder: Path, decode: DecodeText) -> Path:
-    """Writes ``samples.html`` beside the summary and the samples that `write_evaluation` left.
+    """Writes ``samples.html`` beside the summary and the samples that `write_evaluation` wrote.
 
     Args:
-        decode: from token ids to text without special tokens, to find where in a response segments open.
+        decode: token ids to text without special tokens, to find where in a response segments open.
     """
     evaluation = json.loads((folder / SUMMARY).read_text())
-    index = read_samples(folder / SAMPLES, ("data_set", "prompt_id", "prompt", "response", "why", "num_tokens"))
-    groups = prompts_of(index)
-    shown = within_limits(groups)
-    rows = read_samples(folder / SAMPLES).take(pa.array([row for group in shown for row in group.rows])).to_pylist()
-    pass_score = evaluation["pass_score"]
-    questions = [
-        _question(list(of_prompt), pass_score, decode)
-        for _, of_prompt in groupby(rows, key=lambda row: (row["data_set"], row["prompt_id"]))
-    ]
+    rows = read_samples(folder / SAMPLES).to_pylist()
+    prompts = [list(group) for _, group in groupby(rows, key=lambda row: (row["data_set"], row["prompt_id"]))]
+    shown = within_limits(prompts)
     summaries = summaries_of(evaluation)
-    tables = {title: {row.label: row for row in rows_of(summary)} for title, summary in summaries.items()}
-    page = (
-        environment()
-        .get_template("samples.html.j2")
-        .render(
-            evaluation=evaluation,
-            tables=tables,
-            labels=list(dict.fromkeys(label for table in tables.values() for label in table)),
-            extents={title: extent(summary) for title, summary in summaries.items()},
-            questions=questions,
-            data_sets=list(evaluation["data_sets"]),
-            shown=counts(groups, shown),
-            num_samples=index.num_rows,
-            samples_file=SAMPLES,
-        )
+    tables = {title: rows_of(summary) for title, summary in summaries.items()}
+    page = render(
+        "samples.html.j2",
+        title=f"Evaluation of {evaluation['model']}",
+        evaluation=evaluation,
+        tables=tables,
+        labels=list(dict.fromkeys(label for table in tables.values() for label in table)),
+        extents={title: extent(summary) for title, summary in summaries.items()},
+        prompts=[[_sample(row, evaluation["pass_score"], decode) for row in samples] for samples in shown],
+        num_prompts=Counter(samples[0]["data_set"] for samples in prompts),
+        prompts_shown=Counter(samples[0]["data_set"] for samples in shown),
+        num_samples=len(rows),
+        num_shown=sum(map(len, shown)),
+        samples_file=SAMPLES,
     )
     target = folder / PAGE
     target.write_text(page)
     return target
 
 
-@dataclass(frozen=True, slots=True)
-class PromptRows:
-    """Where the samples of one prompt are in the file."""
-
-    data_set: str
-    rows: Sequence[int]
-    size: int  # of the page, in characters, about
-
-
-def prompts_of(index: pa.Table) -> list[PromptRows]:
-    """The prompts of a file, in its order."""
-    lengths = {
-        name: np.array([len(text) for text in index[name].to_pylist()]) for name in ("prompt", "response", "why")
-    }
-    sizes = np.minimum(lengths["response"], sum(SHOWN)) + lengths["why"]
-    sizes += SIZE_OF_TOKEN * index["num_tokens"].to_numpy()
-    names = list(zip(index["data_set"].to_pylist(), index["prompt_id"].to_pylist(), strict=True))
-    return [
-        PromptRows(data_set, rows, int(sizes[rows].sum() + lengths["prompt"][rows[0]]))
-        for (data_set, _), part in groupby(range(len(names)), key=names.__getitem__)
-        if (rows := list(part))
-    ]
-
-
-def within_limits(groups: Sequence[PromptRows]) -> list[PromptRows]:
-    """The first prompts of every data set in turn, until the page is full; in the order of the file."""
-    by_data_set: dict[str, list[PromptRows]] = {}
-    for group in groups:
-        by_data_set.setdefault(group.data_set, []).append(group)
-    kept: list[PromptRows] = []
+def within_limits(prompts: Sequence[list[Row]]) -> list[list[Row]]:
+    """The samples of the first prompts of every data set in turn, until the page is full; in the order of the file."""
+    earlier = Counter[str]()
+    turns = []
+    for number, samples in enumerate(prompts):
+        turns.append((earlier[samples[0]["data_set"]], number))
+        earlier[samples[0]["data_set"]] += 1
+    kept: list[int] = []
     num_samples = size = 0
-    for group in (group for turn in zip_longest(*by_data_set.values()) for group in turn if group is not None):
-        num_samples, size = num_samples + len(group.rows), size + group.size
+    for _, number in sorted(turns):
+        num_samples, size = num_samples + len(prompts[number]), size + size_of(prompts[number])
         if kept and (num_samples > MAX_SAMPLES or size > MAX_SIZE):
             break
-        kept.append(group)
-    return sorted(kept, key=lambda group: group.rows[0])
+        kept.append(number)
+    return [prompts[number] for number in sorted(kept)]
 
 
-def counts(groups: Sequence[PromptRows], shown: Sequence[PromptRows]) -> dict[str, tuple[int, int]]:
-    """By data set: how many of its prompts are shown, of how many."""
-
-    def number(among: Sequence[PromptRows], data_set: str) -> int:
-        return sum(group.data_set == data_set for group in among)
-
-    return {name: (number(shown, name), number(groups, name)) for name in dict.fromkeys(g.data_set for g in groups)}
-
-
-def _question(rows: Sequence[Mapping[str, Any]], pass_score: float, decode: DecodeText) -> Question:
-    first = rows[0]
-    words = " ".join(first["prompt"].split())
-    return Question(
-        data_set=first["data_set"],
-        id=first["prompt_id"],
-        excerpt=words if len(words) <= EXCERPT else words[: EXCERPT - 2] + " …",
-        prompt=first["prompt"],
-        answer=first["answer"],
-        samples=[_sample(row, pass_score, decode) for row in rows],
-    )
+def size_of(samples: Sequence[Row]) -> int:
+    """Estimated characters of a prompt and its samples on the page."""
+    size: int = len(samples[0]["prompt"])
+    for row in samples:
+        size += min(len(row["response"]), sum(SHOWN)) + len(row["why"]) + SIZE_OF_TOKEN * row["num_tokens"]
+    return size
 
 
-def _sample(row: Mapping[str, Any], pass_score: float, decode: DecodeText) -> Sample:
+def _sample(row: Row, pass_score: float, decode: DecodeText) -> Row:
+    """A row, with its status and its segments."""
     opens = row["opens"]
     pieces = [row["response"]] if opens is None else split_at(row["response"], row["token_ids"], opens, decode)
-    head, tail, num_left_out = shortened(pieces)
-    return Sample(
-        number=row["sample"],
-        status="failed" if row["failed"] else "right" if row["score"] >= pass_score else "wrong",
-        truncated=row["finish_reason"] == "length",
-        score=row["score"],
-        why=row["why"],
-        extracted=row["extracted_answer"],
-        num_tokens=row["num_tokens"],
-        num_segments=None if opens is None else sum(weight >= 0.5 for weight in opens),
-        head=head,
-        tail=tail,
-        num_left_out=num_left_out,
-    )
-
-
-def split_at(text: str, token_ids: Sequence[int], opens: Sequence[float], decode: DecodeText) -> list[str]:
-    """A response cut where segments open; in one piece if its text cannot be matched with that of its segments.
-
-    A segment decoded by itself may lack a space at its start, or hold half a character: it is looked for in the text
-    behind the one before it.
-    """
-    starts = [i for i, weight in enumerate(opens) if weight >= 0.5]
-    cuts, place = list[int](), 0
-    for start, end in pairwise([*starts, len(token_ids)]):
-        piece = _trimmed(decode(list(token_ids[start:end])))
-        found = text.find(piece, place, place + WINDOW + len(piece))
-        if found < 0 or len(_trimmed(text[place:found])) > SPLIT_CHARACTER:
-            return [text]
-        cuts.append(found)
-        place = found + len(piece)
-    return [text[start:end] for start, end in pairwise([0, *cuts[1:], len(text)])]
-
-
-def _trimmed(text: str) -> str:
-    """Without spaces, and what decoders write for half a character, at its ends."""
-    return text.strip("\ufffd \t\r\n")
-
-
-def shortened(pieces: Sequence[str]) -> tuple[list[str], list[str], int]:
-    """The beginning and the end of a long response, and how many characters between them are left out."""
-    total = sum(map(len, pieces))
-    num_head, num_tail = SHOWN
-    if total <= num_head + num_tail:
-        return list(pieces), [], 0
-    head = _first(pieces, num_head)
-    tail = [piece[::-1] for piece in reversed(_first([piece[::-1] for piece in reversed(pieces)], num_tail))]
-    return head, tail, total - num_head - num_tail
-
-
-def _first(pieces: Sequence[str], num_characters: int) -> list[str]:
-    kept = list[str]()
-    for piece in pieces:
-        if num_characters <= 0:
-            break
-        kept.append(piece[:num_characters])
-        num_characters -= len(piece)
-    return kept
+    return row | {
+        "status": "failed" if row["failed"] else "right" if row["score"] >= pass_score else "wrong",
+        "num_segments": None if opens is None else sum(weight >= 0.5 for weight in opens),
+        "shown": shortened([[Token(piece)] for piece in pieces]),
+    }

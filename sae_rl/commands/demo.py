@@ -1,6 +1,6 @@
-"""``sae-rl demo``: from nothing to a policy that learned, with a report to read.
+"""``sae-rl demo``: makes a base model, trains it, and writes a report.
 
-It claims what it shows, a policy that learns through the processes that train an 8B model; not that SAE wins.
+The demo shows that a policy learns, with the processes that train an 8B model. It does not compare SAE with others.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MINUTES = "about ten minutes"
 
 
 def run_demo(overrides: list[str]) -> None:
-    """Base model, critic pre-training, PPO with SAE, report. What is there already is not made again."""
+    """Makes the base model, pre-trains the critic, trains with SAE and reports. Finished parts are not repeated."""
     console, started = Console(), time.monotonic()
     folder = Path(compose_tree(["experiment=demo", *overrides]).output_dir)
     console.print(
-        f"A small language model learns the task Level in {folder}: {MINUTES} on two cores. Ctrl-C stops it, and the same "
-        "command goes on where it was.",
+        f"A small language model learns the task Level in {folder}: {MINUTES} on two cores. Ctrl-C stops it; the same "
+        "command continues it.",
         highlight=False,
     )
     base = folder / "base"
@@ -40,8 +40,8 @@ def run_demo(overrides: list[str]) -> None:
         console.rule("2. reinforcement learning: Ray, vLLM, DeepSpeed", align="left")
         run_training(config)
     elif not (config.output_dir / "policy").is_dir():
-        publish_policy(config)  # it was killed between its last checkpoint and this
-    console.rule("3. what came of it", align="left")
+        publish_policy(config)  # the run was killed after its last checkpoint, before it published the policy
+    console.rule("3. results", align="left")
     console.print(final_table(folder))
     console.print(f"report: {write_run_report(folder)}", highlight=False)
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes", highlight=False)

@@ -233,7 +233,7 @@ class RewardsConfig(Section):
 
 class EvaluationConfig(Section):
     every_steps: NonNegative  # 0: never; otherwise also before the first and after the last step
-    samples_per_prompt: Positive  # n of avg@n; pass@k and maj@k have k up to n
+    samples_per_prompt: Positive  # n of avg@n and maj@n; pass@k has k up to n
     pass_score: float  # a sample passes if its score is at least this
     record_samples: bool  # evaluations during training write their samples, one parquet file each
     temperature: Annotated[float, Field(ge=0)]

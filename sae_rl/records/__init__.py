@@ -1,1 +1,1 @@
-"""What a run writes down: metrics, rollouts, evaluation samples, and the lines on the terminal."""
+"""The records of a run: metrics, rollouts, samples of evaluations, and the lines on the console."""

@@ -1,4 +1,4 @@
-"""Where the wall time of a step goes, measured on the driver."""
+"""The wall time of each phase of a step, measured on the driver."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from contextlib import contextmanager
 class Clock:
     """Adds up the phases of a step.
 
-    The phases of a step do not overlap: what runs inside another phase belongs to that one, so that generating for an
-    evaluation is `evaluate` and not `generate`.
+    Phases do not overlap. A phase inside another one counts for the outer one, so that sampling for an evaluation is
+    `evaluate` and not `generate`.
 
         clock = Clock()
         with clock.phase("generate"):
@@ -27,7 +27,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to the phase's total, also when it ends in an exception."""
+        """Adds the time inside to the phase's total, even if it ends in an exception."""
         self._open.append(name)
         started = self._now()
         try:
@@ -38,7 +38,7 @@ class Clock:
                 self._totals[name] = self._totals.get(name, 0.0) + self._now() - started
 
     def so_far(self) -> dict[str, float]:
-        """What `lap` would say now, without ending it."""
+        """The times that `lap` would return now, without ending the lap."""
         totals, step_s = dict(self._totals), self._now() - self._started
         return {f"time/{name}_s": seconds for name, seconds in totals.items()} | {
             "time/step_s": step_s,
@@ -46,7 +46,7 @@ class Clock:
         }
 
     def lap(self) -> dict[str, float]:
-        """Seconds by phase since the last lap, of the whole lap, and of the driver between the phases."""
+        """Ends a lap. Returns its seconds by phase, in total, and of the driver between phases."""
         assert not self._open, f"a lap ends between phases, but {self._open} is open"
         times = self.so_far()
         self._started += times["time/step_s"]

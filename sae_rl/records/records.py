@@ -1,7 +1,7 @@
-"""What a run leaves behind: metrics as JSONL, TensorBoard and wandb, rollouts as parquet, and what the console shows.
+"""The records of a run: metrics as JSONL and in TensorBoard and wandb, responses as parquet, and the console.
 
-Write-only: nothing in training reads it. A resumed run drops what it is going to write again, so every step is there
-once; a run from the start drops everything.
+Training never reads records. A resumed run drops the records of the steps that it repeats, so every step is recorded
+once. A new run drops all records in its folder.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class Sink(Protocol):
 
 
 def first_steps(first_step: int, resumed: bool) -> dict[Phase, float]:
-    """By phase the first step that this process writes; what lies before it is kept."""
+    """The first step that this process writes, by phase; records of earlier steps are kept."""
     if not resumed:
         return {"train": 0, "evaluation": 0, "pretraining": 0}
-    # An evaluation of step s looks at the policy after s steps, so the checkpoint of step s already has it. The steps
-    # of pre-training are epochs, and all of them are done.
+    # The evaluation of step s samples the policy after s steps, so it was done before the checkpoint of step s. The
+    # steps of pre-training are epochs, all of which were done before.
     return {"train": first_step, "evaluation": first_step + 1, "pretraining": math.inf}
 
 
 class Records:
-    """Everything a run records, from ``first_step`` on: the step that a resumed run continues with, or 0.
+    """Records a run from ``first_step`` on: the step that a resumed run continues with, or 0.
 
-    ``resumed`` matters at step 0 alone: a checkpoint of step 0 follows the critic's pre-training.
+    ``resumed`` matters only at step 0, whose checkpoint follows the critic's pre-training.
 
     with Records(config, run_dir, first_step=0) as records:
         records.note("training starts")
@@ -95,24 +95,24 @@ class Records:
         self._stack.close()
 
     def log(self, step: int, metrics: Mapping[str, float], phase: Phase = "train") -> None:
-        """Writes one line of metrics everywhere. Names must be in `sae_rl.records.metrics.METRICS`."""
+        """Writes metrics to every sink. Their names must be in `sae_rl.records.metrics.METRICS`."""
         assert phase in get_args(Phase), phase
         check_names(metrics)
         for sink in self._sinks:
             sink.log(step, metrics, phase)
 
     def note(self, text: str) -> None:
-        """A one-off message on the console."""
+        """Prints a message on the console."""
         self._terminal.note(text)
 
     def rollouts(self, record: StepRecord) -> None:
-        """One parquet file with a row per response, every ``logger.rollouts_every_steps`` and at the last step."""
+        """Writes a parquet file with a row per response, every ``logger.rollouts_every_steps`` and at the last step."""
         every = self._config.logger.rollouts_every_steps
         if every and (record.step % every == 0 or record.step == self._config.steps - 1):
             write_rollouts(self._run_dir, record)
 
     def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards, opens: Sequence[Tensor] | None) -> None:
-        """One parquet file with a row per response of an evaluation, if ``evaluation.record_samples``."""
+        """Writes a parquet file with a row per response of an evaluation, if ``evaluation.record_samples``."""
         if self._config.evaluation.record_samples:
             write_samples(samples_file(self._run_dir, step), rollouts, rewards, opens)
 
@@ -139,10 +139,10 @@ class Jsonl:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that a kill may have torn in its last line, which is then left out.
+    """The rows of a file. An incomplete last line, which a killed process may leave, is ignored.
 
     Raises:
-        ValueError: another line is no JSON.
+        ValueError: a line is no JSON.
     """
     lines = path.read_text().split("\n")
     rows: list[dict[str, Any]] = []
@@ -159,7 +159,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """Event files; evaluation and pre-training in folders of their own, since they count steps in another way."""
+    """Event files. Evaluation and pre-training have their own folders, since they count steps differently."""
 
     def __init__(self, folder: Path, starts: Mapping[Phase, float]) -> None:
         self._starts = starts
@@ -173,7 +173,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         if phase not in self._writers:
-            start = self._starts[phase]  # TensorBoard hides what a killed run wrote from there on
+            start = self._starts[phase]  # TensorBoard hides the steps from here on that a killed run wrote
             purge_step = int(start) if 0 < start < math.inf else None
             self._writers[phase] = SummaryWriter(str(self._folders[phase]), purge_step=purge_step)
         for name, value in metrics.items():
@@ -186,14 +186,14 @@ class TensorBoard:
 
 
 class Wandb:
-    """One wandb run per run folder, resumed by the id stored there. Its failures never end a run."""
+    """One wandb run for each run folder, resumed by the id stored there. Failures of wandb never end a run."""
 
     def __init__(self, config: Config, run_dir: Path, warn: Callable[[str], None]) -> None:
         import wandb
         from wandb.sdk.lib.service.service_connection import WandbApiFailedError
         from wandb.sdk.mailbox.mailbox import MailboxClosedError
 
-        # wandb's own exceptions, and what a dead wandb process does to the socket to it
+        # wandb's own exceptions, and those of the socket when wandb's process has died
         self._errors = (wandb.Error, WandbApiFailedError, MailboxClosedError, ConnectionError, TimeoutError)
         self._warn = warn
         self._run: wandb.Run | None = None
@@ -211,7 +211,7 @@ class Wandb:
                 config=as_tree(config),
                 settings=wandb.Settings(console="off", silent=True),
             )
-            # wandb's own step may not go back, as it does on resuming and from pre-training to training
+            # wandb's own step cannot decrease, as it would on resuming and after pre-training
             self._run.define_metric("*", step_metric="step")
             self._run.define_metric("pretraining/*", step_metric="pretraining/epoch")
         except self._errors as error:
@@ -238,14 +238,14 @@ class Wandb:
 
 
 def _wandb_mode(choice: Literal["auto", "offline", "off"]) -> Literal["online", "offline"] | None:
-    """None leaves the decision to wandb's own environment variable."""
+    """wandb's mode; None leaves the choice to the environment variable WANDB_MODE."""
     if choice == "auto" and os.environ.get("WANDB_MODE"):
         return None
     return "online" if choice == "auto" and _has_wandb_key() else "offline"
 
 
 def _has_wandb_key() -> bool:
-    """Whether wandb would find a key by itself; the key is not read."""
+    """Whether wandb would find an API key. The key is not read."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

@@ -1,6 +1,6 @@
-"""Recorded rollouts: ``rollouts/step_000012.parquet``, one row per response, with lists of what each token had.
+"""Recorded rollouts: ``rollouts/step_000012.parquet`` has a row per response, and lists with a value per token.
 
-They hold everything that a step learns from, so that `read_step` gives it back.
+A file holds everything that a training step learns from, so that `read_step` restores it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from sae_rl.types import Prompt, Rollout, StepRecord, offsets_of
 
 FOLDER = "rollouts"
+OLD_NAMES = {"sampled": "action_mask"}  # columns of earlier recordings
 
 
 def rollout_files(run_dir: Path) -> list[tuple[int, Path]]:
@@ -42,7 +42,7 @@ def write_rollouts(run_dir: Path, record: StepRecord) -> Path:
         "policy_versions": torch.cat([r.policy_versions for r in rollouts]).int(),
         "action_mask": torch.cat([r.dense_action_mask for r in rollouts]),
         "old_logprobs": scores.old_logprobs.float(),
-        "values": None if scores.values is None else scores.values.float(),  # None: the estimator has no critic
+        "values": None if scores.values is None else scores.values.float(),  # None: the estimator needs no critic
         "advantages": record.targets.advantages.float(),
         "opens": opens if opens.dtype == torch.bool else opens.float(),  # a soft segmenter gives weights
     }
@@ -65,7 +65,7 @@ def write_rollouts(run_dir: Path, record: StepRecord) -> Path:
 
 
 def write_table(file: Path, columns: Mapping[str, pa.Array]) -> Path:
-    """Writes a parquet file, and its folder; a kill leaves no half file."""
+    """Writes a parquet file, and its folder if needed. A killed process leaves no partial file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.stem}.tmp")
     pq.write_table(pa.table(dict(columns)), temporary, compression="zstd")
@@ -74,15 +74,16 @@ def write_table(file: Path, columns: Mapping[str, pa.Array]) -> Path:
 
 
 def read_rollouts(file: Path) -> pa.Table:
-    """One recorded step."""
-    return pq.read_table(file)
+    """The rows of one recorded step."""
+    table = pq.read_table(file)
+    return table.rename_columns([OLD_NAMES.get(name, name) for name in table.column_names])
 
 
 def read_step(file: Path) -> tuple[list[Rollout], list[float], list[str]]:
-    """The responses of one recorded step, their rewards, and what the verifiers said.
+    """The responses of one recorded step, their rewards, and the verifier's reasons.
 
     Raises:
-        ValueError: it is no such file, or one that an older version wrote.
+        ValueError: the file is no recorded step.
     """
     try:
         rows = read_rollouts(file).to_pylist()
@@ -92,9 +93,7 @@ def read_step(file: Path) -> tuple[list[Rollout], list[float], list[str]]:
 
 
 def _rollout(row: dict[str, Any]) -> Rollout:
-    action_mask = torch.tensor(
-        row["action_mask"] if "action_mask" in row else row["sampled"]
-    )  # its name until version 0.1
+    action_mask = torch.tensor(row["action_mask"])
     return Rollout(
         prompt=Prompt(
             id=row["prompt_id"],
@@ -115,13 +114,8 @@ def _rollout(row: dict[str, Any]) -> Rollout:
     )
 
 
-def flat_column(rows: pa.Table, name: str) -> np.ndarray:
-    """(N,) a per-token column of all responses; empty where it was not recorded."""
-    return np.asarray(rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False))
-
-
 def ragged(values: Tensor | None, offsets: Tensor) -> pa.Array:
-    """Flat (N,) and offsets (B+1,) -> B lists, without a copy per response; 64-bit, since N may pass 2^31 bytes."""
+    """Flat (N,) and offsets (B+1,) -> B lists, without a copy per response; 64-bit, since N may exceed 2^31."""
     num_rows = offsets.numel() - 1
     if values is None:
         return pa.nulls(num_rows, pa.large_list(pa.float32()))

@@ -1,6 +1,6 @@
-"""Recorded samples: parquet files with one row per sample of an evaluation.
+"""Recorded samples of evaluations: parquet files with a row per sample.
 
-Those of evaluations in training are ``evaluation/step_000020.parquet``, of the policy after 20 steps.
+During training, ``evaluation/step_000020.parquet`` holds the samples of the policy after 20 steps.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def write_samples(file: Path, rollouts: Sequence[Rollout], rewards: Rewards, ope
     """Writes the samples of one evaluation.
 
     Args:
-        opens: (T,) of each response; None: not known, and null in the file.
+        opens: (T,) for each response; None: unknown, and null in the file.
     """
     offsets = offsets_of([r.token_ids.numel() for r in rollouts])
     outcomes = rewards.outcomes
@@ -66,10 +66,10 @@ def write_samples(file: Path, rollouts: Sequence[Rollout], rewards: Rewards, ope
 
 
 def read_samples(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of one file; ``columns`` are all of them, or some.
+    """The rows of one file, with all ``columns`` or some.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file holds no samples.
     """
     try:
         return pq.read_table(file, columns=None if columns is None else list(columns))

@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 class Terminal:
-    """The console: per step a line of what was learned and one of where the time went, above a progress bar."""
+    """The console: for each step a line of metrics and a line of times, above a progress bar."""
 
     def __init__(self, config: Config, first_step: int) -> None:
         self._mode = config.logger.console
@@ -64,7 +64,7 @@ class Terminal:
             self._print(Text(" " * len(title) + "  " + ", ".join(rest), style="dim"))
 
     def _remaining(self) -> list[str]:
-        """For plain text what the bar shows otherwise."""
+        """The time left, as plain text; the progress bar of the rich console shows it itself."""
         seconds = self._progress.tasks[0].time_remaining
         if self._mode != "plain" or seconds is None:
             return []
@@ -83,7 +83,7 @@ class Terminal:
 
 
 def lines_of(metrics: Mapping[str, float], phase: Phase) -> list[str]:
-    """What there is to say of one call of `Records.log`; the first line is never missing."""
+    """The lines for one call of `Records.log`; there is always a first one."""
     if phase == "train":
         return [summary(metrics), *filter(None, [timing(metrics)])]
     if phase == "evaluation":
@@ -93,7 +93,7 @@ def lines_of(metrics: Mapping[str, float], phase: Phase) -> list[str]:
 
 
 def summary(metrics: Mapping[str, float]) -> str:
-    """What was learned in a step; columns have one width, so that steps line up. Absent metrics are left out."""
+    """The main metrics of a step, in columns of fixed width so that steps line up. Missing metrics are left out."""
     return "  ".join(
         f"{label} {show(metrics[name], METRICS[name].unit):>{width}}"
         for label, (name, width) in COLUMNS.items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from sae_rl.analysis import samples_page
+from sae_rl.analysis import responses, samples_page
 from sae_rl.analysis.evaluation_table import console_tables, print_evaluation, rows_of
-from sae_rl.analysis.samples_page import PromptRows, shortened, split_at, within_limits, write_samples_page
+from sae_rl.analysis.responses import Token, shortened, split_at
+from sae_rl.analysis.samples_page import within_limits, write_samples_page
 from sae_rl.evaluation.evaluate import Evaluation
 from sae_rl.evaluation.files import model_name, publish, unpublished, versions, write_evaluation
 from sae_rl.records.metrics import show
@@ -125,13 +128,24 @@ def test_the_page_holds_numbers_and_samples(folder: Path, evaluation: Evaluation
     assert sum("truncated-sample" in value for value in classes) == truncated > 0
 
 
-def test_the_page_runs_nothing_but_its_own_script_and_loads_nothing(folder: Path) -> None:
+def test_the_page_runs_nothing_and_loads_nothing(folder: Path) -> None:
     html = (folder / "samples.html").read_text()
     page = Page(html)
     assert NASTY in page.text and NASTY not in html
-    assert page.tags.count("script") == 1 and not {"link", "img", "iframe", "object"} & set(page.tags)
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert not [name for name, _ in page.attributes if name in ("src", "href", "srcset") or name.startswith("on")]
     assert "default-src 'none'" in html and "http://" not in html and "https://" not in html
+
+
+def test_every_choice_hides_the_samples_that_it_leaves_out(folder: Path) -> None:
+    html = (folder / "samples.html").read_text()
+    page = Page(html)
+    choices = {value for name, value in page.attributes if name == "for"}
+    everything = {"kind", "set"}
+    assert choices == everything | {"right", "wrong", "failed", "truncated", "set-1", "set-2"}
+    assert {found for found in re.findall(r"main:has\(#([\w-]+):checked\)", html)} == choices - everything
+    classes = [value for name, value in page.attributes if name == "class" and "question" in value]
+    assert [value.split()[-1] for value in classes] == ["of-1"] * 6 + ["of-2"] * 4
 
 
 def test_a_page_that_would_be_too_large_says_what_is_missing(
@@ -147,9 +161,12 @@ def test_a_page_that_would_be_too_large_says_what_is_missing(
 
 def test_what_fits_is_taken_from_every_data_set_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples_page, "MAX_SIZE", 100)
-    groups = [PromptRows("a", [i], 30) for i in range(5)] + [PromptRows("b", [5 + i], 30) for i in range(2)]
-    assert [group.rows for group in within_limits(groups)] == [[0], [1], [5]]
-    assert within_limits([PromptRows("a", [0], 1000)]) != [], "a page without samples would be of no use"
+    row = {"response": "x" * 10, "why": "y" * 4, "num_tokens": 2, "prompt": "z" * 8}  # 30 characters
+    prompts = [[row | {"data_set": name, "prompt_id": i}] for name, count in (("a", 5), ("b", 2)) for i in range(count)]
+    shown = [(samples[0]["data_set"], samples[0]["prompt_id"]) for samples in within_limits(prompts)]
+    assert shown == [("a", 0), ("a", 1), ("b", 0)]
+    large = prompts[0][0] | {"prompt": "z" * 1000}
+    assert within_limits([[large]]) == [[large]], "a page without samples would be of no use"
 
 
 def test_an_evaluation_without_segments_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,10 +196,18 @@ def test_a_response_is_cut_at_the_text_of_its_segments(text: str, pieces: list[s
 
 
 def test_long_responses_lose_their_middle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples_page, "SHOWN", (5, 4))
-    assert shortened(["abc", "defg", "hi"]) == (["abc", "defg", "hi"], [], 0)
-    assert shortened(["abc", "defg", "hij"]) == (["abc", "de"], ["g", "hij"], 1)
-    assert shortened(["abcdefghijklmnop"]) == (["abcde"], ["mnop"], 7)
+    monkeypatch.setattr(responses, "SHOWN", (5, 4))
+
+    def texts(segments: Sequence[Sequence[Token]]) -> list[str]:
+        return ["|".join(token.text for token in segment) for segment in segments]
+
+    for whole, head, tail, num_left_out in (
+        (["abc", "de|fg", "hi"], ["abc", "de|fg", "hi"], [], 0),
+        (["abc", "de|fg", "hij"], ["abc", "de"], ["g", "hij"], 1),
+        (["abcdefghijklmnop"], ["abcde"], ["mnop"], 7),
+    ):
+        shown = shortened([[Token(text) for text in segment.split("|")] for segment in whole])
+        assert (texts(shown.head), texts(shown.tail), shown.num_left_out) == (head, tail, num_left_out)
 
 
 def test_console_tables(folder: Path, evaluation: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,9 +227,8 @@ def test_console_tables(folder: Path, evaluation: Evaluation, capsys: pytest.Cap
 def test_one_data_set_is_one_table_and_what_is_not_known_is_a_dash(tmp_path: Path) -> None:
     summary = summary_of_one(tmp_path)
     assert [table.title for table in console_tables(summary, plain=True)] == ["sums: 1 prompt, 1 sample each"]
-    rows = {row.label: row for row in rows_of(summary["all"])}
-    right, wrong = rows["tokens, mean of right"], rows["tokens, mean of wrong"]
-    assert "-" in (right.value, wrong.value) and "" in (right.interval, wrong.interval)
+    rows = rows_of(summary["all"])
+    assert ("-", "") in (rows["tokens, mean of right"], rows["tokens, mean of wrong"])
 
 
 def summary_of_one(folder: Path) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from sae_rl.records.records import Jsonl, Records, _wandb_mode, first_steps, read_jsonl
-from sae_rl.records.rollouts import flat_column, read_rollouts, rollout_files, write_rollouts
+from sae_rl.records.rollouts import read_rollouts, read_step, rollout_files, write_rollouts
 from sae_rl.records.samples import read_samples, samples_file, step_samples
 from sae_rl.types import Batch
 from tests.evaluation.made_up import made_up
@@ -138,6 +139,25 @@ def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
         assert [step for step, _ in rollout_files(tmp_path)] == [3], "step 9 is sampled again"
 
 
+def test_a_recording_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """The column ``action_mask`` was called ``sampled``."""
+    record = step_record(2, num_prompts=2, skill=0.5, rng=random.Random(0))
+    mask = torch.ones_like(record.rollouts[1].token_ids, dtype=torch.bool)
+    mask[3] = False
+    masked = [replace(r, action_mask=mask) if i == 1 else r for i, r in enumerate(record.rollouts)]
+    file = write_rollouts(tmp_path, replace(record, rollouts=masked))
+    rows = read_rollouts(file)
+    old = rows.rename_columns(["sampled" if name == "action_mask" else name for name in rows.column_names])
+    pq.write_table(old, file)
+    assert "sampled" in pq.read_table(file).column_names
+    assert read_rollouts(file).equals(rows)
+    rollouts, rewards, reasons = read_step(file)
+    assert (rewards, reasons) == (record.rewards, record.reasons)
+    for found, expected in zip(rollouts, masked, strict=True):
+        assert found.text == expected.text and torch.equal(found.dense_action_mask, expected.dense_action_mask)
+    assert [rollout.action_mask is None for rollout in rollouts] == [True, False, True, True]
+
+
 def test_parquet_without_a_critic_and_with_soft_segments(tmp_path: Path) -> None:
     record = step_record(0, num_prompts=1, skill=0.5, rng=random.Random(0))
     batch = Batch.of(record.rollouts, record.rewards)
@@ -149,8 +169,7 @@ def test_parquet_without_a_critic_and_with_soft_segments(tmp_path: Path) -> None
     )
     rows = read_rollouts(write_rollouts(tmp_path, without_critic))
     assert rows["values"].to_pylist() == [None, None] and rows["opens"].to_pylist()[1][0] == 0.5
-    assert flat_column(rows, "token_ids").tolist() == batch.token_ids.tolist()
-    assert flat_column(rows, "values").size == 0
+    assert rows["token_ids"].combine_chunks().flatten().to_pylist() == batch.token_ids.tolist()
 
 
 def test_samples_of_evaluations_are_recorded_when_asked_for_and_dropped_with_what_is_done_again(tmp_path: Path) -> None:

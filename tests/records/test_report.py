@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from sae_rl.analysis.charts import Line, line_chart, span, ticks
-from sae_rl.analysis.report import final_table, heldout_parts, write_report
+from sae_rl.analysis import responses
+from sae_rl.analysis.report import CURVES, final_table, heldout_parts, write_report
 from sae_rl.analysis.responses import pick_responses
 from sae_rl.analysis.run_files import RunFiles
-from sae_rl.records.metrics import show
+from sae_rl.records.metrics import METRICS, show
 from sae_rl.records.rollouts import read_rollouts
 
 from .sample_run import decode, write_sample_run
@@ -43,6 +44,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.stack.pop()[0] == tag
@@ -65,7 +67,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def html(run_dir: Path) -> str:
-    write_report(run_dir, run_dir / "out" / "report.html", "A <b>title</b>", decode)
+    write_report(run_dir, run_dir / "out" / "report.html", "A <u>title</u>", decode)
     return (run_dir / "out" / "report.html").read_text()
 
 
@@ -76,43 +78,60 @@ def test_the_values_are_there(run_dir: Path, html: str) -> None:
     for row in (evaluations[0], evaluations[-1]):
         assert show(row["evaluation/success_mean"]) in page.text
         assert f"[{show(row['evaluation/success_low'])}, {show(row['evaluation/success_high'])}]" in page.text
-    for row in (row for row in rows if row["phase"] == "train"):
-        assert f"reward, step {row['step']}: {show(row['rollout/reward_mean'])}" in page.text
-        assert f"segments per response, step {row['step']}: {show(row['segment/per_response_mean'])}" in page.text
-        assert f"step {row['step']}, generate: {row['time/generate_s']:.2f} s" in page.text
-    assert "256 prompts" in page.text and "segments open below p = 0.3" in page.text
+    run = RunFiles(run_dir)
+    for name in CURVES:
+        values = [row[name] for row in rows if row["phase"] == "train" and name in row]
+        assert [value if math.isfinite(value) else None for value in run.curve(name).y] == values
+    recorded = [name for name in CURVES if run.curve(name).y]
+    assert page.tags.count("svg") == len(recorded) + 1 and len(recorded) == 11
+    assert all(METRICS[name].meaning in page.text for name in recorded)
+    assert "256 prompts" in page.text
     assert "{name: low_probability, p: 0.3}" in page.text
-    assert "A <b>title</b>" in page.text and "b" not in page.tags, "what comes in is escaped"
+    assert "A <u>title</u>" in page.text and "u" not in page.tags, "what comes in is escaped"
 
 
 def test_nothing_comes_from_elsewhere(html: str) -> None:
     page = Page(html)
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
-    assert not [name for name, _ in page.attributes if name in ("src", "href", "srcset") or name.startswith("on")]
-    assert "http" not in html and "url(" not in html and "@import" not in html
+    references = [value for name, value in page.attributes if name in ("src", "href", "srcset", "xlink:href")]
+    references += re.findall(r"url\((.*?)\)", html)
+    identifiers = {value for name, value in page.attributes if name == "id"}
+    assert references and {reference[:1] for reference in references} == {"#"}
+    assert {reference[1:] for reference in references} <= identifiers
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "http:" not in html and "https:" not in html and "@import" not in html and "default-src 'none'" in html
 
 
 def test_the_responses_are_shown_token_by_token(run_dir: Path, html: str) -> None:
-    responses = pick_responses(read_rollouts(RunFiles(run_dir).rollouts[-1][1]), decode)
-    shown = [(kind, data) for kind, data in Page(html).texts if kind.startswith("t s")]
-    expected = [
-        (f"t s{token.segment % 2}" + (" o" if token.opens else ""), token.text) for r in responses for token in r.head
-    ]
-    assert shown == expected and len(responses) == 3
-    assert [r.head[0].opens for r in responses] == [True] * 3
-    titles = [value for name, value in Page(html).attributes if name == "title"]
-    assert titles == [token.tip for r in responses for token in r.head]
+    rows = read_rollouts(RunFiles(run_dir).rollouts[-1][1])
+    examples = pick_responses(rows, decode)
+    recorded = {(row["prompt_id"], row["sample"]): row for row in rows.to_pylist()}
+    page, shown = Page(html), []
+    for example in examples:
+        row = recorded[example["prompt_id"], example["sample"]]
+        segments = example["shown"].head
+        assert [token.text for segment in segments for token in segment] == decode(row["token_ids"])
+        starts = [sum(map(len, segments[:i])) for i in range(len(segments))]
+        assert starts == [i for i, opens in enumerate(row["opens"]) if opens]
+        assert f"{len(row['token_ids'])} tokens, {len(starts)} segments" in page.text
+        shown += [token for segment in segments for token in segment]
+    assert len(examples) == 3
+    assert [data for kind, data in page.texts if kind == "i"] == [token.text for token in shown]
+    assert page.tags.count("b") == sum(len(example["shown"].head) for example in examples) + len(
+        ["one", "after", "another"]
+    )
+    titles = [value for name, value in page.attributes if name == "title"]
+    assert titles == [token.tip for token in shown]
     assert "probability" in titles[0] and "value" in titles[0] and "advantage" in titles[0]
 
 
-def test_a_long_response_is_shown_in_part(run_dir: Path) -> None:
-    rows = read_rollouts(RunFiles(run_dir).rollouts[-1][1]).slice(0, 1).to_pylist()
-    for name in ("token_ids", "rollout_logprobs", "old_logprobs", "values", "advantages", "opens"):
-        rows[0][name] = rows[0][name] * 20
-    table = read_rollouts(RunFiles(run_dir).rollouts[-1][1]).from_pylist(rows)
-    (response,) = pick_responses(table, decode)
-    total = len(rows[0]["token_ids"])
-    assert (len(response.head), len(response.tail), response.num_left_out) == (1200, 300, total - 1500)
+def test_a_long_response_is_shown_in_part(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(responses, "SHOWN", (100, 30))
+    rows = read_rollouts(RunFiles(run_dir).rollouts[-1][1]).slice(0, 1)
+    (example,) = pick_responses(rows, decode)
+    text, shown = "".join(decode(rows.to_pylist()[0]["token_ids"])), example["shown"]
+    head, tail = ("".join(token.text for part in parts for token in part) for parts in (shown.head, shown.tail))
+    assert (head, tail, shown.num_left_out) == (text[:100], text[-30:], len(text) - 130)
 
 
 def test_a_bare_run_still_gives_a_page(tmp_path: Path) -> None:
@@ -145,13 +164,10 @@ def test_several_data_sets_and_samples_have_curves_of_their_own(tmp_path: Path) 
     assert [chart.title for chart in charts] == ["math <5>", "hub/code", "Held-out pass@n"]
     write_report(tmp_path, tmp_path / "report.html", "two", decode)
     page = Page((tmp_path / "report.html").read_text())
-    for text in (
-        "math <5>, step 0: 0.125",
-        "math <5>, step 1: 0.135",
-        "hub/code, step 1: 0.635",
-        "pass@n, step 1: 0.885",
-    ):
-        assert text in page.text
+    assert run.curve("evaluation/math <5>/success_mean").y == [0.125, 0.135]
+    curve = run.curve("evaluation/pass_at_n_mean")
+    assert curve.y[1] == 0.885 and (curve.low[1], curve.high[1]) == pytest.approx((0.785, 0.985))
+    assert "math <5>" in page.text and "hub/code" in page.text and "Held-out pass@n" in page.text
     assert "Bands: 95 % bootstrap intervals" in page.text and "n is 2" in page.text
 
 
@@ -180,26 +196,13 @@ def test_final_table(run_dir: Path) -> None:
     console = Console(width=120, record=True, file=(run_dir / "console").open("w"))
     console.print(final_table(run_dir))
     text = console.export_text()
-    evaluations = RunFiles(run_dir).evaluations
+    last = RunFiles(run_dir).evaluations[-1]
     for wanted in (
         "held-out success",
-        f"{show(evaluations[-1].success_mean)} {evaluations[-1].interval}",
+        f"{show(last['evaluation/success_mean'])} [{show(last['evaluation/success_low'])}, ",
         "training reward",
         "segments per response",
         "seconds per step",
         "response length",
     ):
         assert wanted in text
-
-
-def test_axes() -> None:
-    assert ticks(0, 1, count=4) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert ticks(0, 3, count=8, whole=True) == [0, 1, 2, 3]
-    assert span([math.nan]) == pytest.approx((-0.06, 1.06)) and span([2.0, 2.0]) == pytest.approx((1.8, 2.2))
-    low, high = span([1e-9, 2e-9], zero=True)
-    assert low == 0 and 2e-9 < high < 3e-9
-    svg = line_chart(
-        [Line(label="a", points=[(0, 1.0), (1, math.nan), (2, 3.0)])], label="gap", x_label="step", show=show
-    )
-    path = svg.split(' d="')[1].split('"')[0]
-    assert path.count("M") == 2 and "nan" not in svg, "a gap, not a line through it"
