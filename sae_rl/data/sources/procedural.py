@@ -8,10 +8,10 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from sae_rl.data.loader import Loader
 from sae_rl.data.prompts import Record
-from sae_rl.data.sources.source import Source, Split
+from sae_rl.data.sources.source import Source
 from sae_rl.settings import BadKeys, NonNegative, Positive, nearest, refuse_unknown_keys
 from sae_rl.tasks.table import knobs_of, make_task
-from sae_rl.tasks.task import MAX_BARREN_DRAWS
+from sae_rl.tasks.task import MAX_BARREN_DRAWS, Split
 from sae_rl.types import Prompt
 
 

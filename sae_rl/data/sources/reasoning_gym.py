@@ -10,9 +10,10 @@ from sae_rl.data.curriculum import CurriculumSampler
 from sae_rl.data.loader import Loader
 from sae_rl.data.prompts import Record
 from sae_rl.data.sampler import PromptSampler
-from sae_rl.data.sources.source import ShapedSource, Split
+from sae_rl.data.sources.source import ShapedSource
 from sae_rl.reasoning_gym.puzzles import Puzzles
 from sae_rl.settings import Fraction, NonNegative, Positive, Section
+from sae_rl.tasks.task import Split
 from sae_rl.types import Prompt
 
 TEMPLATE = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import field_validator, model_validator
 
 from sae_rl.data.columns import Messages
@@ -13,7 +11,6 @@ from sae_rl.data.sampler import PromptSampler, Sampler
 from sae_rl.settings import PositiveFloat, Section
 from sae_rl.types import Prompt
 
-Split = Literal["train", "held_out"]
 PROMPT = "{prompt}"  # the place of the prompt in a template
 
 
