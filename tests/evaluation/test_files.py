@@ -1,4 +1,4 @@
-"""What an evaluation leaves on disk, read back by others: json, pyarrow, a parser of HTML."""
+"""The files of an evaluation, read back by json, pyarrow and an HTML parser."""
 
 from __future__ import annotations
 

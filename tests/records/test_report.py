@@ -1,4 +1,4 @@
-"""The report is parsed as a browser would, and must hold the numbers that went in and nothing from elsewhere."""
+"""The report, parsed as by a browser, holds the recorded numbers and needs no other file."""
 
 from __future__ import annotations
 
