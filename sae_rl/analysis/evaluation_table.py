@@ -76,12 +76,11 @@ def print_evaluation(folder: Path, *, plain: bool) -> None:
 
 def console_tables(evaluation: Mapping[str, Any], *, plain: bool) -> list[Table]:
     """One table for each summary."""
-    tables, bold = [], "" if plain else "bold"
+    tables = []
     for name, summary in summaries_of(evaluation).items():
-        title, box = escape(f"{name}: {extent(summary)}"), None if plain else ROUNDED
-        table = Table(title=title, title_justify="left", title_style=bold, box=box)
+        table = Table(title=escape(f"{name}: {extent(summary)}"), title_justify="left", box=None if plain else ROUNDED)
         table.add_column("", no_wrap=True)
-        table.add_column("value", justify="right", style=bold, no_wrap=True)
+        table.add_column("value", justify="right", style="bold", no_wrap=True)
         table.add_column("95 % interval", no_wrap=True)
         for label, cell in rows_of(summary).items():
             table.add_row(label, *cell)

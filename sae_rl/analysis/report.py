@@ -64,7 +64,6 @@ def write_report(run_dir: Path, output: Path, title: str, decode: DecodeTokens) 
         run=run,
         claim=claim(run),
         changes=changes(run),
-        averaged=averaged(run),
         heldout=chart(run, "evaluation/success_mean", size=(5.6, 3.3)),
         heldout_parts=heldout_parts(run),
         learning=[found for name in CURVES if (found := chart(run, name))],
@@ -78,7 +77,7 @@ def write_report(run_dir: Path, output: Path, title: str, decode: DecodeTokens) 
 def final_table(run_dir: Path) -> Table:
     """The table of changes, for the console at the end of a run."""
     run = RunFiles(run_dir)
-    caption = f"training: {averaged(run)}"
+    caption = "training: means of the first and the last tenth of the steps"
     table = Table(title=f"{run.num_steps} steps in {run.duration}", title_justify="left", caption=caption)
     table.add_column("", no_wrap=True)
     table.add_column("before", justify="right")
@@ -109,21 +108,11 @@ def changes(run: RunFiles) -> list[Change]:
     for name, label in COMPARED.items():
         curve, is_heldout = run.curve(name), name.startswith("evaluation/")
         if len(curve.y) > is_heldout:
-            n, unit = 1 if is_heldout else averaged_steps(run), METRICS[name].unit
+            n, unit = 1 if is_heldout else max(1, run.num_steps // 10), METRICS[name].unit
             before = show(_mean(curve.y[:n]), unit), _interval(curve.low[:1], curve.high[:1])
             after = show(_mean(curve.y[-n:]), unit), _interval(curve.low[-1:], curve.high[-1:])
             found.append(Change(label, before, after))
     return found
-
-
-def averaged_steps(run: RunFiles) -> int:
-    """A tenth of the steps, since single steps are noisy."""
-    return max(1, run.num_steps // 10)
-
-
-def averaged(run: RunFiles) -> str:
-    n = averaged_steps(run)
-    return f"means of the first and the last {n} steps" if n > 1 else "the first and the last step"
 
 
 def _interval(low: Sequence[float], high: Sequence[float]) -> str:

@@ -11,13 +11,12 @@ from typing import Any
 
 from sae_rl.analysis.evaluation_table import extent, rows_of, summaries_of
 from sae_rl.analysis.pages import render
-from sae_rl.analysis.responses import SHOWN, DecodeText, Token, shortened, split_at
+from sae_rl.analysis.responses import DecodeText, split_at
 from sae_rl.evaluation.files import PAGE, SAMPLES, SUMMARY
 from sae_rl.records.samples import read_samples
 
-MAX_SAMPLES = 5000
 MAX_SIZE = 12_000_000  # estimated characters of the page
-SIZE_OF_TOKEN = 4  # characters that marking segments costs per token
+SIZE_OF_SAMPLE, SIZE_OF_TOKEN = 500, 4  # characters of markup
 
 Row = dict[str, Any]  # of samples.parquet
 
@@ -60,11 +59,10 @@ def within_limits(prompts: Sequence[list[Row]]) -> list[list[Row]]:
     for number, samples in enumerate(prompts):
         turns.append((earlier[samples[0]["data_set"]], number))
         earlier[samples[0]["data_set"]] += 1
-    kept: list[int] = []
-    num_samples = size = 0
+    kept, size = list[int](), 0
     for _, number in sorted(turns):
-        num_samples, size = num_samples + len(prompts[number]), size + size_of(prompts[number])
-        if kept and (num_samples > MAX_SAMPLES or size > MAX_SIZE):
+        size += size_of(prompts[number])
+        if kept and size > MAX_SIZE:
             break
         kept.append(number)
     return [prompts[number] for number in sorted(kept)]
@@ -74,16 +72,16 @@ def size_of(samples: Sequence[Row]) -> int:
     """Estimated characters of a prompt and its samples on the page."""
     size: int = len(samples[0]["prompt"])
     for row in samples:
-        size += min(len(row["response"]), sum(SHOWN)) + len(row["why"]) + SIZE_OF_TOKEN * row["num_tokens"]
+        size += len(row["response"]) + len(row["why"]) + SIZE_OF_SAMPLE + SIZE_OF_TOKEN * row["num_tokens"]
     return size
 
 
 def _sample(row: Row, pass_score: float, decode: DecodeText) -> Row:
     """A row, with its status and its segments."""
     opens = row["opens"]
-    pieces = [row["response"]] if opens is None else split_at(row["response"], row["token_ids"], opens, decode)
+    text = row["response"]
     return row | {
         "status": "failed" if row["failed"] else "right" if row["score"] >= pass_score else "wrong",
         "num_segments": None if opens is None else sum(weight >= 0.5 for weight in opens),
-        "shown": shortened([[Token(piece)] for piece in pieces]),
+        "segments": [text] if opens is None else split_at(text, row["token_ids"], opens, decode),
     }

@@ -1,4 +1,4 @@
-"""Evaluations of a policy that never was: two data sets whose samples are right, wrong, truncated and unchecked."""
+"""A made-up evaluation: two data sets with samples that are right, wrong, truncated, or whose check failed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NASTY = "</div><script>alert('x')</script> & \"quoted\""
 
 
 def decode(token_ids: Sequence[int]) -> str:
-    """As byte-level tokenizers do it, but for the space that many lose at the start of a piece."""
+    """Decodes as byte-level tokenizers do, without the space at the start, which many of them drop."""
     return "".join(WORDS[i] for i in token_ids).lstrip()
 
 

@@ -1,11 +1,10 @@
-"""What an evaluation leaves on disk, read back by others: json, pyarrow, a parser of HTML."""
+"""The files of an evaluation, read back by json, pyarrow and an HTML parser."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,10 @@ from typing import Any
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from sae_rl.analysis import responses, samples_page
+from sae_rl.analysis import samples_page
 from sae_rl.analysis.evaluation_table import console_tables, print_evaluation, rows_of
-from sae_rl.analysis.responses import Token, shortened, split_at
-from sae_rl.analysis.samples_page import within_limits, write_samples_page
+from sae_rl.analysis.responses import split_at
+from sae_rl.analysis.samples_page import size_of, within_limits, write_samples_page
 from sae_rl.evaluation.evaluate import Evaluation
 from sae_rl.evaluation.files import model_name, publish, unpublished, versions, write_evaluation
 from sae_rl.records.metrics import show
@@ -152,7 +151,10 @@ def test_a_page_that_would_be_too_large_says_what_is_missing(
     folder: Path, evaluation: Evaluation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_evaluation(tmp_path, make_config(tmp_path), evaluation, seconds=1.0)
-    monkeypatch.setattr(samples_page, "MAX_SAMPLES", 36)
+    rows = read_samples(tmp_path / "samples.parquet").to_pylist()
+    prompts = [rows[i : i + 4] for i in range(0, len(rows), 4)]
+    size_of_9 = sum(size_of(samples) for samples in prompts if samples[0]["prompt_id"] != "sums-5")
+    monkeypatch.setattr(samples_page, "MAX_SIZE", size_of_9)
     page = Page(write_samples_page(tmp_path, decode).read_text())
     assert "The page holds 36 of 40 samples: the first 5 of 6 prompts of sums, all 4 prompts of hub/tales" in page.text
     assert page.tags.count("article") == 36 and "sums-4" in page.text and "sums-5" not in page.text
@@ -160,8 +162,8 @@ def test_a_page_that_would_be_too_large_says_what_is_missing(
 
 
 def test_what_fits_is_taken_from_every_data_set_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples_page, "MAX_SIZE", 100)
-    row = {"response": "x" * 10, "why": "y" * 4, "num_tokens": 2, "prompt": "z" * 8}  # 30 characters
+    monkeypatch.setattr(samples_page, "MAX_SIZE", 3 * (30 + samples_page.SIZE_OF_SAMPLE) + 10)
+    row = {"response": "x" * 10, "why": "y" * 4, "num_tokens": 2, "prompt": "z" * 8}  # 30 characters, and its markup
     prompts = [[row | {"data_set": name, "prompt_id": i}] for name, count in (("a", 5), ("b", 2)) for i in range(count)]
     shown = [(samples[0]["data_set"], samples[0]["prompt_id"]) for samples in within_limits(prompts)]
     assert shown == [("a", 0), ("a", 1), ("b", 0)]
@@ -193,21 +195,6 @@ def test_a_response_is_cut_at_the_text_of_its_segments(text: str, pieces: list[s
     """One token per piece, all of which open."""
     found = split_at(text, range(len(pieces)), [1.0] * len(pieces), lambda ids: "".join(pieces[i] for i in ids))
     assert found == expected and "".join(found) == text
-
-
-def test_long_responses_lose_their_middle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(responses, "SHOWN", (5, 4))
-
-    def texts(segments: Sequence[Sequence[Token]]) -> list[str]:
-        return ["|".join(token.text for token in segment) for segment in segments]
-
-    for whole, head, tail, num_left_out in (
-        (["abc", "de|fg", "hi"], ["abc", "de|fg", "hi"], [], 0),
-        (["abc", "de|fg", "hij"], ["abc", "de"], ["g", "hij"], 1),
-        (["abcdefghijklmnop"], ["abcde"], ["mnop"], 7),
-    ):
-        shown = shortened([[Token(text) for text in segment.split("|")] for segment in whole])
-        assert (texts(shown.head), texts(shown.tail), shown.num_left_out) == (head, tail, num_left_out)
 
 
 def test_console_tables(folder: Path, evaluation: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A run that never happened, written through `Records`: the task Level with a policy that gets better by decree."""
+"""A made-up run of the task Level whose policy gets better, written through `Records`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IDS = {word: i for i, word in enumerate(WORDS)}
 
 
 def make_config(run_dir: Path, *overrides: str) -> Config:
-    """Everything that `Records` writes by itself is off; switch on what a test is about."""
+    """All loggers are off; a test switches on those that it is about."""
     return load_config(
         [
             "name=sample",
@@ -111,7 +111,7 @@ def score(batch: Batch, skill: float) -> tuple[Scores, Targets, torch.Tensor]:
 
 
 def write_sample_run(run_dir: Path, num_steps: int = 3, num_prompts: int = 2, every: int = 1) -> list[dict[str, float]]:
-    """Metrics, rollouts, evaluations and a configuration; returns the metrics of the training steps."""
+    """Writes metrics, rollouts, evaluations and a configuration. Returns the metrics of the training steps."""
     config = make_config(run_dir, f"steps={num_steps}", f"logger.rollouts_every_steps={every}")
     rng = random.Random(0)
     logged = []

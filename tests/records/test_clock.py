@@ -1,4 +1,4 @@
-"""A clock with a hand-turned hand."""
+"""The clock, with the time set by the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes, read back by others: json, TensorBoard's reader, pyarrow."""
+"""The records of a run, read back by json, TensorBoard's reader and pyarrow."""
 
 from __future__ import annotations
 

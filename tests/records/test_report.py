@@ -1,4 +1,4 @@
-"""The report is parsed as a browser would, and must hold the numbers that went in and nothing from elsewhere."""
+"""The report, parsed as by a browser, holds the recorded numbers and needs no other file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sae_rl.analysis import responses
 from sae_rl.analysis.report import CURVES, final_table, heldout_parts, write_report
 from sae_rl.analysis.responses import pick_responses
 from sae_rl.analysis.run_files import RunFiles
@@ -109,7 +108,7 @@ def test_the_responses_are_shown_token_by_token(run_dir: Path, html: str) -> Non
     page, shown = Page(html), []
     for example in examples:
         row = recorded[example["prompt_id"], example["sample"]]
-        segments = example["shown"].head
+        segments = example["segments"]
         assert [token.text for segment in segments for token in segment] == decode(row["token_ids"])
         starts = [sum(map(len, segments[:i])) for i in range(len(segments))]
         assert starts == [i for i, opens in enumerate(row["opens"]) if opens]
@@ -117,21 +116,12 @@ def test_the_responses_are_shown_token_by_token(run_dir: Path, html: str) -> Non
         shown += [token for segment in segments for token in segment]
     assert len(examples) == 3
     assert [data for kind, data in page.texts if kind == "i"] == [token.text for token in shown]
-    assert page.tags.count("b") == sum(len(example["shown"].head) for example in examples) + len(
+    assert page.tags.count("b") == sum(len(example["segments"]) for example in examples) + len(
         ["one", "after", "another"]
     )
     titles = [value for name, value in page.attributes if name == "title"]
     assert titles == [token.tip for token in shown]
     assert "probability" in titles[0] and "value" in titles[0] and "advantage" in titles[0]
-
-
-def test_a_long_response_is_shown_in_part(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(responses, "SHOWN", (100, 30))
-    rows = read_rollouts(RunFiles(run_dir).rollouts[-1][1]).slice(0, 1)
-    (example,) = pick_responses(rows, decode)
-    text, shown = "".join(decode(rows.to_pylist()[0]["token_ids"])), example["shown"]
-    head, tail = ("".join(token.text for part in parts for token in part) for parts in (shown.head, shown.tail))
-    assert (head, tail, shown.num_left_out) == (text[:100], text[-30:], len(text) - 130)
 
 
 def test_a_bare_run_still_gives_a_page(tmp_path: Path) -> None:
