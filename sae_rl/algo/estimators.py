@@ -1,6 +1,6 @@
 """Advantages and critic targets. A new estimator is one class here and one line in `ESTIMATORS` at the end.
 
-All TD estimators are the recursion of `recursion` and differ only in ``lambda_t``. The critic's targets come from the same
+All TD estimators run the recursion of `recursion.py` and differ only in ``lambda_t``. The critic's targets come from the same
 recursion with a separate lambda, ``value_lam``; 1 gives the Monte-Carlo return. V = 0 after the last token of a response,
 unless ``scores.final_values`` gives a value to responses cut at the length limit. Step-level GAE, as in AlphaMath (arXiv
 2405.03553), is SAE with the delimiter segmenter. Estimators do not whiten advantages.

@@ -173,8 +173,8 @@ class PolicyLoss(Knobs):
 class ValueLoss(Knobs):
     """Squared error of the critic, ``(V - returns)^2 / 2`` per token.
 
-    With ``value_clip`` it is the larger of ``(V - returns)^2 / 2`` and ``(V_clipped - returns)^2 / 2``, where ``V_clipped =
-    V_old + clip(V - V_old, -value_clip, value_clip)``, as in PPO's reference code (studied in arXiv 2006.05990).
+    With ``value_clip`` it is the larger of this and ``(V_clipped - returns)^2 / 2``, as in PPO's reference code (studied in
+    arXiv 2006.05990), with ``V_clipped = V_old + clip(V - V_old, -value_clip, value_clip)``.
     """
 
     value_clip: float | None = number(None, low=0, above_low=True, optional=True)  # None: no clipping
