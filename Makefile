@@ -39,7 +39,7 @@ format: $(INSTALLED)  ## lays out the code
 	$(BIN)/ruff format .
 
 exactness: $(INSTALLED)  ## docs/exactness.md: packed, parallel and padded updates compared; about five minutes
-	$(BIN)/python -m pytest tests/driver/test_packed_models.py tests/stack/test_layouts.py --exactness docs/exactness.md
+	$(BIN)/python -m pytest tests/driver/test_packed_models.py tests/stack/learners/test_layouts.py --exactness docs/exactness.md
 
 bench-iteration: $(INSTALLED)  ## one whole PPO iteration in tokens/s, by phase
 	$(BIN)/python -m benchmarks.iteration

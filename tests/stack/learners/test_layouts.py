@@ -6,57 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import ray
 import torch
-from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
-from sae_rl.records.clock import Clock
-from sae_rl.types import Batch, Prompt, Rollout
+from sae_rl.types import Batch
 from sae_rl.workers.run_workers import RunWorkers
-from sae_rl.workers.session import start_learners
 from tests.exactness import Exactness, largest_difference
 from tests.stack.conftest import Configure, for_learners
-from tests.stack.padded import ENTROPY_COEF, VALUE_CLIP, Expected, expected_of
+from tests.stack.learners.conftest import Learners, learners_weights, rollouts_of_many_lengths
+from tests.stack.learners.padded import ENTROPY_COEF, VALUE_CLIP, Expected, expected_of
 
 pytestmark = pytest.mark.alone
-
-
-def rollouts_of_many_lengths() -> Batch:
-    """Made up, so that every layout is given exactly the same: 16 responses of 1 to 40 tokens, some with tool output."""
-    random = torch.Generator().manual_seed(0)
-    rollouts = []
-    for i in range(16):
-        prompt = Prompt(id=str(i // 4), text="", token_ids=(1, *range(3, 8 + i // 4)), answer="", task="", reward="")
-        length = int(torch.randint(1, 41, (1,), generator=random)) if i else 1
-        rollouts.append(
-            Rollout(
-                prompt=prompt,
-                sample=i % 4,
-                token_ids=torch.randint(3, 80, (length,), generator=random),
-                rollout_logprobs=-3 * torch.rand(length, generator=random),
-                text="",
-                finish_reason="stop",
-                policy_versions=torch.zeros(length, dtype=torch.int64),
-                temperature=0.9,
-                action_mask=torch.arange(length) % 5 < 3 if i % 4 == 1 else None,
-            )
-        )
-    return Batch.of(rollouts, [float(i % 3 == 0) for i in range(16)])
-
-
-def weights_of(worker: object) -> dict[str, Tensor]:
-    """Runs inside every rank."""
-    return {name: tensor.float().clone() for name, tensor in worker._learner.full_weights()}  # type: ignore[attr-defined]
-
-
-def learners_weights(workers: RunWorkers) -> dict[str, Tensor]:
-    """Of both networks; every rank takes part, since ZeRO 3 gathers them."""
-    weights = {}
-    for role in ("policy", "critic"):
-        ranks = ray.get([worker.__ray_call__.remote(weights_of) for worker in workers._groups[role].workers])  # type: ignore
-        weights |= {f"{role} {name}": tensor for name, tensor in ranks[0].items()}
-    return weights
 
 
 def set_budget(worker: object, tokens: int) -> None:
@@ -159,33 +119,38 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_is_the_padded_update(
-    configure: Configure, expected: Expected, critic_folder: Path, exactness: Exactness, layout: Layout
+    configure: Configure,
+    learners: Learners,
+    expected: Expected,
+    critic_folder: Path,
+    exactness: Exactness,
+    layout: Layout,
 ) -> None:
     config = configure(*layout.overrides(critic_folder))
     batch, table = rollouts_of_many_lengths(), "Ranks, ZeRO stages and budgets"
     exactness.record(table, "(the largest number itself)", sizes(expected))
-    with start_learners(config, Clock()) as workers:
-        workers.save(config.output_dir)
-        for budget in (64, 4096):
-            for role in ("policy", "critic"):
-                workers._groups[role].run(lambda worker, b=budget: worker.__ray_call__.remote(set_budget, b))  # type: ignore
-            workers.load(config.output_dir)
-            found = differences(workers, batch, expected)
-            exactness.record(table, f"{layout}, {budget} tokens a pass", found)
-            assert all(gap < 1e-5 for gap in found.values()), found
+    workers = learners(config)
+    workers.save(config.output_dir)
+    for budget in (64, 4096):
+        for role in ("policy", "critic"):
+            workers._groups[role].run(lambda worker, b=budget: worker.__ray_call__.remote(set_budget, b))  # type: ignore
+        workers.load(config.output_dir)
+        found = differences(workers, batch, expected)
+        exactness.record(table, f"{layout}, {budget} tokens a pass", found)
+        assert all(gap < 1e-5 for gap in found.values()), found
 
 
-@pytest.mark.usefixtures("shared_ray")
-def test_in_bfloat16_it_is_nearly_that(configure: Configure, expected: Expected, critic_folder: Path) -> None:
+def test_in_bfloat16_it_is_nearly_that(
+    configure: Configure, learners: Learners, expected: Expected, critic_folder: Path
+) -> None:
     """As the recipes for GPUs train; bfloat16 has eight bits, and the gradient is a sum over 200 tokens."""
     config = configure(*Layout(2, 3, recomputed=True).overrides(critic_folder), "model.precision=bfloat16")
     batch = rollouts_of_many_lengths()
-    with start_learners(config, Clock()) as workers:
-        scores = workers.score(batch)
-        torch.testing.assert_close(scores.old_logprobs, expected.logprobs, atol=0.3, rtol=0.05)
-        metrics = workers.update(batch, expected.given, expected.targets, seed=0)
-        for name in ("policy/grad_norm", "critic/grad_norm", "critic/loss"):
-            assert metrics[name] == pytest.approx(expected.metrics[name], rel=0.1), name
+    workers = learners(config)
+    scores = workers.score(batch)
+    torch.testing.assert_close(scores.old_logprobs, expected.logprobs, atol=0.3, rtol=0.05)
+    metrics = workers.update(batch, expected.given, expected.targets, seed=0)
+    for name in ("policy/grad_norm", "critic/grad_norm", "critic/loss"):
+        assert metrics[name] == pytest.approx(expected.metrics[name], rel=0.1), name
