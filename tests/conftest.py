@@ -1,4 +1,4 @@
-"""What every test shares: an offline, single-threaded process, a tiny model folder, and the command line."""
+"""For every test: an offline, single-threaded process, a tiny model folder, and the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from tests.exactness import FIGURES, Exactness, write
 
-SCRATCH = tempfile.mkdtemp(prefix="sae_rl_")  # a short path, as those of sockets are limited
+SCRATCH = tempfile.mkdtemp(prefix="sae_rl_")  # a short path, since paths of sockets are limited
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 os.environ["TMPDIR"] = SCRATCH  # for Ray's logs, and for the files that killed workers leave
 
@@ -58,12 +58,12 @@ def call(*arguments: str) -> Outcome:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exactness", help="write what tests of exactness measure to this file")
+    parser.addoption("--exactness", help="the file to write the tables of exactness to")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = Exactness()
-    # A shell's background jobs are started with SIGINT ignored, and so would be the runs that tests interrupt.
+    # A shell starts background jobs with SIGINT ignored, and the runs that tests interrupt would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,4 +1,4 @@
-"""The way of docs/clusters.md on one machine: a cluster with a token, a job submitted, followed, finished."""
+"""The steps of docs/clusters.md on one machine: a cluster with a token; a job is submitted, followed and finished."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="sae", dir="/tmp"))  # short: Ray puts sockets there, whose paths are limited
+    folder = Path(tempfile.mkdtemp(prefix="sae", dir="/tmp"))  # a short path, since paths of sockets are limited
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SAE_RL_"))}
     env |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
@@ -82,14 +82,14 @@ def cluster() -> Iterator[Cluster]:
 
 
 def marked(folder: Path, token: str) -> list[psutil.Process]:
-    """Processes that belong to the cluster by their command line or environment, whoever is their parent now."""
+    """Processes whose command line or environment says that they belong to the cluster."""
     found = []
     for process in psutil.process_iter():
         try:
             if str(folder) in " ".join(process.cmdline()) or process.environ().get("RAY_AUTH_TOKEN") == token:
                 found.append(process)
         except psutil.Error:
-            continue  # ended meanwhile, or another user's
+            continue  # the process has ended, or is another user's
     return found
 
 

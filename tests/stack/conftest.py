@@ -138,9 +138,9 @@ def train_rows(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def for_learners(**keys: object) -> list[str]:
-    """Overrides of both learners; ``num_workers`` is their number of ranks, the others are keys of ``learner``."""
+    """Overrides of both learners; ``num_workers`` is their number of ranks."""
     return [
-        f"{'cluster' if key == 'num_workers' else 'learner'}.{role}.{key.replace('__', '.')}={value}"
+        f"{'cluster' if key in ('num_workers', 'cpus_per_worker') else 'learner'}.{role}.{key.replace('__', '.')}={value}"
         for role in ("policy", "critic")
         for key, value in keys.items()
     ]

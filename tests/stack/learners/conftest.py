@@ -1,4 +1,4 @@
-"""Policies and critics in processes that all tests of this folder share: starting a process takes longer than a test."""
+"""Processes for policies and critics that all tests of this folder share: starting one takes longer than a test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Learners = Callable[[Config], RunWorkers]
 
 @pytest.fixture(scope="package")
 def processes(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, RunWorkers]]:
-    """By number of ranks: so many processes for the policy and as many for the critic."""
+    """Processes for a policy and a critic, by the number of ranks of each."""
     common = overrides(tiny_model, tmp_path_factory.mktemp("learners"))
     configs = {ranks: load_config([*common, *for_learners(num_workers=ranks, cpus_per_worker=0.2)]) for ranks in (1, 2)}
     with no_process_left(), ray_session(configs[1]), contextlib.ExitStack() as stack:
@@ -44,7 +44,7 @@ def learners(processes: dict[int, RunWorkers]) -> Learners:
 
 
 def rollouts_of_many_lengths() -> Batch:
-    """Made up, so that every layout is given exactly the same: 16 responses of 1 to 40 tokens, some with tool output."""
+    """16 random responses of 1 to 40 tokens, some with tool output, and always the same."""
     random = torch.Generator().manual_seed(0)
     rollouts = []
     for i in range(16):
@@ -72,7 +72,7 @@ def weights_of(worker: object) -> dict[str, Tensor]:
 
 
 def learners_weights(workers: RunWorkers) -> dict[str, Tensor]:
-    """Of both networks; every rank takes part, since ZeRO 3 gathers them."""
+    """The weights of policy and critic. Every rank takes part, since ZeRO 3 gathers them."""
     weights = {}
     for role in ("policy", "critic"):
         ranks = ray.get([worker.__ray_call__.remote(weights_of) for worker in workers._groups[role].workers])  # type: ignore

@@ -1,4 +1,4 @@
-"""A policy under adapters: the rest stays as it is, vLLM gets both merged, and the reference is the policy without them."""
+"""A policy with adapters: the policy without them is the reference, and a checkpoint holds the adapters alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def update(workers: RunWorkers, batch: Batch, seed: int) -> None:
     workers.update(batch, workers.score(batch), Targets(advantages=advantages, returns=returns), seed=seed)
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])  # each saves in a format of its own
 def test_the_reference_is_the_frozen_policy_and_adapters_are_saved(
     configure: Configure, learners: Learners, ranks: int, stage: int
 ) -> None:
@@ -30,7 +30,7 @@ def test_the_reference_is_the_frozen_policy_and_adapters_are_saved(
     workers = learners(config)
     first = workers.score(batch)
     assert first.ref_logprobs is not None
-    torch.testing.assert_close(first.ref_logprobs, first.old_logprobs)  # adapters begin by doing nothing
+    torch.testing.assert_close(first.ref_logprobs, first.old_logprobs)  # untrained adapters change nothing
     update(workers, batch, seed=1)
     workers.save(config.output_dir)
     second = workers.score(batch)
@@ -46,4 +46,4 @@ def test_the_reference_is_the_frozen_policy_and_adapters_are_saved(
         torch.testing.assert_close(tensor, weights[name], msg=lambda m, n=name: f"{n}: {m}")
     saved = sum(file.stat().st_size for file in (config.output_dir / "policy" / "state").iterdir())
     trained_whole = sum(file.stat().st_size for file in (config.output_dir / "critic" / "state").iterdir())
-    assert saved < trained_whole / 2  # what is frozen is not written again
+    assert saved < trained_whole / 2  # frozen weights are not saved

@@ -1,4 +1,4 @@
-"""A gradient that is not a number changes nothing, is counted, and ends the run when it keeps coming."""
+"""A NaN or infinite gradient skips the update and is counted; too many in a row end the run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.stack.learners.conftest import Learners, learners_weights, rollouts_o
 pytestmark = pytest.mark.alone
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
-def test_updates_that_are_not_numbers_are_skipped_and_counted(
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])  # each skips in code of its own
+def test_updates_with_nonfinite_gradients_are_skipped_and_counted(
     configure: Configure, learners: Learners, ranks: int, stage: int
 ) -> None:
     layout = for_learners(num_workers=ranks, zero_stage=stage, optimizer__max_skipped_updates=3)

@@ -1,4 +1,4 @@
-"""Ranks, ZeRO stages, budgets and sequence parallelism change nothing: an update is that of a padded model, to 1e-5."""
+"""Under all ranks, ZeRO stages, token budgets and sequence parallelism, an update equals a padded model's to 1e-5."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def set_budget(worker: object, tokens: int) -> None:
 
 @pytest.fixture(scope="module")
 def critic_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other weights than the policy's, and a head that is not zero."""
+    """A critic with other weights than the policy, and with a head that is not zero."""
     folder = tmp_path_factory.mktemp("critic") / "critic"
     torch.manual_seed(3)
     critic = AutoModelForTokenClassification.from_pretrained(tiny_model, num_labels=1)
@@ -43,7 +43,7 @@ def expected(tiny_model: Path, critic_folder: Path) -> Expected:
 
 
 def differences(workers: RunWorkers, batch: Batch, expected: Expected) -> dict[str, float]:
-    """Largest differences of scores, and of the gradients of one update."""
+    """The largest differences of scores, and of the gradients of one update."""
     scores = workers.score(batch)
     assert scores.entropies is not None and scores.values is not None
     metrics = workers.update(batch, expected.given, expected.targets, seed=0)
@@ -65,7 +65,7 @@ def differences(workers: RunWorkers, batch: Batch, expected: Expected) -> dict[s
 
 
 def sizes(expected: Expected) -> dict[str, float]:
-    """What a difference is to be compared with."""
+    """The largest numbers themselves, to compare the differences with."""
     largest = {name: float(gradient.abs().max()) for name, gradient in expected.gradients.items()}
     flat = {"logprobs": expected.logprobs, "entropies": expected.entropies, "values": expected.values}
     return {name: float(numbers.abs().max()) for name, numbers in flat.items()} | {
@@ -76,7 +76,7 @@ def sizes(expected: Expected) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the learners are spread."""
+    """How policy and critic are spread over processes."""
 
     ranks: int
     stage: int
@@ -91,7 +91,7 @@ class Layout:
         return ", ".join([*parts, "offloaded"] if self.offloaded else parts)
 
     def overrides(self, critic_folder: Path) -> list[str]:
-        """One update, whose step is the gradient itself: Adam's first, with so large an epsilon."""
+        """The first step of Adam with a huge epsilon and the inverse learning rate is the gradient itself."""
         as_it_is = {"optimizer__lr": 1e6, "optimizer__eps": 1e6, "optimizer__max_grad_norm": 1e6}
         keys = {
             "num_workers": self.ranks,
@@ -111,11 +111,17 @@ class Layout:
         ]
 
 
+# Every two of these meet in a layout: gradients clipped by us (ZeRO 0), by DeepSpeed's optimizer of ZeRO 1 and 2, or by that
+# of ZeRO 3; ranks with rows of their own, or that share rows; activations kept or recomputed; states here or offloaded.
+# What stays out: ZeRO 0 has nothing to offload, and sharing rows under ZeRO 1 and 2 is that under ZeRO 0.
 LAYOUTS = [
-    *(Layout(1, stage) for stage in (0, 1, 2, 3)),
-    *(Layout(2, stage, recomputed=stage == 3) for stage in (0, 1, 2, 3)),
-    *(Layout(2, stage, sharing=2, recomputed=stage == 3) for stage in (0, 3)),
-    *(Layout(1, stage, offloaded=True) for stage in (2, 3)),
+    Layout(1, 0),  # nothing is exchanged
+    Layout(2, 0),  # all-reduced gradients
+    Layout(2, 1, recomputed=True),  # sharded optimizer states
+    Layout(2, 2, offloaded=True),  # sharded gradients, and optimizer states on the host
+    Layout(2, 3),  # sharded parameters
+    Layout(2, 0, sharing=2),  # rows exchanged within attention
+    Layout(2, 3, sharing=2, recomputed=True, offloaded=True),  # parameters on the host too, and all of it together
 ]
 
 
@@ -142,10 +148,10 @@ def test_every_layout_is_the_padded_update(
         assert all(gap < 1e-5 for gap in found.values()), found
 
 
-def test_in_bfloat16_it_is_nearly_that(
+def test_bfloat16_is_near_the_padded_update(
     configure: Configure, learners: Learners, expected: Expected, critic_folder: Path
 ) -> None:
-    """As the recipes for GPUs train; bfloat16 has eight bits, and the gradient is a sum over 200 tokens."""
+    """The recipes for GPUs train in bfloat16. It has eight bits, and the gradient is a sum over 200 tokens."""
     config = configure(*Layout(2, 3, recomputed=True).overrides(critic_folder), "model.precision=bfloat16")
     batch = rollouts_of_many_lengths()
     workers = learners(config)
