@@ -116,7 +116,7 @@ class Layout:
 # What stays out: ZeRO 0 has nothing to offload, and sharing rows under ZeRO 1 and 2 is that under ZeRO 0.
 LAYOUTS = [
     Layout(1, 0),  # nothing is exchanged
-    Layout(2, 0),  # all-reduced gradients
+    Layout(2, 0, recomputed=True),  # all-reduced gradients
     Layout(2, 1, recomputed=True),  # sharded optimizer states
     Layout(2, 2, offloaded=True),  # sharded gradients, and optimizer states on the host
     Layout(2, 3),  # sharded parameters
