@@ -21,8 +21,8 @@ help:  ## this list
 demo: $(INSTALLED)  ## a small model learns a verifiable task with SAE on this machine, about ten minutes
 	$(BIN)/sae-rl demo
 
-test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 30 minutes on two cores
-	@echo "Running every test, with the real Ray, vLLM and DeepSpeed: about 30 minutes on two cores."
+test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 18 minutes on two cores
+	@echo "Running every test, with the real Ray, vLLM and DeepSpeed: about 18 minutes on two cores."
 	$(BIN)/python -m pytest -m "not alone" $(TWO_AT_A_TIME)
 	$(BIN)/python -m pytest -m alone
 
@@ -39,8 +39,8 @@ format: $(INSTALLED)  ## lays out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-exactness: $(INSTALLED)  ## docs/exactness.md: packed, parallel and padded updates compared; about five minutes
-	$(BIN)/python -m pytest tests/backends/test_packed_models.py tests/stack/test_layouts.py --exactness docs/exactness.md
+exactness: $(INSTALLED)  ## docs/exactness.md: packed, parallel and padded updates compared; about two minutes
+	$(BIN)/python -m pytest tests/backends/test_packed_models.py tests/stack/learners/test_layouts.py --exactness docs/exactness.md
 
 bench-iteration: $(INSTALLED)  ## one whole PPO iteration in tokens/s, by phase
 	$(BIN)/python -m benchmarks.iteration

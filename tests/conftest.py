@@ -1,13 +1,15 @@
-"""What every test shares: an offline, single-threaded process, a tiny model folder, and the command line."""
+"""For every test: an offline, single-threaded process, a tiny model folder, and the command line."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +17,9 @@ import pytest
 
 from tests.exactness import FIGURES, Exactness, write
 
-SCRATCH = tempfile.mkdtemp(prefix="sae_rl_")  # a short path, as those of sockets are limited
+SCRATCH = tempfile.mkdtemp(prefix="sae_rl_")  # a short path, since paths of sockets are limited
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-os.environ["TMPDIR"] = SCRATCH  # of what is started from here: Ray's logs, and what killed workers leave
+os.environ["TMPDIR"] = SCRATCH  # for Ray's logs, and for the files that killed workers leave
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,32 @@ class Outcome:
 CommandLine = Callable[..., Outcome]
 
 
+def call(*arguments: str) -> Outcome:
+    """The real command line, in this process: its imports, which take seconds, are there already."""
+    from sae_rl.cli import main
+
+    argv, terminate, code = sys.argv, signal.getsignal(signal.SIGTERM), 0
+    stdout, stderr = io.StringIO(), io.StringIO()
+    sys.argv = ["sae-rl", *arguments]
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            main()
+    except SystemExit as end:
+        assert isinstance(end.code, int), end.code
+        code = end.code
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, terminate)
+    return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--exactness", help="write what tests of exactness measure to this file")
+    parser.addoption("--exactness", help="the file to write the tables of exactness to")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = Exactness()
-    # A shell's background jobs are started with SIGINT ignored, and so would be the runs that tests interrupt.
+    # A shell starts background jobs with SIGINT ignored, and the runs that tests interrupt would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -71,26 +92,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def sae_rl(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[CommandLine]:
+def sae_rl(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CommandLine:
     """``sae_rl("train", "seed=1")``: the real command line, in this process and in an empty folder."""
-    from sae_rl.cli import main
-
-    terminate = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
     for name in ("RAY_ADDRESS", "SAE_RL_TRACEBACK"):
         monkeypatch.delenv(name, raising=False)
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["sae-rl", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            assert isinstance(end.code, int), end.code
-            code = end.code
-        return Outcome(code, *capsys.readouterr())
-
-    yield call
-    signal.signal(signal.SIGTERM, terminate)
+    return call

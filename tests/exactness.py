@@ -1,4 +1,4 @@
-"""What tests of exactness measure, for the table in docs/exactness.md: `make exactness` writes it."""
+"""The tables of docs/exactness.md, which tests fill and `make exactness` writes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from torch import Tensor  # conftest.py imports this module, and sets the number of threads before torch comes
+    from torch import Tensor  # conftest.py imports this module before it sets the number of threads for torch
 
 HEADER = """# Exactness
 
-Written by `make exactness`, from what its tests measure. The reference is transformers' own model in float32 with eager
-attention, on the same sequences one to a row, right-padded, and PPO's losses written out over it; no code of ours computes
-it. Numbers are the largest absolute difference over all tokens, or over all elements of all parameters; the tests demand
-1e-5. "Gradient" is that of one update as its optimizer sees it.
+Written by `make exactness`. The reference is transformers' own model in float32 with eager attention, on the same sequences,
+one per row and right-padded, with PPO's losses written out over it. It shares no code with `sae_rl`. Each number is the
+largest absolute difference over all tokens, or over all elements of all parameters; the tests demand less than 1e-5.
+"Gradient" is the gradient of one update as the optimizer receives it.
 """
 
 
@@ -44,7 +44,7 @@ FIGURES = pytest.StashKey[Exactness]()
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
-    """Of all elements; asserts that there are as many, and that all are numbers."""
+    """The largest absolute difference of two tensors. Asserts that their shapes are the same and all elements finite."""
     assert found.shape == expected.shape and bool(found.isfinite().all())
     return float((found.detach() - expected.detach()).abs().max())
 

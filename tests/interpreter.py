@@ -1,4 +1,4 @@
-"""Triton's kernels without a GPU."""
+"""Triton kernels without a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def in_tritons_interpreter(function: Callable[[], None]) -> None:
-    """Calls a function of a module in a process of its own, as Triton reads the setting when it is imported."""
+    """Calls a function of a module in a new process, since Triton reads TRITON_INTERPRET when it is imported."""
     done = subprocess.run(
         [sys.executable, "-c", f"from {function.__module__} import {function.__name__} as run; run()"],
         cwd=Path(__file__).parents[1],

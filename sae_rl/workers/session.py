@@ -76,15 +76,6 @@ def start_workers(
 
 
 @contextlib.contextmanager
-def start_learners(config: Config, clock: Clock) -> Iterator[RunWorkers]:
-    """Everything but the rollout engines: scores and updates on rollouts that are there already."""
-    with _placed(config, [role for role in roles_of(config) if role != "rollout"]) as groups:
-        workers = RunWorkers(config, groups, [], clock)
-        workers.start()
-        yield workers
-
-
-@contextlib.contextmanager
 def start_rollout(config: Config, clock: Clock) -> Iterator[RolloutPool]:
     """Starts the rollout engines alone, with the weights of ``model.path``."""
     with _placed(config, ["rollout"]) as groups:

@@ -1,4 +1,4 @@
-"""The way of docs/clusters.md on one machine: a cluster with a token, a job submitted, followed, finished."""
+"""The steps of docs/clusters.md on one machine: a cluster with a token; a job is submitted, followed and finished."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -57,7 +58,7 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    folder = Path(tempfile.mkdtemp(prefix="sae", dir="/tmp"))  # short: Ray puts sockets there, whose paths are limited
+    folder = Path(tempfile.mkdtemp(prefix="sae", dir="/tmp"))  # a short path, since paths of sockets are limited
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SAE_RL_"))}
     env |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
@@ -81,14 +82,14 @@ def cluster() -> Iterator[Cluster]:
 
 
 def marked(folder: Path, token: str) -> list[psutil.Process]:
-    """Processes that belong to the cluster by their command line or environment, whoever is their parent now."""
+    """Processes whose command line or environment says that they belong to the cluster."""
     found = []
     for process in psutil.process_iter():
         try:
             if str(folder) in " ".join(process.cmdline()) or process.environ().get("RAY_AUTH_TOKEN") == token:
                 found.append(process)
         except psutil.Error:
-            continue  # ended meanwhile, or another user's
+            continue  # the process has ended, or is another user's
     return found
 
 
@@ -178,12 +179,6 @@ def wait_for_file(file: Path, process: subprocess.Popen[str]) -> None:
 
 def list_jobs(cluster: Cluster) -> list[str]:
     """The status of every submitted job."""
-    script = (
-        "import sys; from ray.job_submission import JobSubmissionClient as C; "
-        "print(*(j.status.value for j in C(sys.argv[1]).list_jobs() if j.submission_id))"
-    )
-    env = cluster.env | {"RAY_AUTH_MODE": "token"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, cluster.address], env=env, capture_output=True, text=True, check=True, timeout=60
-    )
-    return done.stdout.split()
+    authorization = {"Authorization": f"Bearer {cluster.env['RAY_AUTH_TOKEN']}"}
+    with urlopen(Request(f"{cluster.address}/api/jobs/", headers=authorization), timeout=60) as answer:
+        return [job["status"] for job in json.load(answer) if job["submission_id"]]

@@ -1,4 +1,4 @@
-"""What launch/cluster.sh asks Ray to do, with a `ray` that only says what it was asked."""
+"""The commands that launch/cluster.sh gives to Ray, with a `ray` that only writes them down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be checked of docker/ without building an image, and the licence."""
+"""Checks of docker/ that need no image, and the licence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
-# SHA-256 of https://www.apache.org/licenses/LICENSE-2.0.txt, which begins with an empty line that LICENSE leaves out.
+# SHA-256 of https://www.apache.org/licenses/LICENSE-2.0.txt, which begins with an empty line; LICENSE leaves that out.
 APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 
 
@@ -25,7 +25,7 @@ def instructions(file: Path) -> list[str]:
 
 
 def copied(file: Path) -> list[str]:
-    """What it copies from the build context."""
+    """The paths that a Dockerfile copies from the build context."""
     copies = [line.split()[1:] for line in instructions(file) if line.startswith("COPY ")]
     return [source for words in copies if not words[0].startswith("--from") for source in words[:-1]]
 

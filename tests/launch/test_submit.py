@@ -1,4 +1,4 @@
-"""The command line of launch/submit.py, and what it refuses before it talks to a cluster."""
+"""The command line of launch/submit.py, and the mistakes that it refuses before it talks to a cluster."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_no_cluster_at_the_address() -> None:
 
 
 class LossyClient:
-    """A cluster whose connection breaks twice; each time the log is sent from its beginning again."""
+    """A cluster whose connection breaks twice, and which then sends the log from the beginning."""
 
     log = "one\ntwo\nthree\n"
 

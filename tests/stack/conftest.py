@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
+from sae_rl import checkpoint
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Config
+from sae_rl.records.clock import Clock
 from sae_rl.records.records import read_jsonl
 from sae_rl.sft import ModelShape, build_model, save
 from sae_rl.tasks.level import Level
 from sae_rl.tasks.tokenizer import build_tokenizer
 from sae_rl.types import Prompt, Rollout, Sampling
 from sae_rl.workers.run_workers import RunWorkers
-from sae_rl.workers.session import ray_session
+from sae_rl.workers.session import start_workers
+from sae_rl.workers.table import roles_of
+from tests.conftest import Outcome, call
 
 Configure = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
+KL = ["algorithm.token_rewards.kl_coef=0.05", "algorithm.policy_loss.kl_coef=0.1"]
+LORA = ["learner.lora.rank=4", "learner.lora.alpha=8", "learner.policy.optimizer.lr=0.05"]
 
 
 @pytest.fixture(scope="session")
@@ -68,19 +80,57 @@ def overrides(model: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "sae_rl", *arguments]
+@contextlib.contextmanager
+def no_process_left() -> Iterator[None]:
+    """Every process that is started within ends within 10 s after it."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    children = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive, f"still running: {[process.cmdline()[:3] for process in alive]}"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def trained(model: Path, output: Path, *more: str) -> Path:
+def trained(model: Path, output: Path, *more: str) -> Outcome:
     """A whole run through the command line, which succeeds."""
-    done = run("train", *overrides(model, output, *more))
-    assert done.returncode == 0, done.stderr
-    return output
+    with no_process_left():
+        done = call("train", *overrides(model, output, *more))
+    assert done.code == 0, done.stderr
+    return done
+
+
+@dataclass(frozen=True)
+class Killed:
+    """How a run in a process of its own ended after a signal."""
+
+    output: Path
+    returncode: int
+    stderr: str
+    seconds: float
+    alive: list[psutil.Process]  # its children 10 s later
+    agents: list[psutil.Process]  # Ray's two, which take a minute to notice that their driver was killed
+
+
+def killed(model: Path, output: Path, after: int, number: signal.Signals, *more: str) -> Killed:
+    """A run that gets a signal once the checkpoint of a step is there: SIGINT with its children, as from a terminal."""
+    arguments = [sys.executable, "-m", "sae_rl", "train", *overrides(model, output, *more)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, cwd=ROOT, text=True, stdout=pipe, stderr=pipe, start_new_session=True) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while (newest := checkpoint.newest(output / "checkpoints")) is None or newest.name < f"step_{after:06d}":
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                assert time.monotonic() < deadline, f"no step {after} within 200 s"
+                time.sleep(0.05)
+            children = psutil.Process(process.pid).children(recursive=True)
+            assert len(children) >= 6, "Ray, the three workers, vLLM's process, the reward processes"
+            agents = [child for child in children if number == signal.SIGKILL and "Agent" in " ".join(child.cmdline())]
+            started = time.monotonic()
+            os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+            _, errors = process.communicate(timeout=60)
+            _, alive = psutil.wait_procs([child for child in children if child not in agents], timeout=10)
+            return Killed(output, process.returncode, errors, time.monotonic() - started, alive, agents)
+        finally:
+            process.kill()
 
 
 def train_rows(folder: Path) -> dict[int, dict[str, float]]:
@@ -88,12 +138,17 @@ def train_rows(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def for_learners(**keys: object) -> list[str]:
-    """Overrides of both learners; ``num_workers`` is their number of ranks, the others are keys of ``learner``."""
+    """Overrides of both learners; ``num_workers`` is their number of ranks."""
     return [
-        f"{'cluster' if key == 'num_workers' else 'learner'}.{role}.{key.replace('__', '.')}={value}"
+        f"{'cluster' if key in ('num_workers', 'cpus_per_worker') else 'learner'}.{role}.{key.replace('__', '.')}={value}"
         for role in ("policy", "critic")
         for key, value in keys.items()
     ]
+
+
+def start_learners(config: Config) -> contextlib.AbstractContextManager[RunWorkers]:
+    """All workers but the rollout engines."""
+    return start_workers(config, [], Clock(), [role for role in roles_of(config) if role != "rollout"])
 
 
 def sampled(
@@ -113,13 +168,6 @@ def sampled(
     return [rollout for prompt in prompts for rollout in groups[prompt.id]]
 
 
-@pytest.fixture(scope="module")
-def shared_ray(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One Ray for the tests of a module that start their own workers."""
-    with ray_session(load_config(overrides(tiny_model, tmp_path_factory.mktemp("ray")))):
-        yield
-
-
 @pytest.fixture
 def configure(tiny_model: Path, tmp_path: Path) -> Configure:
     def configured(*more: str, model: Path = tiny_model, output: Path = tmp_path / "run") -> Config:
@@ -130,12 +178,6 @@ def configure(tiny_model: Path, tmp_path: Path) -> Configure:
 
 @pytest.fixture(autouse=True)
 def leaves_no_process() -> Iterator[None]:
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    yield
-    children = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if child.pid not in before and child.name() != "ray::IDLE"  # of a Ray that goes on
-    ]
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive, f"still running: {[process.cmdline()[:3] for process in alive]}"
+    """Where tests share a Ray, its fixture checks this at its end."""
+    with contextlib.nullcontext() if ray.is_initialized() else no_process_left():
+        yield

@@ -9,6 +9,6 @@ def parity(prompt: str, response: str, answer: str) -> float:
 
 
 def remainder(prompt: str, response: str, answer: str) -> Verdict:
-    """The response answers with its number of decision words modulo 3; 0 is no answer, 1 is right."""
+    """A response answers with its number of decision words modulo 3: 1 is right, and 0 counts as no answer."""
     found = sum(word.startswith("A") for word in response.split()) % 3
     return Verdict(float(found == 1), f"remainder {found} <b>", str(found) if found else None)

@@ -1,18 +1,15 @@
-"""Whole runs through the command line: every record, resume to the bit, interruption, and a KL against the reference."""
+"""Whole runs through the command line: every record, a kill and resume to the bit, and a KL against the reference."""
 
 from __future__ import annotations
 
 import html
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -20,39 +17,43 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sae_rl import checkpoint
+from sae_rl.cli import COMMANDS, Command
+from sae_rl.config.compose import load_config
 from sae_rl.records.metrics import show
 from sae_rl.records.records import read_jsonl
 from sae_rl.records.rollouts import read_rollouts, rollout_files
 from sae_rl.records.samples import read_samples, step_samples
 from sae_rl.tasks.level import Level
-from tests.stack.conftest import ROOT, command, overrides, run, train_rows, trained
+from sae_rl.workers.session import ray_session
+from tests.conftest import CommandLine, call
+from tests.stack.conftest import KL, killed, overrides, train_rows, trained
 
 pytestmark = pytest.mark.alone
-KL = ["algorithm.token_rewards.kl_coef=0.05", "algorithm.policy_loss.kl_coef=0.1"]
+EVERYTHING = [
+    *KL,
+    "steps=4",
+    "checkpoint.keep_last=3",
+    "evaluation.every_steps=2",
+    "evaluation.record_samples=true",
+    "logger.rollouts_every_steps=1",
+    "logger.tensorboard=true",
+    "learner.critic_pretraining.num_prompts=8",
+    "learner.critic_pretraining.max_epochs=2",
+]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps with everything switched on."""
     output = tmp_path_factory.mktemp("runs") / "straight"
-    more = [
-        *KL,
-        "steps=4",
-        "checkpoint.every_steps=2",
-        "checkpoint.keep_last=3",
-        "evaluation.every_steps=2",
-        "evaluation.record_samples=true",
-        "logger.rollouts_every_steps=1",
-        "logger.tensorboard=true",
-        "learner.critic_pretraining.num_prompts=8",
-        "learner.critic_pretraining.max_epochs=2",
-    ]
-    return trained(tiny_model, output, *more)
+    trained(tiny_model, output, *EVERYTHING, "checkpoint.every_steps=2")
+    return output
 
 
 def test_records_of_a_run(finished: Path) -> None:
@@ -87,6 +88,35 @@ def test_export_loads_in_transformers_and_is_the_trained_policy(finished: Path, 
     assert any(not torch.equal(policy[name], base[name]) for name in policy)
 
 
+def test_a_killed_run_goes_on_and_equals_the_straight_one_to_the_bit(
+    finished: Path, tiny_model: Path, tmp_path: Path, ending: list[psutil.Process]
+) -> None:
+    options = [*EVERYTHING, "checkpoint.every_steps=1"]
+    run = killed(tiny_model, tmp_path / "run", 2, signal.SIGKILL, *options)
+    ending += run.agents
+    assert not run.alive and run.seconds < 10, [child.cmdline()[:3] for child in run.alive]
+    newest = checkpoint.newest(run.output / "checkpoints")
+    assert newest is not None and 2 <= checkpoint.read_state(newest).step < 4
+    done = trained(tiny_model, run.output, *options, "logger.console=plain")
+    assert f"resuming from {newest}" in done.stdout
+    for step, row in train_rows(finished).items():
+        again = train_rows(run.output)[step]
+        for name in row:
+            if not name.startswith(("time", "throughput", "memory")):
+                assert again[name] == row[name], f"step {step}: {name}"
+    first, second = (load_file(folder / "policy" / "model.safetensors") for folder in (finished, run.output))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def ending() -> Iterator[list[psutil.Process]]:
+    """Ray's two agents, which take a minute to notice that their driver was killed."""
+    agents: list[psutil.Process] = []
+    yield agents
+    _, alive = psutil.wait_procs(agents, timeout=120)
+    assert not alive, [child.cmdline()[:3] for child in alive]
+
+
 @pytest.fixture(scope="module")
 def evaluated(finished: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A checkpoint on two data sets of one file: the folder that was written, and the console."""
@@ -106,8 +136,8 @@ def evaluated(finished: Path, tiny_model: Path, tmp_path_factory: pytest.TempPat
         "task.evaluation.reward=tests.stack.rewards:remainder",
         "evaluation.samples_per_prompt=4",
     ]
-    done = run("evaluate", *overrides(tiny_model, output, *more))
-    assert done.returncode == 0, done.stderr
+    done = call("evaluate", *overrides(tiny_model, output, *more))
+    assert done.code == 0, done.stderr
     (folder,) = (output / "evaluation").iterdir()
     assert folder.name == "001_step_000004"
     return folder, done.stdout
@@ -163,31 +193,6 @@ def test_the_page_and_the_console_show_an_evaluation(evaluated: tuple[Path, str]
     assert "odd/<i>" not in page and "remainder 1 <b>" not in page
 
 
-def test_resume_equals_the_straight_run_to_the_bit(finished: Path, tiny_model: Path, tmp_path: Path) -> None:
-    resumed = tmp_path / "resumed"
-    shutil.copytree(finished, resumed)
-    for later in ("step_000004",):
-        shutil.rmtree(resumed / "checkpoints" / later)
-    shutil.rmtree(resumed / "policy")
-    more = [*KL, "steps=4", "checkpoint.every_steps=2", "evaluation.every_steps=2", "logger.rollouts_every_steps=1"]
-    done = run("train", *overrides(tiny_model, resumed, *more, "logger.console=plain"))
-    assert done.returncode == 0, done.stderr
-    assert "resuming from" in done.stdout and "step_000002" in done.stdout
-    for step, row in train_rows(finished).items():
-        again = train_rows(resumed)[step]
-        for name in row:
-            if not name.startswith(("time", "throughput", "memory")):
-                assert again[name] == row[name], f"step {step}: {name}"
-    first, second = (load_file(folder / "policy" / "model.safetensors") for folder in (finished, resumed))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_nothing_left_to_train_is_said(finished: Path, tiny_model: Path) -> None:
-    done = run("train", *overrides(tiny_model, finished, "steps=4"))
-    assert done.returncode == 2
-    assert "nothing is left to train" in done.stderr and "Traceback" not in done.stderr
-
-
 def test_a_demo_killed_before_its_policy_was_published_shows_what_it_learned(
     finished: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -195,63 +200,22 @@ def test_a_demo_killed_before_its_policy_was_published_shows_what_it_learned(
     shutil.copytree(finished, folder)
     shutil.copytree(tiny_model, folder / "base")
     shutil.rmtree(folder / "policy")
-    done = run("demo", *overrides(folder / "base", folder, "steps=4"))
-    assert done.returncode == 0, done.stderr
+    done = call("demo", *overrides(folder / "base", folder, "steps=4"))
+    assert done.code == 0, done.stderr
     assert "Ray, vLLM, DeepSpeed" not in done.stdout, "nothing was left to train"
     assert (folder / "policy" / "model.safetensors").is_file() and (folder / "report.html").is_file()
 
 
-def start_and_wait_for_a_step(
-    model: Path, output: Path, *more: str
-) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    arguments = overrides(model, output, "steps=500", "checkpoint.every_steps=1", *more)
-    process = subprocess.Popen(
-        command("train", *arguments), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while (newest := checkpoint.newest(output / "checkpoints")) is None or newest.name < "step_000002":
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline, "no step within 200 s"
-        time.sleep(0.2)
-    return process, psutil.Process(process.pid).children(recursive=True)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_leaves_no_process_and_goes_on(
-    tiny_model: Path, tmp_path: Path, number: signal.Signals
+def test_sigterm_ends_a_command_as_ctrl_c_does(
+    sae_rl: CommandLine, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "run"
-    schedule = ["schedule=overlapped"] if number == signal.SIGINT else []  # whose sampling thread must end as well
-    process, children = start_and_wait_for_a_step(tiny_model, output, *schedule)
-    assert len(children) >= 6  # Ray, the three workers, vLLM's one, the reward pool
-    started = time.monotonic()
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
-        process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    # Of a driver that was killed, Ray's two agents take a minute to notice.
-    agents = [child for child in children if number == signal.SIGKILL and is_agent(child)]
-    _, alive = psutil.wait_procs([child for child in children if child not in agents], timeout=10)
-    assert not alive, [child.cmdline()[:3] for child in alive]
-    assert time.monotonic() - started < 10
-    if number != signal.SIGKILL:
-        assert process.returncode == 130 and "the same command goes on" in errors, errors
-        assert "Traceback" not in errors
-    newest = checkpoint.newest(output / "checkpoints")
-    assert newest is not None
-    steps = checkpoint.read_state(newest).step + 1
-    if number == signal.SIGKILL:
-        done = run("train", *overrides(tiny_model, output, f"steps={steps}", "checkpoint.every_steps=1"))
-        assert done.returncode == 0, done.stderr
-        assert json.loads((output / "checkpoints" / f"step_{steps:06d}" / "driver.json").read_text())["step"] == steps
-    _, alive = psutil.wait_procs(agents, timeout=120)
-    assert not alive, [child.cmdline()[:3] for child in alive]
+    """Also inside a Ray, which has a handler of its own. A whole run gets SIGINT in test_overlapped.py."""
 
+    def terminated(arguments: list[str]) -> None:
+        with ray_session(load_config(overrides(tiny_model, tmp_path))):
+            signal.raise_signal(signal.SIGTERM)
 
-def is_agent(process: psutil.Process) -> bool:
-    try:
-        return "Agent" in " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return False
+    monkeypatch.setitem(COMMANDS, "train", Command(terminated, ""))
+    done = sae_rl("train")
+    assert done.code == 130 and "the same command goes on" in done.stderr and "Traceback" not in done.stderr
+    assert not ray.is_initialized()

@@ -1,4 +1,4 @@
-"""Ranks, ZeRO stages, budgets and sequence parallelism change nothing: an update is that of a padded model, to 1e-5."""
+"""Under all ranks, ZeRO stages, token budgets and sequence parallelism, an update equals a padded model's to 1e-5."""
 
 from __future__ import annotations
 
@@ -6,57 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import ray
 import torch
-from torch import Tensor
 from transformers import AutoModelForTokenClassification
 
-from sae_rl.records.clock import Clock
-from sae_rl.types import Batch, Prompt, Rollout
+from sae_rl.types import Batch
 from sae_rl.workers.run_workers import RunWorkers
-from sae_rl.workers.session import start_learners
 from tests.exactness import Exactness, largest_difference
 from tests.stack.conftest import Configure, for_learners
-from tests.stack.padded import ENTROPY_COEF, VALUE_CLIP, Expected, expected_of
+from tests.stack.learners.conftest import Learners, learners_weights, rollouts_of_many_lengths
+from tests.stack.learners.padded import ENTROPY_COEF, VALUE_CLIP, Expected, expected_of
 
 pytestmark = pytest.mark.alone
-
-
-def rollouts_of_many_lengths() -> Batch:
-    """Made up, so that every layout is given exactly the same: 16 responses of 1 to 40 tokens, some with tool output."""
-    random = torch.Generator().manual_seed(0)
-    rollouts = []
-    for i in range(16):
-        prompt = Prompt(id=str(i // 4), text="", token_ids=(1, *range(3, 8 + i // 4)), answer="", task="", reward="")
-        length = int(torch.randint(1, 41, (1,), generator=random)) if i else 1
-        rollouts.append(
-            Rollout(
-                prompt=prompt,
-                sample=i % 4,
-                token_ids=torch.randint(3, 80, (length,), generator=random),
-                rollout_logprobs=-3 * torch.rand(length, generator=random),
-                text="",
-                finish_reason="stop",
-                policy_versions=torch.zeros(length, dtype=torch.int64),
-                temperature=0.9,
-                action_mask=torch.arange(length) % 5 < 3 if i % 4 == 1 else None,
-            )
-        )
-    return Batch.of(rollouts, [float(i % 3 == 0) for i in range(16)])
-
-
-def weights_of(worker: object) -> dict[str, Tensor]:
-    """Runs inside every rank."""
-    return {name: tensor.float().clone() for name, tensor in worker._learner.full_weights()}  # type: ignore[attr-defined]
-
-
-def learners_weights(workers: RunWorkers) -> dict[str, Tensor]:
-    """Of both networks; every rank takes part, since ZeRO 3 gathers them."""
-    weights = {}
-    for role in ("policy", "critic"):
-        ranks = ray.get([worker.__ray_call__.remote(weights_of) for worker in workers._groups[role].workers])  # type: ignore
-        weights |= {f"{role} {name}": tensor for name, tensor in ranks[0].items()}
-    return weights
 
 
 def set_budget(worker: object, tokens: int) -> None:
@@ -67,7 +27,7 @@ def set_budget(worker: object, tokens: int) -> None:
 
 @pytest.fixture(scope="module")
 def critic_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other weights than the policy's, and a head that is not zero."""
+    """A critic with other weights than the policy, and with a head that is not zero."""
     folder = tmp_path_factory.mktemp("critic") / "critic"
     torch.manual_seed(3)
     critic = AutoModelForTokenClassification.from_pretrained(tiny_model, num_labels=1)
@@ -83,7 +43,7 @@ def expected(tiny_model: Path, critic_folder: Path) -> Expected:
 
 
 def differences(workers: RunWorkers, batch: Batch, expected: Expected) -> dict[str, float]:
-    """Largest differences of scores, and of the gradients of one update."""
+    """The largest differences of scores, and of the gradients of one update."""
     scores = workers.score(batch)
     assert scores.entropies is not None and scores.values is not None
     metrics = workers.update(batch, expected.given, expected.targets, seed=0)
@@ -105,7 +65,7 @@ def differences(workers: RunWorkers, batch: Batch, expected: Expected) -> dict[s
 
 
 def sizes(expected: Expected) -> dict[str, float]:
-    """What a difference is to be compared with."""
+    """The largest numbers themselves, to compare the differences with."""
     largest = {name: float(gradient.abs().max()) for name, gradient in expected.gradients.items()}
     flat = {"logprobs": expected.logprobs, "entropies": expected.entropies, "values": expected.values}
     return {name: float(numbers.abs().max()) for name, numbers in flat.items()} | {
@@ -116,7 +76,7 @@ def sizes(expected: Expected) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the learners are spread."""
+    """How policy and critic are spread over processes."""
 
     ranks: int
     stage: int
@@ -131,7 +91,7 @@ class Layout:
         return ", ".join([*parts, "offloaded"] if self.offloaded else parts)
 
     def overrides(self, critic_folder: Path) -> list[str]:
-        """One update, whose step is the gradient itself: Adam's first, with so large an epsilon."""
+        """The first step of Adam with a huge epsilon and the inverse learning rate is the gradient itself."""
         as_it_is = {"optimizer__lr": 1e6, "optimizer__eps": 1e6, "optimizer__max_grad_norm": 1e6}
         keys = {
             "num_workers": self.ranks,
@@ -151,41 +111,52 @@ class Layout:
         ]
 
 
+# Every two of these meet in a layout: gradients clipped by us (ZeRO 0), by DeepSpeed's optimizer of ZeRO 1 and 2, or by that
+# of ZeRO 3; ranks with rows of their own, or that share rows; activations kept or recomputed; states here or offloaded.
+# What stays out: ZeRO 0 has nothing to offload, and sharing rows under ZeRO 1 and 2 is that under ZeRO 0.
 LAYOUTS = [
-    *(Layout(1, stage) for stage in (0, 1, 2, 3)),
-    *(Layout(2, stage, recomputed=stage == 3) for stage in (0, 1, 2, 3)),
-    *(Layout(2, stage, sharing=2, recomputed=stage == 3) for stage in (0, 3)),
-    *(Layout(1, stage, offloaded=True) for stage in (2, 3)),
+    Layout(1, 0),  # nothing is exchanged
+    Layout(2, 0, recomputed=True),  # all-reduced gradients
+    Layout(2, 1, recomputed=True),  # sharded optimizer states
+    Layout(2, 2, offloaded=True),  # sharded gradients, and optimizer states on the host
+    Layout(2, 3),  # sharded parameters
+    Layout(2, 0, sharing=2),  # rows exchanged within attention
+    Layout(2, 3, sharing=2, recomputed=True, offloaded=True),  # parameters on the host too, and all of it together
 ]
 
 
-@pytest.mark.usefixtures("shared_ray")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_is_the_padded_update(
-    configure: Configure, expected: Expected, critic_folder: Path, exactness: Exactness, layout: Layout
+    configure: Configure,
+    learners: Learners,
+    expected: Expected,
+    critic_folder: Path,
+    exactness: Exactness,
+    layout: Layout,
 ) -> None:
     config = configure(*layout.overrides(critic_folder))
     batch, table = rollouts_of_many_lengths(), "Ranks, ZeRO stages and budgets"
     exactness.record(table, "(the largest number itself)", sizes(expected))
-    with start_learners(config, Clock()) as workers:
-        workers.save(config.output_dir)
-        for budget in (64, 4096):
-            for role in ("policy", "critic"):
-                workers._groups[role].run(lambda worker, b=budget: worker.__ray_call__.remote(set_budget, b))  # type: ignore
-            workers.load(config.output_dir)
-            found = differences(workers, batch, expected)
-            exactness.record(table, f"{layout}, {budget} tokens a pass", found)
-            assert all(gap < 1e-5 for gap in found.values()), found
+    workers = learners(config)
+    workers.save(config.output_dir)
+    for budget in (64, 4096):
+        for role in ("policy", "critic"):
+            workers._groups[role].run(lambda worker, b=budget: worker.__ray_call__.remote(set_budget, b))  # type: ignore
+        workers.load(config.output_dir)
+        found = differences(workers, batch, expected)
+        exactness.record(table, f"{layout}, {budget} tokens a pass", found)
+        assert all(gap < 1e-5 for gap in found.values()), found
 
 
-@pytest.mark.usefixtures("shared_ray")
-def test_in_bfloat16_it_is_nearly_that(configure: Configure, expected: Expected, critic_folder: Path) -> None:
-    """As the recipes for GPUs train; bfloat16 has eight bits, and the gradient is a sum over 200 tokens."""
+def test_bfloat16_is_near_the_padded_update(
+    configure: Configure, learners: Learners, expected: Expected, critic_folder: Path
+) -> None:
+    """The recipes for GPUs train in bfloat16. It has eight bits, and the gradient is a sum over 200 tokens."""
     config = configure(*Layout(2, 3, recomputed=True).overrides(critic_folder), "model.precision=bfloat16")
     batch = rollouts_of_many_lengths()
-    with start_learners(config, Clock()) as workers:
-        scores = workers.score(batch)
-        torch.testing.assert_close(scores.old_logprobs, expected.logprobs, atol=0.3, rtol=0.05)
-        metrics = workers.update(batch, expected.given, expected.targets, seed=0)
-        for name in ("policy/grad_norm", "critic/grad_norm", "critic/loss"):
-            assert metrics[name] == pytest.approx(expected.metrics[name], rel=0.1), name
+    workers = learners(config)
+    scores = workers.score(batch)
+    torch.testing.assert_close(scores.old_logprobs, expected.logprobs, atol=0.3, rtol=0.05)
+    metrics = workers.update(batch, expected.given, expected.targets, seed=0)
+    for name in ("policy/grad_norm", "critic/grad_norm", "critic/loss"):
+        assert metrics[name] == pytest.approx(expected.metrics[name], rel=0.1), name

@@ -16,11 +16,11 @@ CLIP, ENTROPY_COEF, VALUE_CLIP = 0.2, 0.01, 0.3
 
 @dataclass(frozen=True)
 class Expected:
-    """What an update is given, and what it has to find."""
+    """The inputs of an update, and its expected results."""
 
     given: Scores
     targets: Targets
-    logprobs: Tensor  # (N,), 0 where nobody sampled, as are the next two
+    logprobs: Tensor  # (N,), and so are the next two; 0 at tokens that were not sampled
     entropies: Tensor
     values: Tensor
     metrics: dict[str, float]
@@ -29,7 +29,7 @@ class Expected:
 
 
 def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(B, width) ids and mask; and for each sampled token its row and the position before it."""
+    """(B, width) ids and mask; and the row of each sampled token, and the position before it."""
     rows, at_row, at_state = [], [], []
     for i in range(batch.num_responses):
         prompt = batch.prompt_token_ids[batch.prompt_offsets[i] : batch.prompt_offsets[i + 1]]
@@ -45,7 +45,7 @@ def padded(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def flat(sampled: Tensor, batch: Batch) -> Tensor:
-    """Numbers of the sampled tokens -> (N,), 0 elsewhere."""
+    """One number per sampled token -> (N,), with 0 at the other tokens."""
     everywhere = torch.zeros(batch.num_tokens)
     everywhere[torch.ones_like(everywhere, dtype=torch.bool) if batch.action_mask is None else batch.action_mask] = (
         sampled
