@@ -45,7 +45,20 @@ def test_commands_of_the_readme_compose(words: list[str]) -> None:
     compose_tree([word for word in overrides if "," not in word])
 
 
-def test_experiments_and_groups_that_the_readme_names_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    for group, option in re.findall(r"`(algorithm|algorithm/segmenter|cluster|experiment|task)=(\w+)", text):
-        assert (ROOT / "conf" / group / f"{option}.yaml").is_file(), f"{group}={option}"
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "configuration.md"], ids=lambda page: page.name)
+def test_experiments_and_groups_that_a_page_names_exist(page: Path) -> None:
+    """Also those listed behind the first, as in `algorithm=sae`, `gae`."""
+    found = re.findall(
+        r"`(algorithm|algorithm/segmenter|cluster|experiment|task)=(\w+)`((?:, `\w+`)*)", page.read_text()
+    )
+    assert found
+    for group, first, others in found:
+        for option in (first, *re.findall(r"`(\w+)`", others)):
+            assert (ROOT / "conf" / group / f"{option}.yaml").is_file(), f"{group}={option}"
+
+
+def test_the_page_of_the_design_prints_the_loop_as_it_is() -> None:
+    blocks = re.findall(r"```python\n(.*?)\n```", (ROOT / "docs" / "design.md").read_text(), flags=re.DOTALL)
+    source = (ROOT / "sae_rl" / "driver.py").read_text()
+    assert [block.split("(")[0] for block in blocks] == ["def train", "def learn"]
+    assert all(f"\n\n{block}\n\n" in source for block in blocks)
