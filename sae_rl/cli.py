@@ -40,21 +40,27 @@ def train(arguments: list[str]) -> None:
 
 
 def sweep(overrides: list[str]) -> None:
-    """Trains every combination in turn. A run that fails does not end the sweep: its error is raised after the last run."""
-    from sae_rl.config.compose import load_sweep
+    """Hydra's multirun: trains every combination. A run that fails does not end the sweep; Hydra raises its error last."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
 
-    configs = load_sweep(overrides)
+    from sae_rl.config.compose import CONF, forced, load_run_of_sweep, load_sweep
+
+    load_sweep(overrides)
     from sae_rl.commands.train import run_training
 
-    failures: list[Exception] = []
-    for config in configs:
+    def job(tree: DictConfig) -> None:
+        config = load_run_of_sweep(tree, HydraConfig.get().overrides.task, overrides)
         try:
             run_training(config)
         except Exception as error:
             print(f"error: {config.output_dir}: {error or type(error).__name__}", file=sys.stderr)
-            failures.append(error)
-    if failures:
-        raise failures[0]
+            raise
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and `main` reports them
+    sys.argv = ["sae-rl", "--multirun", *forced(overrides)]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
 
 
 def show(overrides: list[str]) -> None:

@@ -7,6 +7,7 @@ refuses unknown keys, and its message names the nearest key that exists.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -50,23 +51,32 @@ def load_evaluation_config(overrides: Sequence[str]) -> Config:
 def load_sweep(overrides: Sequence[str]) -> list[Config]:
     """Every combination of a sweep (``seed=0,1 algorithm=sae,gae``), before the first one starts.
 
-    The output folder of a run is a folder inside ``output_dir``, named after the overrides that vary.
-
     Raises:
         ConfigError: at least one of the runs would be refused.
     """
-    parsed = _parse(overrides)
-    configs = []
-    for combination in itertools.product(*map(_alternatives, parsed)):
-        varied = [text for text, override in zip(combination, parsed, strict=True) if override.is_sweep_override()]
-        tree = compose_tree(combination)
-        try:
-            OmegaConf.resolve(tree)  # paths below output_dir, such as the base model's, stay those of the sweep
-        except OmegaConfBaseException as error:
-            raise ConfigError([f"{error.full_key}: {_first_line(error)}"]) from error
-        tree.output_dir = str(Path(tree.output_dir).absolute() / ",".join(sorted(varied)))
-        configs.append(_training_config(tree))
-    return configs
+    combinations = itertools.product(*map(_alternatives, _parse(overrides)))
+    return [load_run_of_sweep(compose_tree(lines), lines, overrides) for lines in combinations]
+
+
+def load_run_of_sweep(tree: DictConfig, lines: Sequence[str], overrides: Sequence[str]) -> Config:
+    """One run of a sweep. Its output folder is inside ``output_dir``, named after the overrides that vary.
+
+    Args:
+        tree: the composed configuration of the run.
+        lines: the run's own overrides.
+        overrides: the overrides of the whole sweep.
+
+    Raises:
+        ConfigError: the run is refused.
+    """
+    varied = {override.get_key_element().lstrip("+") for override in _parse(overrides) if override.is_sweep_override()}
+    names = [line.lstrip("+") for line in lines if line.lstrip("+").partition("=")[0] in varied]
+    try:
+        OmegaConf.resolve(tree)  # paths below output_dir, such as the base model's, stay those of the sweep
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{error.full_key}: {_first_line(error)}"]) from error
+    tree.output_dir = str(Path(tree.output_dir).absolute() / ",".join(sorted(names)))
+    return _training_config(tree)
 
 
 def _alternatives(override: Override) -> list[str]:
@@ -92,23 +102,35 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
         ConfigError: an override that Hydra cannot read or apply, or an unknown group or option.
     """
     parsed = _parse(overrides)
-    # A folder named base holds what the options of its group share. It is not a group.
-    groups = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir() and folder.name != "base"}
-    file = OmegaConf.load(CONF / f"{name}.yaml")
-    known = sorted({*map(str, file), *(groups if "defaults" in file else ())} - {"defaults"})
+    groups, file = _groups(), OmegaConf.load(CONF / f"{name}.yaml")
+    known = sorted({*map(str, file), *(groups if "defaults" in file else ())} - {"defaults", "hydra"})
     if problems := [problem for override in parsed if (problem := _misspelt(override, groups, known))]:
         raise ConfigError(problems)
-    lines = [
-        f"++{override.input_line}"
-        if override.type is OverrideType.CHANGE and override.key_or_group not in groups
-        else str(override.input_line)
-        for override in parsed
-    ]
     with _hydra():
         try:
-            return compose(name, overrides=lines)
+            return compose(name, overrides=forced(overrides))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError([_first_line(error.__cause__ or error)]) from error
+
+
+def forced(overrides: Sequence[str]) -> list[str]:
+    """The overrides with Hydra's ``++`` before every value, so that pydantic judges keys that ``conf/`` does not have."""
+    return [
+        f"++{override.input_line}"
+        if override.type is OverrideType.CHANGE and override.key_or_group not in _groups() and not _is_hydras(override)
+        else str(override.input_line)
+        for override in _parse(overrides)
+    ]
+
+
+def _groups() -> set[str]:
+    """The groups of ``conf/``. A folder named base holds what the options of its group share, and is no group."""
+    return {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir() and folder.name != "base"}
+
+
+def _is_hydras(override: Override) -> bool:
+    """Whether an override sets Hydra itself, such as ``hydra/launcher=joblib``."""
+    return re.match(r"hydra[./]", override.key_or_group) is not None
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -121,6 +143,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
 def _misspelt(override: Override, groups: set[str], known: list[str]) -> str | None:
     """What is wrong with a group, its option or a key at the top. Deeper keys are the typed tree's to judge."""
     key, option = override.key_or_group, override.value()
+    if _is_hydras(override):
+        return None
     if key not in groups:
         top = key.split(".")[0]
         return None if top in known else f"{key}: the configuration has no {top!r}, {nearest(top, known)}"
