@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from sae_rl.rewards.math.final import final_answer
-from sae_rl.rewards.math.numbers import Number, ascii_of, tidy
-from sae_rl.rewards.math.verifier import MAX_CHARS, meaning
+from sae_rl.rewards.math.answers import MAX_CHARS, read_answer
+from sae_rl.rewards.math.final_answer import final_answer
+from sae_rl.rewards.math.markup import ascii_of, tidy
+from sae_rl.rewards.math.numbers import Number
 from sae_rl.rewards.verdict import Sample, Verdict
 
 SEVERAL = re.compile(r",(?!\d{3})|;|\b(?:or|and)\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])")  # between two equations
@@ -58,4 +59,4 @@ def number_in(text: str) -> Number | None:
     if len(text) > MAX_CHARS:
         return None
     before, _, value = tidy(ascii_of(text)).rpartition("=")
-    return None if SEVERAL.search(before.partition("=")[2]) else meaning(value).number
+    return None if SEVERAL.search(before.partition("=")[2]) else read_answer(value).number

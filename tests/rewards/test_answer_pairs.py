@@ -179,7 +179,7 @@ def test_no_bomb_scores_and_the_pool_goes_on() -> None:
 
 
 def test_a_crash_inside_the_comparison_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_rl.rewards.math import values
+    from sae_rl.rewards.math import formulas as values
 
     def crash(*_: Any, **__: Any) -> Any:
         raise RecursionError("too deep")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_rl.rewards.math.expressions import latex
-from sae_rl.rewards.math.sizes import MAX_DIGITS, TooLarge, check_size, digits, num_terms
+from sae_rl.rewards.math.number_sizes import MAX_DIGITS, TooLarge, check_size, digits, num_terms
 from sae_rl.rewards.table import READY
 from sae_rl.rewards.verdict import Sample
 

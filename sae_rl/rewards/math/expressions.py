@@ -1,43 +1,36 @@
-"""Mathematical expressions: read from LaTeX by math-verify's parser, compared by value.
-
-Numbers and formulas are compared here: math-verify rounds to six places after the point, so that 1e-7 equals 2e-7, and takes
-an exception inside its comparison for "not equal". What is of two kinds, and unions of sets, are left to it.
-"""
+"""Mathematical expressions: read from LaTeX by math-verify's parser, and compared kind by kind."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
-from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, _Latex2Sympy, normalize_latex
-from latex2sympy2_extended.logic import And
-from latex2sympy2_extended.sets import FiniteSet
-from math_verify import verify
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, _Latex2Sympy, normalize_latex
+from sympy.core.function import AppliedUndef
 from sympy.printing.str import StrPrinter
 
-from sae_rl.rewards.math.numbers import read, tidy, written
-from sae_rl.rewards.math.sizes import TooLarge, check_size, num_terms
-from sae_rl.rewards.math.values import same_formula, same_relation, symbols_of
+from sae_rl.rewards.math.answers import TRIGONOMETRIC
+from sae_rl.rewards.math.formulas import same_formula, same_relation, symbols_of
+from sae_rl.rewards.math.markup import MAX_CHARS
+from sae_rl.rewards.math.number_sizes import TooLarge, check_size, num_terms
+from sae_rl.rewards.math.numbers import Number, read, written
 
-MAX_CHARS = 2000  # of an expression
-MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
 MAX_OPERATIONS, MAX_TERMS = 100, 200  # of an expression, and of what it is multiplied out to for its canonical text
-ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # of numbers, which the parser would add up
-LATEX = NormalizationConfig(
-    basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
-)
+LATEX = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False)
+CASE_MATTERS = ConversionConfig(lowercase_symbols=False)
+FUNCTION = r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|sqrt|gcd|lcm|pi|infty|infinity"
+DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})")
 REPLACED = (
     (re.compile(r"\\\(|\\\)|\\\[|\\\]|\$|\*\*(?=\s*$)"), " "),
     (re.compile(r"\*\*"), "^"),
-    (re.compile(r"\\varnothing"), r"\\emptyset"),
-    (re.compile(r"\\(?:lor|vee|land|wedge)(?![A-Za-z])"), ","),
-    (re.compile(r"\\(?:mathrm|text|textrm|rm|operatorname)\s*\{([eid])\}"), r"{\1}"),
-    (re.compile(r"(?<=\{)\s+|\s+(?=\})"), ""),  # or else math-verify takes { e } for a unit
-    (re.compile(r"(?<![\\A-Za-z])(pi|infty|infinity)(?![A-Za-z])"), r"\\\1"),
+    (re.compile(r"\\(?:text|operatorname)\s*\{([eid])\}"), r"{\1}"),
+    (re.compile(r"(?<=[A-Za-z}])'+"), "_{prime}"),
+    (re.compile(r"\\gamma(?![A-Za-z])"), r"\\varpi "),  # \gamma(2) would be the function Gamma
+    (re.compile(r"(?<=\{)\s+|\s+(?=\})"), ""),
+    (re.compile(rf"(?<![\\A-Za-z])({FUNCTION})(?![A-Za-z])"), r"\\\1"),
     (re.compile(r"\\infinity"), r"\\infty"),
-    (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})"), ""),
     (re.compile(r"(\d(?:[\d.]*\d)?)\s*\\?%"), r"\\frac{\1}{100}"),
     (re.compile(r"(\d)\s*[eE]\s*([+-]?\d+)(?!\d*[A-Za-z])"), r"\1 \\times 10^{\2}"),
 )
@@ -55,64 +48,41 @@ class Parser(_Latex2Sympy):  # type: ignore[misc]
         return super().handle_gcd_lcm(name, numbers)
 
 
-def parsed(text: str) -> Any:
-    """The tidy text as an object of sympy, not evaluated; None: it is no mathematics.
+def parsed(text: str) -> tuple[Any, str]:
+    """The tidy text as an object of sympy, not evaluated, and why it cannot be compared. None: it is no mathematics.
 
     Raises:
         MemoryError: there is too little for it.
-        TooLarge: it holds a number of too many digits.
     """
-    if len(text) > MAX_CHARS or depth(text) > MAX_DEPTH:
-        return None
-    if ROW.fullmatch(text):
-        text = ",".join(text.split())
-    for pattern, replacement in REPLACED:
+    if len(text) > MAX_CHARS:
+        return None, ""
+    in_degrees = TRIGONOMETRIC.search(text) is not None
+    for pattern, replacement in REPLACED if in_degrees else ((DEGREES, ""), *REPLACED):
         text = pattern.sub(replacement, text)
-    found = latex(both_signs(text))
-    if found is None and text.count("=") > 1 and "," not in text:
-        found = latex(text.rpartition("=")[2])
-    if found is None or found.has(sympy.zoo, sympy.nan):
-        return None
     try:
+        found = latex(text, in_degrees)
+        if not isinstance(found, sympy.Basic | sympy.MatrixBase) or found.has(sympy.zoo, sympy.nan):
+            return None, ""
         check_size(found)
-    except (MemoryError, TooLarge):
+    except MemoryError:
         raise
-    except Exception:  # what sympy cannot evaluate, not even roughly, it says in many ways; the text is the model's
-        return None
-    return found
-
-
-def depth(text: str) -> int:
-    """Of the brackets."""
-    deep = deepest = 0
-    for character in text:
-        deep += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, deep)
-    return deepest
-
-
-def latex(text: str) -> Any:
-    try:
-        found = Parser(is_real=True).parse(normalize_latex(text, config=LATEX))
-        return with_imaginary_unit(found) if isinstance(found, sympy.Basic | sympy.MatrixBase) else None
-    except (MemoryError, TooLarge):
-        raise
+    except TooLarge as error:
+        return None, str(error)
     except Exception:  # the parser raises whatever it happens to trip over; the text is the model's
-        return None
+        return None, ""
+    return found, ""
 
 
-def both_signs(text: str) -> str:
-    """Each part with a plus-minus as two parts."""
-    if "\\pm" not in text and "\\mp" not in text:
-        return text
-    parts = re.split(r",(?![^(\[{]*[)\]}])", text)
-    return ", ".join(part.replace("\\pm", sign) for part in parts for sign in ("+", "-")[: 2 if "\\pm" in part else 1])
-
-
-def with_imaginary_unit(found: Any) -> Any:
-    """With i as the imaginary unit, where it is a symbol of its own."""
+def latex(text: str, in_degrees: bool = False) -> Any:
+    """What math-verify's parser makes of LaTeX; i is the imaginary unit. It raises many exceptions."""
+    found = Parser(is_real=True, convert_degrees=in_degrees, config=CASE_MATTERS).parse(normalize_latex(text, config=LATEX))
     i = [symbol for symbol in symbols_of(found) if symbol.name == "i"]
     return found.xreplace(dict.fromkeys(i, sympy.I)) if i else found
+
+
+def of_number(number: Number) -> Any:
+    plain = sympy.Rational(number.plain.numerator, number.plain.denominator)
+    return sympy.Float(plain, max(15, number.digits)) if number.digits else plain
 
 
 def equal(gold: Any, found: Any, precision: int) -> bool:
@@ -121,65 +91,89 @@ def equal(gold: Any, found: Any, precision: int) -> bool:
     Raises:
         Exception: whatever stops the comparison; that is a failed check.
     """
-    gold, found = without_middle(gold), without_middle(found)
+    gold, found = (each.doit() if isinstance(each, sympy.MatrixExpr) else each for each in (gold, found))
     if type(gold) is type(found) and gold == found:
         return True
     if is_formula(gold) and is_formula(found):
-        if isinstance(gold, sympy.Symbol) or isinstance(found, sympy.Symbol):
-            return by_math_verify(gold, found, precision)
         return same_formula(gold, found, precision)
     if isinstance(gold, sympy.MatrixBase) and isinstance(found, sympy.MatrixBase):
         return gold.shape == found.shape and all_equal(gold.flat(), found.flat(), precision)
-    if isinstance(gold, sympy.Tuple) and isinstance(found, sympy.Tuple):
-        return len(gold) == len(found) and all_equal(gold.args, found.args, precision)
-    if isinstance(gold, sympy.Interval) and isinstance(found, sympy.Interval):
-        ends = (gold.left_open, gold.right_open) == (found.left_open, found.right_open)
-        return ends and all_equal((gold.start, gold.end), (found.start, found.end), precision)
-    if isinstance(gold, sympy.FiniteSet) and isinstance(found, sympy.FiniteSet):
-        return same_members(gold, found, precision)
-    if is_comparison(gold) and is_comparison(found):
-        return same_relation(gold, found, precision)
-    if isinstance(gold, sympy.And) and isinstance(found, sympy.And):
-        return same_members(gold.args, found.args, precision)
-    return by_math_verify(gold, found, precision)
+    if is_comparison(gold) and is_comparison(found) and same_relation(gold, found, precision):
+        return True
+    if isinstance(gold, sympy.And) and isinstance(found, sympy.And) and len(gold.args) == len(found.args):
+        return all(any(equal(wanted, got, precision) for got in found.args) for wanted in gold.args)
+    sets = real_set(gold), real_set(found)
+    return None not in sets and same_set(*sets, precision)
+
+
+def all_equal(gold: Iterable[Any], found: Iterable[Any], precision: int) -> bool:
+    return all(equal(*pair, precision) for pair in zip(gold, found, strict=True))
 
 
 def is_formula(found: Any) -> bool:
     return isinstance(found, sympy.Expr) and not isinstance(found, sympy.MatrixExpr)
 
 
-def all_equal(gold: Iterable[Any], found: Iterable[Any], precision: int) -> bool:
-    return all(equal(g, f, precision) for g, f in zip(gold, found, strict=True))
-
-
-def same_members(gold: Collection[Any], found: Collection[Any], precision: int) -> bool:
-    """Each member of one has a partner in the other, in whatever order."""
-    if len(gold) != len(found):
-        return False
-    left = list(found)
-    for wanted in gold:
-        partner = next((each for each in left if equal(wanted, each, precision)), None)
-        if partner is None:
-            return False
-        left.remove(partner)
-    return True
-
-
-def by_math_verify(gold: Any, found: Any, precision: int) -> bool:
-    return bool(verify(gold, found, float_rounding=precision, timeout_seconds=None, raise_on_error=True))
-
-
-def without_middle(found: Any) -> Any:
-    """z = 2 of z = 1 + 1 = 2."""
-    if not isinstance(found, And) or not all(isinstance(part, sympy.Eq) for part in found.args):
-        return found
-    parts = found._unsorted_args
-    return sympy.Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)
+def is_constant(found: Any) -> bool:
+    return is_formula(found) and not found.free_symbols
 
 
 def is_comparison(found: Any) -> bool:
     """An equation or an inequality between formulas."""
     return isinstance(found, sympy.core.relational.Relational) and is_formula(found.lhs) and is_formula(found.rhs)
+
+
+def is_equation(found: Any) -> bool:
+    return isinstance(found, sympy.Eq) and is_comparison(found)
+
+
+def real_set(found: Any) -> tuple[Any, str] | None:
+    """The real numbers that a set, or inequalities of one variable, tell, and the name of that variable."""
+    if isinstance(found, sympy.Set):
+        return found, ""
+    if not isinstance(found, sympy.logic.boolalg.Boolean):
+        return None
+    found = found.xreplace({each: sympy.Symbol(str(each), real=True) for each in found.atoms(AppliedUndef)})
+    told: Any = sympy.S.Reals
+    for part in found.args if isinstance(found, sympy.And) else (found,):
+        sides = [side.args[0] if isinstance(side, sympy.Abs) else side for side in part.args]
+        simple = len(found.free_symbols) == 1 and any(side in found.free_symbols for side in sides)
+        if not is_comparison(part) or isinstance(part, sympy.Eq) or not simple or not any(map(is_constant, sides)):
+            return None
+        told = told.intersect(part.as_set())
+    return told, str(*found.free_symbols)
+
+
+def interval(start: Any, end: Any, brackets: str) -> tuple[Any, str] | None:
+    real = all(is_constant(each) and each.is_extended_real for each in (start, end))
+    return (sympy.Interval(start, end, brackets[0] == "(", brackets[1] == ")"), "") if real else None
+
+
+def union(sets: list[tuple[Any, str] | None]) -> tuple[Any, str] | None:
+    told = [each for each in sets if each is not None]
+    names = {name for _, name in told}
+    return (sympy.Union(*(each for each, _ in told)), names.pop()) if len(told) == len(sets) and len(names) == 1 else None
+
+
+def same_set(gold: tuple[Any, str], found: tuple[Any, str], precision: int) -> bool:
+    """Two sets whose pieces have the same ends. A variable that both name must be the same."""
+    if gold[1] and found[1] and gold[1] != found[1]:
+        return False
+    pieces = []
+    for each, _ in (gold, found):
+        told = each.doit()
+        told = sympy.Interval(-sympy.oo, sympy.oo) if told == sympy.S.Reals else told
+        pieces.append(told.args if isinstance(told, sympy.Union) else (told,))
+    return len(pieces[0]) == len(pieces[1]) and all(same_piece(*pair, precision) for pair in zip(*pieces, strict=True))
+
+
+def same_piece(gold: Any, found: Any, precision: int) -> bool:
+    if isinstance(gold, sympy.Interval) and isinstance(found, sympy.Interval):
+        ends = (gold.left_open, gold.right_open) == (found.left_open, found.right_open)
+        return ends and all_equal((gold.start, gold.end), (found.start, found.end), precision)
+    if isinstance(gold, sympy.FiniteSet) and isinstance(found, sympy.FiniteSet) and len(gold) == len(found):
+        return all_equal(gold, found, precision)
+    return bool(gold == found)
 
 
 class Printer(StrPrinter):  # type: ignore[misc]
@@ -194,20 +188,16 @@ class Printer(StrPrinter):  # type: ignore[misc]
 
 def canonical(found: Any) -> str:
     """The same text for the same expression, as far as multiplying out tells."""
-    if isinstance(found, sympy.Eq) and isinstance(found.lhs, sympy.Symbol):
-        return canonical(found.rhs)
-    if isinstance(found, sympy.MatrixBase):
-        return str(Printer().doprint(sympy.ImmutableMatrix(found).applyfunc(multiplied_out)))
     if isinstance(found, sympy.Float):
-        number = read(tidy(str(found)))
+        number = read(str(found))
         return str(found) if number is None else str(number)
-    if isinstance(found, FiniteSet | sympy.FiniteSet):
-        return "{" + ", ".join(sorted(canonical(member) for member in found.args)) + "}"
+    if isinstance(found, sympy.MatrixBase):
+        found = sympy.ImmutableMatrix(found).applyfunc(multiplied_out)
     return str(Printer().doprint(multiplied_out(found) if is_formula(found) else found))
 
 
 def multiplied_out(found: Any) -> Any:
-    """As far as that does not take long."""
+    """A formula without products of sums, as far as that does not take long."""
     if found.count_ops() > MAX_OPERATIONS:
         return found
     found = found.doit()
