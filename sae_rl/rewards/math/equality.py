@@ -10,6 +10,8 @@ from sae_rl.rewards.math.numbers import read_with_letter, same
 
 # Left to do in an answer, these may be what was asked.
 UNDONE = re.compile(r"(?:\b|\\)(gcd|lcm|max|min|det|lim)(?![a-z])|\\(sum|prod|int|mod|bmod|pmod|begin\{vmatrix)(?![A-Za-z])")
+VECTOR = re.compile(r"1x|\d+x1\Z")  # a matrix of one row or column
+FUNCTION = re.compile(r"y\Z|[a-z]\(x\)\Z")
 INTERVALS = ("()", "(]", "[)", "[]")
 
 
@@ -60,14 +62,15 @@ def _same_words(gold: str, found: str, is_text: bool) -> bool:
 
 
 def _same_equation(gold: Answer, found: Answer, precision: int) -> bool:
-    if found.value is not None and not all(equal(found.value, other, precision) for other in found.others):
+    constants = [other for other in found.others if expressions().is_constant(other.expression)]
+    if found.value is not None and not all(equal(found.value, other, precision) for other in constants):
         return False  # x = 4 = 5
     values = (gold.value or gold, found.value or found)
-    named = gold.name and found.name and gold.name != found.name
+    named = gold.name and found.name and gold.name != found.name and not (FUNCTION.match(gold.name) and FUNCTION.match(found.name))
     relations = [answer.value is None and expressions().is_equation(answer.expression) for answer in (gold, found)]
     if not named and not any(relations):
         return equal(*values, precision)
-    if any(answer.number is not None or answer.brackets or answer.words for answer in values):
+    if all(answer.number is not None for answer in values) or any(answer.brackets for answer in values):
         return False
     both = gold.expression, found.expression
     return None not in both and bool(expressions().equal(*both, precision))
@@ -98,8 +101,8 @@ def _same_parts(gold: Answer, found: Answer, precision: int) -> bool:
     in_order = all(names) and len(set(names)) == len(names) > 1 and not any(part.name for part in got)
     if kinds <= {",", "{}"} and not in_order:
         return _same_members(wanted, got, precision)
-    alike = len(kinds) == 1 or kinds <= {",", "()", "{}"} and kinds != {"()", "{}"}
-    return alike and all(equal(*pair, precision) for pair in zip(wanted, got, strict=True))
+    alike = len(kinds) == 1 or kinds == {",", "()"} or any(VECTOR.match(kind) for kind in kinds) and kinds & {"()", "[]"}
+    return bool(alike) and all(equal(*pair, precision) for pair in zip(wanted, got, strict=True))
 
 
 def _members(answer: Answer, precision: int) -> list[Answer]:

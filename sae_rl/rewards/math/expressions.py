@@ -31,6 +31,7 @@ REPLACED = (
     (re.compile(r"(?<=\{)\s+|\s+(?=\})"), ""),
     (re.compile(rf"(?<![\\A-Za-z])({FUNCTION})(?![A-Za-z])"), r"\\\1"),
     (re.compile(r"\\infinity"), r"\\infty"),
+    (re.compile(r"\\bmod"), r"\\mod"),
     (re.compile(r"(\d(?:[\d.]*\d)?)\s*\\?%"), r"\\frac{\1}{100}"),
     (re.compile(r"(\d)\s*[eE]\s*([+-]?\d+)(?!\d*[A-Za-z])"), r"\1 \\times 10^{\2}"),
 )

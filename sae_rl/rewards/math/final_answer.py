@@ -39,6 +39,9 @@ OPERATION = re.compile(r"[\d)}]\s*(?:[-+*/×÷]|\\(?:times|cdot|div))[\s$€£({
 LETTERS = re.compile(r"[\^!]|(?<![A-Za-z\\])[A-Za-z]|\\(?!times|cdot|div|frac)[A-Za-z]")
 
 
+ALONE = re.compile(r"(?!.*[A-Za-z]{2})[^\n,;]*[-+*/^=][^\n,;]{1,80}")  # a formula, and nothing else
+
+
 @dataclass(frozen=True, slots=True)
 class FinalAnswer:
     """A final answer, as the response has it."""
@@ -107,6 +110,8 @@ def stated(text: str) -> str:
     hashes = HASHES.findall(text)
     if hashes:
         return str(hashes[-1]).strip()
+    if ALONE.fullmatch(text.strip()):
+        return "" if unfinished(text) else text.strip()
     tail = ""
     said = text.replace("**", "").replace("__", "")
     while found := STATED.findall(said):  # "Final Answer: The final answer is 5"
