@@ -39,7 +39,7 @@ class Processes:
         # Not forked from here: the driver has threads of Ray and torch, whose locks a fork would copy as they stand. The
         # server that forks has imported and parsed what checks need, so that a killed process is replaced in milliseconds.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([in_process.__name__, "sae_rl.rewards.math.warm"])
+        self._context.set_forkserver_preload([in_process.__name__, "sae_rl.rewards.math.expressions"])
         self._asked: dict[Future[Verdict | Failed], Question] = {}  # not answered yet
         self._starting = threading.Lock()
         self._num_starts, self._last_end = 0, time.monotonic()

@@ -16,7 +16,17 @@ from sae_rl.rewards.math.final_answer import final_answer
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.verdict import Sample
 
-MODULES = ("choice", "math.answers", "math.equality", "math.expressions", "math.final_answer", "math.markup", "math.numbers", "math.units", "numeric")
+MODULES = (
+    "choice",
+    "math.answers",
+    "math.equality",
+    "math.expressions",
+    "math.final_answer",
+    "math.markup",
+    "math.numbers",
+    "math.units",
+    "numeric",
+)
 LENGTH = 100_000
 TOKENS = (
     *(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sae_rl.rewards.math.markup import ALTERNATIVE, BRACKET, ascii_of, closing, depth, split, tidy
+from sae_rl.rewards.math.markup import ALTERNATIVE, BRACKET, ascii_of, closing, deepest, split, tidy
 from sae_rl.rewards.math.numbers import Number, read
 from sae_rl.rewards.math.units import sign_of, without_unit
 
@@ -22,7 +22,9 @@ TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 .,;'&/-]*")
 PUNCTUATION = re.compile(r"(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})|[\s.,;]+")  # a single letter's hyphen is a minus sign
 CLOCK = re.compile(r"0*(\d{1,2}):([0-5]\d)(:[0-5]\d)?(?:\s*([ap])\.?m\.?)?", re.IGNORECASE)
-NOTHING = re.compile(r"(?:there (?:is|are) )?no (?:(?:real|integer|such) )*(?:solutions?|roots?)(?: exists?)?|none|(?:the )?empty set")
+NOTHING = re.compile(
+    r"(?:there (?:is|are) )?no (?:(?:real|integer|such) )*(?:solutions?|roots?)(?: exists?)?|none|(?:the )?empty set"
+)
 EMPTY = re.compile(r"\\(?:emptyset|varnothing)|\\\{\s*\\\}")
 NUMERAL = re.compile(r"(\d[0-9A-Za-z]*)\s*_\s*(?:\{\s*(?:\\text\{)?(\d{1,2}|two|eight|sixteen)\}?\s*\}|(\d{1,2}))")
 BASES = {"two": 2, "eight": 8, "sixteen": 16}
@@ -32,13 +34,16 @@ SEPARATOR = re.compile(
     rf"|\b{ALTERNATIVE}\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])"
 )
 ENVIRONMENT = re.compile(
-    r"(?:([^=]+)=)?\s*[(\[]?\s*\\begin\s*\{([pb]?matrix|cases|array)\}(?:\{[lcr| ]*\})?(.*)\\end\s*\{\2\}\s*[)\]]?", re.DOTALL
+    r"(?:([^=]+)=)?\s*[(\[]?\s*\\begin\s*\{([pb]?matrix|cases|array)\}(?:\{[lcr| ]*\})?(.*)\\end\s*\{\2\}\s*[)\]]?",
+    re.DOTALL,
 )
 ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # numbers without a comma between them
 CONDITION = re.compile(r"\b(?:if|for|when|where)\b")
 APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![A-Za-z])")
 MEMBER = re.compile(r"([^=<>{(\[]+?)\\in(?![A-Za-z])(.+)", re.DOTALL)
-BUILDER = re.compile(r"([A-Za-z])\s*(?:\\in(?![A-Za-z])[^|:]*?)?\s*(?:\\mid(?![A-Za-z])|\\vert(?![A-Za-z])|[|:])(.+)", re.DOTALL)
+BUILDER = re.compile(
+    r"([A-Za-z])\s*(?:\\in(?![A-Za-z])[^|:]*?)?\s*(?:\\mid(?![A-Za-z])|\\vert(?![A-Za-z])|[|:])(.+)", re.DOTALL
+)
 EQUALS = re.compile(r"(?<![<>!:=])=(?!=)")
 RELATION = re.compile(r"[<>]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|in|notin|not|equiv|sim)(?![A-Za-z])")
 TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
@@ -132,7 +137,7 @@ def read_answer(answer: str) -> Answer:
 
 def _read(text: str) -> Answer:
     text = ascii_of(text)
-    if depth(text) > MAX_DEPTH:
+    if deepest(text) > MAX_DEPTH:
         return Answer(text, problem="its brackets are nested too deeply")
     text = tidy(text)
     wrapped = TEXT.fullmatch(text)

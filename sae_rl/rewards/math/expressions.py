@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, _Latex2Sympy, normalize_latex
 from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from sympy.printing.str import StrPrinter
 
 from sae_rl.rewards.math.answers import TRIGONOMETRIC
 from sae_rl.rewards.math.formulas import same_formula, same_relation, symbols_of
 from sae_rl.rewards.math.markup import MAX_CHARS
-from sae_rl.rewards.math.number_sizes import TooLarge, check_size, num_terms
+from sae_rl.rewards.math.number_sizes import TooLarge, check_size
 from sae_rl.rewards.math.numbers import Number, read, written
 
-MAX_OPERATIONS, MAX_TERMS = 100, 200  # of an expression, and of what it is multiplied out to for its canonical text
-LATEX = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False)
+MAX_OPERATIONS = 100  # of an expression that is evaluated for its canonical text
+LATEX = NormalizationConfig(
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
+)
 CASE_MATTERS = ConversionConfig(lowercase_symbols=False)
 FUNCTION = r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|sqrt|gcd|lcm|pi|infty|infinity"
 DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})")
@@ -76,7 +79,9 @@ def parsed(text: str) -> tuple[Any, str]:
 
 def latex(text: str, in_degrees: bool = False) -> Any:
     """What math-verify's parser makes of LaTeX; i is the imaginary unit. It raises many exceptions."""
-    found = Parser(is_real=True, convert_degrees=in_degrees, config=CASE_MATTERS).parse(normalize_latex(text, config=LATEX))
+    found = Parser(is_real=True, convert_degrees=in_degrees, config=CASE_MATTERS).parse(
+        normalize_latex(text, config=LATEX)
+    )
     i = [symbol for symbol in symbols_of(found) if symbol.name == "i"]
     return found.xreplace(dict.fromkeys(i, sympy.I)) if i else found
 
@@ -92,23 +97,21 @@ def equal(gold: Any, found: Any, precision: int) -> bool:
     Raises:
         Exception: whatever stops the comparison; that is a failed check.
     """
+    if gold is None or found is None:
+        return False
     gold, found = (each.doit() if isinstance(each, sympy.MatrixExpr) else each for each in (gold, found))
     if type(gold) is type(found) and gold == found:
         return True
     if is_formula(gold) and is_formula(found):
         return same_formula(gold, found, precision)
     if isinstance(gold, sympy.MatrixBase) and isinstance(found, sympy.MatrixBase):
-        return gold.shape == found.shape and all_equal(gold.flat(), found.flat(), precision)
+        entries = zip(gold.flat(), found.flat(), strict=False)
+        return gold.shape == found.shape and all(same_formula(*pair, precision) for pair in entries)
     if is_comparison(gold) and is_comparison(found) and same_relation(gold, found, precision):
         return True
     if isinstance(gold, sympy.And) and isinstance(found, sympy.And) and len(gold.args) == len(found.args):
         return all(any(equal(wanted, got, precision) for got in found.args) for wanted in gold.args)
-    sets = real_set(gold), real_set(found)
-    return None not in sets and same_set(*sets, precision)
-
-
-def all_equal(gold: Iterable[Any], found: Iterable[Any], precision: int) -> bool:
-    return all(equal(*pair, precision) for pair in zip(gold, found, strict=True))
+    return same_set([gold], [found])
 
 
 def is_formula(found: Any) -> bool:
@@ -121,60 +124,41 @@ def is_constant(found: Any) -> bool:
 
 def is_comparison(found: Any) -> bool:
     """An equation or an inequality between formulas."""
-    return isinstance(found, sympy.core.relational.Relational) and is_formula(found.lhs) and is_formula(found.rhs)
+    return isinstance(found, Relational) and is_formula(found.lhs) and is_formula(found.rhs)
 
 
 def is_equation(found: Any) -> bool:
     return isinstance(found, sympy.Eq) and is_comparison(found)
 
 
+def same_set(gold: Sequence[Any], found: Sequence[Any]) -> bool:
+    """Whether the unions of sets of real numbers are one. Inequalities on both sides must have the same variable."""
+    sets = [[real_set(piece) for piece in pieces] for pieces in (gold, found)]
+    if any(None in each for each in sets) or len({name for each in sets for _, name in each if name}) > 1:
+        return False
+    unions = [sympy.Union(*(each for each, _ in pieces)) for pieces in sets]
+    return bool(sympy.SymmetricDifference(*unions).doit().is_empty)
+
+
 def real_set(found: Any) -> tuple[Any, str] | None:
-    """The real numbers that a set, or inequalities of one variable, tell, and the name of that variable."""
+    """A set, or the numbers that satisfy inequalities of one variable and the variable's name; None: it is neither."""
     if isinstance(found, sympy.Set):
         return found, ""
-    if not isinstance(found, sympy.logic.boolalg.Boolean):
+    parts = found.args if isinstance(found, sympy.And) else (found,)
+    if not all(is_comparison(part) and not isinstance(part, sympy.Eq) for part in parts):
         return None
     found = found.xreplace({each: sympy.Symbol(str(each), real=True) for each in found.atoms(AppliedUndef)})
-    told: Any = sympy.S.Reals
-    for part in found.args if isinstance(found, sympy.And) else (found,):
-        sides = [side.args[0] if isinstance(side, sympy.Abs) else side for side in part.args]
-        simple = len(found.free_symbols) == 1 and any(side in found.free_symbols for side in sides)
-        if not is_comparison(part) or isinstance(part, sympy.Eq) or not simple or not any(map(is_constant, sides)):
-            return None
-        told = told.intersect(part.as_set())
-    return told, str(*found.free_symbols)
+    variables = found.free_symbols | {sympy.Abs(variable) for variable in found.free_symbols}
+    solved = all(variables & set(part.args) and any(map(is_constant, part.args)) for part in found.atoms(Relational))
+    return (found.as_set(), str(*found.free_symbols)) if solved and len(found.free_symbols) == 1 else None
 
 
-def interval(start: Any, end: Any, brackets: str) -> tuple[Any, str] | None:
-    real = all(is_constant(each) and each.is_extended_real for each in (start, end))
-    return (sympy.Interval(start, end, brackets[0] == "(", brackets[1] == ")"), "") if real else None
-
-
-def union(sets: list[tuple[Any, str] | None]) -> tuple[Any, str] | None:
-    told = [each for each in sets if each is not None]
-    names = {name for _, name in told}
-    return (sympy.Union(*(each for each, _ in told)), names.pop()) if len(told) == len(sets) and len(names) == 1 else None
-
-
-def same_set(gold: tuple[Any, str], found: tuple[Any, str], precision: int) -> bool:
-    """Two sets whose pieces have the same ends. A variable that both name must be the same."""
-    if gold[1] and found[1] and gold[1] != found[1]:
-        return False
-    pieces = []
-    for each, _ in (gold, found):
-        told = each.doit()
-        told = sympy.Interval(-sympy.oo, sympy.oo) if told == sympy.S.Reals else told
-        pieces.append(told.args if isinstance(told, sympy.Union) else (told,))
-    return len(pieces[0]) == len(pieces[1]) and all(same_piece(*pair, precision) for pair in zip(*pieces, strict=True))
-
-
-def same_piece(gold: Any, found: Any, precision: int) -> bool:
-    if isinstance(gold, sympy.Interval) and isinstance(found, sympy.Interval):
-        ends = (gold.left_open, gold.right_open) == (found.left_open, found.right_open)
-        return ends and all_equal((gold.start, gold.end), (found.start, found.end), precision)
-    if isinstance(gold, sympy.FiniteSet) and isinstance(found, sympy.FiniteSet) and len(gold) == len(found):
-        return all_equal(gold, found, precision)
-    return bool(gold == found)
+def interval(start: Any, end: Any, brackets: str) -> Any:
+    """An interval of sympy; None: its ends are no real numbers, or nothing is between them."""
+    if not (is_constant(start) and is_constant(end) and start.is_extended_real and end.is_extended_real):
+        return None
+    found = sympy.Interval(start, end, brackets[0] == "(", brackets[1] == ")")
+    return None if found.is_empty else found
 
 
 class Printer(StrPrinter):  # type: ignore[misc]
@@ -188,18 +172,8 @@ class Printer(StrPrinter):  # type: ignore[misc]
 
 
 def canonical(found: Any) -> str:
-    """The same text for the same expression, as far as multiplying out tells."""
+    """The same text for the same expression, as far as sympy's own order of terms tells."""
     if isinstance(found, sympy.Float):
         number = read(str(found))
         return str(found) if number is None else str(number)
-    if isinstance(found, sympy.MatrixBase):
-        found = sympy.ImmutableMatrix(found).applyfunc(multiplied_out)
-    return str(Printer().doprint(multiplied_out(found) if is_formula(found) else found))
-
-
-def multiplied_out(found: Any) -> Any:
-    """A formula without products of sums, as far as that does not take long."""
-    if found.count_ops() > MAX_OPERATIONS:
-        return found
-    found = found.doit()
-    return sympy.expand(found) if num_terms(found) <= MAX_TERMS else found
+    return str(Printer().doprint(found.doit() if is_formula(found) and found.count_ops() <= MAX_OPERATIONS else found))

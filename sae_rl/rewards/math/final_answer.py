@@ -19,7 +19,10 @@ JOINER = re.compile(
 )
 HASHES = re.compile(r"####[^\S\n]*(\S[^\n]*)")
 UNDENIED = r"(?:(?!\b(?:not|cannot)\b|n't\b)[^.:=\n]){0,60}?"  # between a subject and its verb
-STATED = re.compile(rf"\banswers?\b(?:{UNDENIED}\b(?:is|are|be)\b\s*+:?|\s*+(?::|=|(?=\\\([^\S\n]*\S|\$[^\S\n]*[^\s$])))\s*+(.+)", re.IGNORECASE)
+STATED = re.compile(
+    rf"\banswers?\b(?:{UNDENIED}\b(?:is|are|be)\b\s*+:?|\s*+(?::|=|(?=\\\([^\S\n]*\S|\$[^\S\n]*[^\s$])))\s*+(.+)",
+    re.IGNORECASE,
+)
 DENIED = re.compile(
     r"(?:\b(?:not|cannot|never)|n't)(?:\s+(?:be|equal(?:\s+to)?))?(?:[\s$:(]|\\[(\[])*\Z", re.IGNORECASE
 )

@@ -115,7 +115,10 @@ def same_relation(gold: Any, found: Any, precision: int) -> bool:
         if not close(left, ratio * right, size, num_decimals):
             return False
     sides = [[exact(each.lhs), exact(each.rhs)] for each in (gold, found)]
-    return ratio is not None or sides[0] in (sides[1], sides[1][::-1] if isinstance(gold, sympy.Eq | sympy.Ne) else None)
+    return ratio is not None or sides[0] in (
+        sides[1],
+        sides[1][::-1] if isinstance(gold, sympy.Eq | sympy.Ne) else None,
+    )
 
 
 def points(gold: Any, found: Any, symbols: list[Any]) -> Iterator[Point]:

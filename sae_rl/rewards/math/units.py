@@ -1,27 +1,22 @@
-"""Units behind a number or a formula. An answer without a unit is right with any; two different units are different answers."""
+"""Units behind a number or a formula. One may be left out, but two that differ are two answers."""
 
 from __future__ import annotations
 
 import re
 
-# One line per unit: its sign first, then its other spellings, in the singular.
-SPELLINGS = (
-    *("m meter metre", "cm centimeter centimetre", "mm millimeter millimetre", "km kilometer kilometre", "in inch inche"),
-    *("ft foot feet", "yd yard", "mi mile", "g gram", "kg kilogram", "mg milligram", "lb pound", "oz ounce", "ton tonne"),
-    *("s sec second", "min minute", "h hr hour", "day", "week", "month", "year yr", "L l liter litre", "mL ml milliliter"),
-    *("dollar $ USD", "euro € EUR", "cent", "£ GBP", "¥ yen", "degree deg", "radian rad", "N newton", "J joule", "W watt"),
-)
-SIGNS = {spelling: line.split()[0] for line in SPELLINGS for spelling in line.split()}
-POWERS = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cubed": "3"}
-WORD = re.compile(r"[A-Za-z]+|[$€£¥/]|\d")
-POWER = r"\s*(?:\^?\s*(?P<power>[23])|\^\s*\{\s*(?P<braced>[23])\s*\})?"
-KNOWN = "|".join(sorted((re.escape(spelling) for spelling in SIGNS if spelling.isalpha() and len(spelling) > 1), key=len)[::-1])
+# The sign of each unit, and behind it its other spellings in the singular.
+UNITS = """m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre; in inch inche;
+ft foot feet; yd yard; mi mile; g gram; kg kilogram; mg milligram; lb pound; oz ounce; ton tonne; s sec second; min minute;
+h hr hour; day; week; month; year yr; L l liter litre; mL ml milliliter; dollar $ USD; euro € EUR; cent; £ GBP; ¥ yen;
+degree deg; radian rad; N newton; J joule; W watt; 2 square sq squared; 3 cubic cubed; / per; mi/h mph; unit"""
+SIGNS = {spelling: unit.split()[0] for unit in UNITS.split(";") for spelling in unit.split()}
+WORD = re.compile(r"[A-Za-z]+|[$€£¥/23]")
+NAMES = "|".join(spelling for spelling in sorted(SIGNS, key=len, reverse=True) if spelling.isalpha() and len(spelling) > 1)
+NAME = rf"(?:{NAMES})(?:es|s)?"
 UNIT = re.compile(
-    r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?P<degrees>[CF]?)"
-    rf"|\\text\s*\{{(?P<text>[^{{}}]*)\}}{POWER}"
-    rf"|(?<![A-Za-z\\])(?P<known>(?:(?:square|sq|cubic)\s+)?(?:(?:{KNOWN})(?:es|s)?|units?)(?:\s*(?:/|\bper\b)\s*[a-z]+)?)"
-    + POWER.replace("power", "power2").replace("braced", "braced2")
-    + r")\s*$"
+    r"\s*(?:(?P<degrees>\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*[CF]?)|(?:\\text\s*\{(?P<text>[^{}]*)\}"
+    rf"|(?<![A-Za-z\\])(?P<words>{NAME}(?:\s*/\s*|\s+)?(?:{NAME}|(?<=/)\s*[a-z])?(?:\s+{NAME})?))"
+    r"\s*(?P<power>\^?\s*\{?\s*[23]\s*\}?)?)\s*$"
 )
 LETTER = re.compile(r"\s*(?<![A-Za-z\\])(?P<letter>[msghLl])\s*$")  # a unit, or a variable
 COUNTED = re.compile(r"\s(?P<words>[a-z]{3,}(?:\s[a-z]{2,})*)\s*$")  # apples
@@ -34,32 +29,20 @@ NO_UNIT = re.compile(
 def without_unit(text: str) -> tuple[str, str]:
     """A text and the words of the unit behind it, or empty words."""
     found = UNIT.search(text)
-    if found is None or not text[: found.start()].strip():
+    if found is None or not text[: found.start()].strip() or NO_UNIT.search((found["text"] or "").lower()):
         return text, ""
-    if found["degrees"] is not None:
-        return text[: found.start()], found["degrees"] or "degree"
-    words = found["text"] if found["text"] is not None else found["known"]
-    if NO_UNIT.search(words.lower()):
-        return text, ""
-    power = next((found[name] for name in ("power", "braced", "power2", "braced2") if found[name]), "")
-    return text[: found.start()], f"{words.strip()} {power}".strip()
+    words = "degree" if found["degrees"] else f"{found['text'] or found['words'] or ''} {found['power'] or ''}"
+    return text[: found.start()], words.strip()
 
 
 def sign_of(words: str) -> str:
     """The sign of a unit, such as ``m2`` or ``km/h``; empty: it is none that is known."""
-    sign, power = "", ""
-    for word in WORD.findall(words.replace("mph", "mi/h").replace("kph", "km/h")):
-        if word in POWERS and sign:
-            sign += POWERS[word]
-        elif word in POWERS:
-            power = POWERS[word]
-        elif word == "per":
-            sign += "/"
-        elif word in "/23":
-            sign += word
-        else:
-            known = next((SIGNS[each] for each in (word, word.lower(), word.lower().removesuffix("s")) if each in SIGNS), "")
-            if not known:
-                return ""
-            sign, power = sign + known + power, ""
-    return sign
+    signs = []
+    for word in WORD.findall(words):
+        sign = next((SIGNS[each] for each in (word, word.lower(), word.lower().removesuffix("s")) if each in SIGNS), "")
+        if not sign:
+            return ""
+        signs.append(sign)
+    if signs and signs[0] in "23":  # square meters
+        signs = [*signs[1:2], signs[0], *signs[2:]]
+    return "".join(signs).replace("unit", "")

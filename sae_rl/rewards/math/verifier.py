@@ -66,7 +66,11 @@ def _gold(answer: str) -> Answer:
         final = final_answer(answer)
         found = read_answer(final.text) if not final.problem else Answer("")
     if not found.says_something:
-        problem = f"cannot be compared: {found.problem}" if found.problem else "is not a number, an expression, a set or words"
+        problem = (
+            f"cannot be compared: {found.problem}"
+            if found.problem
+            else "is not a number, an expression, a set or words"
+        )
         raise ValueError(f"math: the answer {shown(answer)!r} {problem}")
     return found
 
