@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sae_rl.rewards.math.markup import ALTERNATIVE, BRACKET, ascii_of, closing, deepest, split, tidy
+from sae_rl.rewards.math.markup import ALTERNATIVE, BRACKET, TRIGONOMETRIC, ascii_of, closing, deepest, split, tidy
 from sae_rl.rewards.math.numbers import Number, read
 from sae_rl.rewards.math.units import sign_of, without_unit
 
@@ -46,7 +46,6 @@ BUILDER = re.compile(
 )
 EQUALS = re.compile(r"(?<![<>!:=])=(?!=)")
 RELATION = re.compile(r"[<>]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|in|notin|not|equiv|sim)(?![A-Za-z])")
-TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 # A name holds letters, and no number except in an index, in parentheses or in an inverse: x_1, f(3), |AB|, m+n, \angle ABC.
 INDEX = re.compile(r"_(?:\{[^{}]*\}|\w)|(?<=[A-Za-z}'])\([^()]*\)|\^\s*\{?\s*(?:-1|\*|\\prime|\\circ)\s*\}?")
 CALCULATION = re.compile(r"(?:gcd|lcm|max|min|binom)\s*[({]|\\(?:sqrt|ln|log|exp)(?![a-z])")

@@ -9,7 +9,9 @@ from sae_rl.rewards.math.answers import Answer, compact, expressions
 from sae_rl.rewards.math.numbers import read_with_letter, same
 
 # Left to do in an answer, these may be what was asked.
-UNDONE = re.compile(r"(?:\b|\\)(gcd|lcm|max|min|det|lim)(?![a-z])|\\(sum|prod|int|mod|bmod|pmod|begin\{vmatrix)(?![A-Za-z])")
+UNDONE = re.compile(
+    r"(?:\b|\\)(gcd|lcm|max|min|det|lim)(?![a-z])|\\(sum|prod|int|mod|bmod|pmod|begin\{vmatrix)(?![A-Za-z])"
+)
 INTERVALS = ("()", "(]", "[)", "[]")
 FUNCTION_OF_X = re.compile(r"y|[a-z]\(x\)")
 VECTOR = re.compile(r"1x\d+|\d+x1")  # a matrix of one row or column
@@ -43,7 +45,9 @@ def equal(gold: Answer, found: Answer, precision: int) -> bool:
         return _same_numeral(gold, found)
     if gold.brackets or found.brackets:
         intervals = gold.brackets in INTERVALS and found.brackets in INTERVALS  # or tuples
-        if _same_parts(gold, found, precision) or (not intervals and expressions().same_set(_pieces(gold), _pieces(found))):
+        if _same_parts(gold, found, precision) or (
+            not intervals and expressions().same_set(_pieces(gold), _pieces(found))
+        ):
             return True
         if "x" not in gold.brackets + found.brackets or (gold.brackets and found.brackets):
             return False
@@ -68,7 +72,9 @@ def _same_equation(gold: Answer, found: Answer, precision: int) -> bool:
         return False  # x = 4 = 5
     names = {answer.name for answer in (gold, found) if answer.name}
     one_name = len(names) < 2 or all(FUNCTION_OF_X.fullmatch(name) for name in names)
-    if one_name and not any(each.value is None and expressions().is_equation(each.expression) for each in (gold, found)):
+    if one_name and not any(
+        each.value is None and expressions().is_equation(each.expression) for each in (gold, found)
+    ):
         return equal(gold.value or gold, value or found, precision)
     return bool(expressions().equal(gold.expression, found.expression, precision))
 
@@ -103,7 +109,7 @@ def _same_parts(gold: Answer, found: Answer, precision: int) -> bool:
             del got[partner]
         return True
     vectors = kinds & {"()", "[]"} and any(VECTOR.fullmatch(kind) for kind in kinds)
-    alike = len(kinds) == 1 or kinds == {",", "()"} or vectors
+    alike = len(kinds) == 1 or kinds == {",", "()"} or vectors or (kinds == {",", "[]"} and len(got) > 2)
     return bool(alike) and all(equal(*pair, precision) for pair in zip(wanted, got, strict=True))
 
 

@@ -12,9 +12,8 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.printing.str import StrPrinter
 
-from sae_rl.rewards.math.answers import TRIGONOMETRIC
 from sae_rl.rewards.math.formulas import same_formula, same_relation, symbols_of
-from sae_rl.rewards.math.markup import MAX_CHARS
+from sae_rl.rewards.math.markup import MAX_CHARS, TRIGONOMETRIC
 from sae_rl.rewards.math.number_sizes import TooLarge, check_size
 from sae_rl.rewards.math.numbers import Number, read, written
 
@@ -33,6 +32,7 @@ REPLACED = (
     (re.compile(r"\\gamma(?![A-Za-z])"), r"\\varpi "),  # \gamma(2) would be the function Gamma
     (re.compile(r"(?<=\{)\s+|\s+(?=\})"), ""),
     (re.compile(rf"(?<![\\A-Za-z])({FUNCTION})(?![A-Za-z])"), r"\\\1"),
+    (re.compile(r"(?<![\\A-Za-z])a(?=(?:sin|cos|tan)(?![A-Za-z]))"), r"\\arc"),
     (re.compile(r"\\infinity"), r"\\infty"),
     (re.compile(r"\\bmod"), r"\\mod"),
     (re.compile(r"(\d(?:[\d.]*\d)?)\s*\\?%"), r"\\frac{\1}{100}"),

@@ -10,6 +10,7 @@ from sae_rl.rewards.math.numbers import DECIMAL, read
 
 MAX_BOXES = 50  # the last ones of a response, which are looked at
 MAX_TAIL = 4000  # characters at the end of a response that are searched where it has no box
+MAX_FORMULA = 300  # characters of a response that is nothing but a formula
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(?P<bare>[0-9A-Za-z]))")
 # Between two boxes that are one answer: nothing, a comma, "and", "or", and the signs that end and begin mathematics.
 JOINER = re.compile(
@@ -42,7 +43,9 @@ OPERATION = re.compile(r"[\d)}]\s*(?:[-+*/×÷]|\\(?:times|cdot|div))[\s$€£({
 LETTERS = re.compile(r"[\^!]|(?<![A-Za-z\\])[A-Za-z]|\\(?!times|cdot|div|frac)[A-Za-z]")
 
 
-ALONE = re.compile(r"(?!.*[A-Za-z]{2})[^\n,;]*[-+*/^=][^\n,;]{1,80}")  # a formula, and nothing else
+# A word of a sentence: neither a command, a name of a function, nor an environment.
+SIGN = re.compile(r"[-+*/^=<>\\,]")
+WORD = re.compile(r"(?<![\\A-Za-z{])(?!a?(?:sin|cos|tan|cot|sec|csc)h?\b|arc|log|exp|sqrt)[A-Za-z]{3,}|\b(?:so|is|we|it|of|to|in|by)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ def stated(text: str) -> str:
     hashes = HASHES.findall(text)
     if hashes:
         return str(hashes[-1]).strip()
-    if ALONE.fullmatch(text.strip()):
+    if is_formula(text.strip()):
         return "" if unfinished(text) else text.strip()
     tail = ""
     said = text.replace("**", "").replace("__", "")
@@ -129,6 +132,11 @@ def stated(text: str) -> str:
     return "" if unfinished(last) else last
 
 
+def is_formula(text: str) -> bool:
+    """Whether a text of one line has signs of mathematics and no words."""
+    return "\n" not in text and len(text) <= MAX_FORMULA and SIGN.search(text) is not None and not WORD.search(text)
+
+
 def unfinished(text: str) -> bool:
     """Whether it ends with a calculation of numbers that nobody has done, as a response that is cut off may."""
     value = text.rpartition("=")[2]
@@ -138,6 +146,8 @@ def unfinished(text: str) -> bool:
 def _of_sentence(sentence: str) -> str:
     """The answer in what follows "the answer is": a list at its start, or behind its last "is", or all of it."""
     behind = max((match.end() for match in IS.finditer(sentence)), default=0)
+    if is_formula(sentence):
+        return sentence
     for start in (0, behind):
         atoms = ATOMS.match(sentence, start)
         if atoms is not None and not _goes_on(sentence, atoms.end()):

@@ -13,8 +13,8 @@ from typing import Any
 
 import sympy
 
+from sae_rl.rewards.math.number_sizes import MAX_DIGITS, SOME_DIGITS, digits
 from sae_rl.rewards.math.numbers import Number, same, significant
-from sae_rl.rewards.math.number_sizes import MAX_DIGITS, digits
 
 # Digits of numbers that are compared, beyond those that their sizes ask for, and how many of these must agree.
 WORKING_DIGITS, AGREEING_DIGITS = 100, 80
@@ -39,48 +39,46 @@ def same_formula(gold: Any, found: Any, precision: int) -> bool:
         return same_values(gold, found, precision)
     num_decimals = decimals(gold, precision)
     gold, found = exact(gold), exact(found)
+    roots = [] if (gold.has(sympy.I) or found.has(sympy.I)) else [*under_roots(gold), *under_roots(found)]
     compared = 0
     for at in points(gold, found, symbols):
         size = size_of(gold, found, at)
         wanted, got = value_of(gold, at, size), value_of(found, at, size)
-        if wanted is None or got is None or (wanted.has(sympy.I) and not gold.has(sympy.I)):
-            continue  # not a number there, or outside the real domain of the answer
+        if wanted is None or got is None or (wanted.has(sympy.I) and not gold.has(sympy.I)) or not real_at(at, *roots):
+            continue  # not a number there, or outside the real domain of the answers
         if not close(wanted, got, size, num_decimals):
             return False
         compared += 1
-    if compared > 0:
-        return True
-    return bool(sympy.simplify(gold - found).is_zero)
+    return compared > 0
 
 
 def same_values(gold: Any, found: Any, precision: int) -> bool:
+    for decimal, other in ((gold, found), (found, gold)):
+        if isinstance(decimal, sympy.Float):
+            value = value_of(exact(other), {}, digits(other, {}))
+            long = None if value is None else sympy.Float(value, WORKING_DIGITS) if value.is_Number else None
+            return long is not None and same(number_of(decimal), number_of(long), precision)
     num_decimals = decimals(gold, precision)
-    decimal = gold if isinstance(gold, sympy.Float) else found if isinstance(found, sympy.Float) else None
     gold, found = exact(gold), exact(found)
-    if all(isinstance(each, sympy.Rational) for each in (gold, found)):
+    if isinstance(gold, sympy.Rational) and isinstance(found, sympy.Rational):
         return bool(gold == found)
     size = size_of(gold, found, {})
     wanted, got = value_of(gold, {}, size), value_of(found, {}, size)
-    if wanted is None or got is None:
-        return False
-    other = got if exact(decimal) == gold else wanted
-    if decimal is not None and other.is_Float:
-        written = Number(Fraction(str(decimal)), significant(str(decimal).split("e")[0]))
-        return same(written, Number(Fraction(str(sympy.Float(other, WORKING_DIGITS))), WORKING_DIGITS), precision)
-    return close(wanted, got, size, num_decimals)
+    return wanted is not None and got is not None and close(wanted, got, size, num_decimals)
+
+
+def number_of(decimal: Any) -> Number:
+    return Number(Fraction(str(decimal)), significant(str(decimal).split("e")[0]))
 
 
 def exact(formula: Any) -> Any:
     """The formula evaluated, with its decimals as quotients."""
-    if formula is None:
-        return None
     return formula.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in formula.atoms(sympy.Float)}).doit()
 
 
 def decimals(gold: Any, precision: int) -> int:
     """To how many digits a formula must agree with the right one; 0: it must be exact, as the right one has no long decimal."""
-    long = any(significant(str(decimal).split("e")[0]) >= precision for decimal in gold.atoms(sympy.Float))
-    return precision if long else 0
+    return precision if any(number_of(decimal).digits >= precision for decimal in gold.atoms(sympy.Float)) else 0
 
 
 def same_relation(gold: Any, found: Any, precision: int) -> bool:
@@ -142,6 +140,17 @@ def in_steps(formula: Any) -> set[sympy.Symbol]:
         power.exp for power in formula.atoms(sympy.Pow) if power.base.is_number and not power.base.is_extended_positive
     ]
     return set().union(*(symbols_of(each) for each in (*steps, *signs)))
+
+
+def under_roots(formula: Any) -> Iterator[Any]:
+    """What must not be negative, so that a formula has a real value: under roots, and in logarithms."""
+    for part in formula.atoms(sympy.Pow, sympy.log):
+        if part.args[0].free_symbols and (isinstance(part, sympy.log) or part.exp.is_integer is False):
+            yield part.args[0]
+
+
+def real_at(at: Point, *arguments: Any) -> bool:
+    return not any(argument.evalf(SOME_DIGITS, subs=at).is_negative for argument in arguments)
 
 
 def size_of(gold: Any, found: Any, at: Point) -> float:

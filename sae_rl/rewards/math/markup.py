@@ -16,7 +16,10 @@ ASCII = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | str.maket
     | dict(zip("÷⁄，；：’′", "//,;:''", strict=True))
     | {character: f"^{{{digit}}}" for digit, character in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
     | {character: f"_{{{digit}}}" for digit, character in enumerate("₀₁₂₃₄₅₆₇₈₉")}
-    | {character: f" \\frac{{{top}}}{{{bottom}}}" for character, top, bottom in zip("½⅓⅔¼¾⅕⅛", "1121311", "2334458", strict=True)}
+    | {
+        character: f" \\frac{{{top}}}{{{bottom}}}"
+        for character, top, bottom in zip("½⅓⅔¼¾⅕⅛", "1121311", "2334458", strict=True)
+    }
     | {character: f"{command} " for character, command in zip(SIGNS, COMMANDS.split(), strict=True)}
 )
 # What is only for looks is removed, and what has several spellings gets one.
@@ -38,6 +41,7 @@ REWRITTEN = [
 ]
 WRAPPED = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 ALTERNATIVE = r"(?:or|and|alternatively|otherwise|maybe|perhaps|possibly)"  # between two answers
+TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # whose arguments may be in degrees
 TAKES_BRACES = re.compile(
     r"\\frac(?![A-Za-z])|\\sqrt(?![A-Za-z])(?:\s*\[[^\[\]]*\])?|(?<![\\A-Za-z])sqrt(?=\s*\()|\^(?=\s*\()"
 )

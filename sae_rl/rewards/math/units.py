@@ -11,7 +11,9 @@ h hr hour; day; week; month; year yr; L l liter litre; mL ml milliliter; dollar 
 degree deg; radian rad; N newton; J joule; W watt; 2 square sq squared; 3 cubic cubed; / per; mi/h mph; unit"""
 SIGNS = {spelling: unit.split()[0] for unit in UNITS.split(";") for spelling in unit.split()}
 WORD = re.compile(r"[A-Za-z]+|[$€£¥/23]")
-NAMES = "|".join(spelling for spelling in sorted(SIGNS, key=len, reverse=True) if spelling.isalpha() and len(spelling) > 1)
+NAMES = "|".join(
+    spelling for spelling in sorted(SIGNS, key=len, reverse=True) if spelling.isalpha() and len(spelling) > 1
+)
 NAME = rf"(?:{NAMES})(?:es|s)?"
 UNIT = re.compile(
     r"\s*(?:(?P<degrees>\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*[CF]?)|(?:\\text\s*\{(?P<text>[^{}]*)\}"

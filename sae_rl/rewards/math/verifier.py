@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from sae_rl.rewards.math.answers import NUM_REMEMBERED, Answer, read_answer
 from sae_rl.rewards.math.equality import right
-from sae_rl.rewards.math.final_answer import BOX, final_answer
+from sae_rl.rewards.math.final_answer import BOX, FinalAnswer, final_answer
 from sae_rl.rewards.verdict import Sample, Verdict
 
 MAX_SHOWN = 80  # characters of an answer in a verdict's reasons
@@ -33,6 +33,8 @@ class Math:
         """Raises ValueError if the right answer is broken, so that no response could be right."""
         wanted = golds(sample.answer)
         final = final_answer(sample.response, self.boxed_only)
+        if not final.boxed and not self.boxed_only and sample.response.strip() == sample.answer.strip():
+            final = FinalAnswer(sample.answer, boxed=False)
         if final.problem:
             return Verdict(0.0, final.problem)
         found = read_answer(final.text)
