@@ -1,4 +1,7 @@
-r"""Answers that must not pass for one another, and their neighbours that must: (response, right answer, whether they are the same)."""
+r"""Answers that must not pass for one another, and their neighbours that must.
+
+Each is (response, right answer, whether they are the same), by kind.
+"""
 
 from __future__ import annotations
 
@@ -190,6 +193,10 @@ NEIGHBOURS: dict[str, list[Pair]] = {
         (r"\boxed{10 kg}", "10 g", False),
         (r"\boxed{3 days}", "3 weeks", False),
         (r"\boxed{3 day}", "3 days", True),
+        (r"\boxed{5 \text{ m/s}^2}", "5 m/s²", True),
+        (r"\boxed{5 m/s}", "5 m/s²", False),
+        (r"\boxed{5^{\text{th}}}", "5", True),
+        (r"\boxed{5^{\text{th}}}", "6", False),
     ],
     "numerals": [  # with a base
         (r"\boxed{11_2}", "11", False),
@@ -262,6 +269,11 @@ NEIGHBOURS: dict[str, list[Pair]] = {
         (r"\boxed{1, \frac12, \sqrt2}", r"\sqrt2, 0.5, 1", True),
         (r"\boxed{[1,2,3]}", "[1,2,3]", True),
         (r"\boxed{[1,3,2]}", "[1,2,3]", False),
+        (r"\boxed{{1,1,2}}", "{2,1}", True),
+        (r"\boxed{(1,2)}", "{1,2}", False),
+        (r"\boxed{{1,2}}", "1,2", True),
+        (r"\boxed{[2,1]}", "x=2,y=1", True),
+        (r"\boxed{[1,2]}", "x=2,y=1", False),
     ],
     "inequalities": [  # and sets
         (r"\boxed{x<3}", r"(-\infty,3)", True),
@@ -374,5 +386,27 @@ NEIGHBOURS: dict[str, list[Pair]] = {
         ("x = 7", "7", True),
         (r"\boxed{f'(x)}", "f(x)", False),
         (r"\boxed{x_{1}+1}", "x_1+1", True),
+    ],
+    "alone": [  # a response that is only a formula, and real domains
+        ("-1 + sqrt(3)", r"\sqrt{3}-1", True),
+        ("(3*sqrt(5))/7", r"\frac{3\sqrt5}{7}", True),
+        (r"(-\infty,-8)\cup (8,\infty)", r"(8,\infty)\cup(-\infty,-8)", True),
+        (r"(-\infty,-8)\cup (8,\infty)", r"(8,\infty)", False),
+        ("x<2", "2>x", True),
+        ("1, 2, 3", "3, 2, 1", True),
+        ("1, 2, 3", "3", False),
+        ("odd $n$", "odd $n$", True),
+        ("odd $n$", "n", True),
+        ("Answer: n-1", "n-1", True),
+        ("Answer: n-1", "1", False),
+        ("Answer: n-1", "-1", False),
+        ("Answer: n-1\nCertainty: 90", "n-1", True),
+        (r"\boxed{\sqrt{k/m}\sqrt{m/k}}", "1", True),
+        (r"\boxed{\sqrt{x^2}}", "x", False),
+        (r"\boxed{2*asin(1)}", r"\pi", True),
+        (r"\boxed{\sqrt{x}}", r"-\sqrt{x}", False),
+        (r"\boxed{1,2,3}", "[1,2,3]", True),
+        (r"\boxed{1,2}", "[1,2]", False),
+        (r"\boxed{3,2,1}", "[1,2,3]", False),
     ],
 }

@@ -126,10 +126,10 @@ def test_long_responses() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_every_pattern(module: str) -> None:
     """By itself, on as much as it is ever given."""
-    for name, pattern in vars(importlib.import_module(f"sae_rl.rewards.{module}")).items():
-        if not isinstance(pattern, re.Pattern):
-            continue
-        for text in repeated(300, 400 if module in ("math.numbers", "math.units") else 4000):
-            with limit(1.0, f"{name} on {text[:60]}"):
-                pattern.fullmatch(text)
-                pattern.match(text)
+    for name, value in vars(importlib.import_module(f"sae_rl.rewards.{module}")).items():
+        patterns = [part[0] for part in value] if name in ("REWRITTEN", "REPLACED") else [value]
+        for pattern in (each for each in patterns if isinstance(each, re.Pattern)):
+            for text in repeated(300, 400 if module in ("math.numbers", "math.units") else 4000):
+                with limit(1.0, f"{name}, {pattern.pattern}, on {text[:60]}"):
+                    pattern.fullmatch(text)
+                    pattern.match(text)

@@ -109,7 +109,7 @@ def _same_parts(gold: Answer, found: Answer, precision: int) -> bool:
             del got[partner]
         return True
     vectors = kinds & {"()", "[]"} and any(VECTOR.fullmatch(kind) for kind in kinds)
-    alike = len(kinds) == 1 or kinds == {",", "()"} or vectors or (kinds == {",", "[]"} and len(got) > 2)
+    alike = len(kinds) == 1 or kinds == {",", "()"} or vectors or (kinds == {",", "[]"} and (in_order or len(got) > 2))
     return bool(alike) and all(equal(*pair, precision) for pair in zip(wanted, got, strict=True))
 
 

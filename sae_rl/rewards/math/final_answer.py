@@ -45,7 +45,9 @@ LETTERS = re.compile(r"[\^!]|(?<![A-Za-z\\])[A-Za-z]|\\(?!times|cdot|div|frac)[A
 
 # A word of a sentence: neither a command, a name of a function, nor an environment.
 SIGN = re.compile(r"[-+*/^=<>\\,]")
-WORD = re.compile(r"(?<![\\A-Za-z{])(?!a?(?:sin|cos|tan|cot|sec|csc)h?\b|arc|log|exp|sqrt)[A-Za-z]{3,}|\b(?:so|is|we|it|of|to|in|by)\b")
+WORD = re.compile(
+    r"(?<![\\A-Za-z{])(?!a?(?:sin|cos|tan|cot|sec|csc)h?\b|arc|log|exp|sqrt)[A-Za-z]{3,}|\b(?:so|is|we|it|of|to|in|by)\b"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ REWRITTEN = [
         (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda found: {"l": "\\{", "r": "\\}"}[found[0][1]]),
         (r"\\(?:langle|rangle)(?![A-Za-z])", lambda found: {"l": "(", "r": ")"}[found[0][1]]),
         (r"_\s*\{\s*(\w)\s*\}", r"_\1"),
-        (r"\\\s*\Z|\\(?=[%$])", ""),
+        (r"(?<=\d)\s*\^\s*\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\\\s*\Z|\\(?=[%$])", ""),
     )
 ]
 WRAPPED = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
@@ -46,6 +46,7 @@ TAKES_BRACES = re.compile(
     r"\\frac(?![A-Za-z])|\\sqrt(?![A-Za-z])(?:\s*\[[^\[\]]*\])?|(?<![\\A-Za-z])sqrt(?=\s*\()|\^(?=\s*\()"
 )
 ARGUMENT = re.compile(r"\s*(?:(?P<open>[{(])|(?P<plain>\\[A-Za-z]+|[0-9A-Za-z]))")
+COMMA = re.compile(r",(?!\d{3}\b)")
 BRACKET = re.compile(r"\\.|[(){}\[\]]", re.DOTALL)
 DEPTH = dict.fromkeys(["(", "[", "{", "\\{"], 1) | dict.fromkeys([")", "]", "}", "\\}"], -1)
 
@@ -69,7 +70,7 @@ def tidy(text: str) -> str:
             if inside and text == left + inside + right and left not in inside and right not in inside:
                 text = inside
         if text.startswith("{") and closing(text, 1, "{}") == len(text):
-            text = text[1:-1]
+            text = f"\\{{{text[1:-1]}\\}}" if COMMA.search(text) else text[1:-1]  # a set, as people write it
         if text == before:
             return text
 

@@ -14,9 +14,9 @@ WORD = re.compile(r"[A-Za-z]+|[$€£¥/23]")
 NAMES = "|".join(
     spelling for spelling in sorted(SIGNS, key=len, reverse=True) if spelling.isalpha() and len(spelling) > 1
 )
-NAME = rf"(?:{NAMES})(?:es|s)?"
+NAME = rf"(?:(?:{NAMES})(?:es|s)?|[mg](?=/))"
 UNIT = re.compile(
-    r"\s*(?:(?P<degrees>\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*[CF]?)|(?:\\text\s*\{(?P<text>[^{}]*)\}"
+    r"(?<!\s)\s*(?:(?P<degrees>\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*[CF]?)|(?:\\text\s*\{(?P<text>[^{}]*)\}"
     rf"|(?<![A-Za-z\\])(?P<words>{NAME}(?:\s*/\s*|\s+)?(?:{NAME}|(?<=/)\s*[a-z])?(?:\s+{NAME})?))"
     r"\s*(?P<power>\^?\s*\{?\s*[23]\s*\}?)?)\s*$"
 )
