@@ -44,9 +44,11 @@ class Numeric:
         found = number_in(final.text)
         if found is None:
             return Verdict(0.0, f"found {final.text[:80]}, which is not one number")
-        right = self.near(found.value, wanted.value) or (
-            found.percent != wanted.percent and self.near(found.plain, wanted.plain)
-        )
+        one_unit = not found.unit or not wanted.unit or found.unit == wanted.unit
+        pairs = [(found.value, wanted.value)]
+        if found.percent != wanted.percent:
+            pairs.append((found.plain, wanted.plain))
+        right = one_unit and any(self.near(*pair) for pair in pairs)
         says = "is" if right else "is not"
         return Verdict(float(right), f"found {final.text[:80]}, which {says} {sample.answer.strip()[:80]}", str(found))
 

@@ -18,7 +18,7 @@ VECTOR = re.compile(r"1x\d+|\d+x1")  # a matrix of one row or column
 
 
 def right(gold: Answer, found: Answer, precision: int) -> bool:
-    """Whether an answer says the same as the right one, and leaves no sum, limit or the like to do that the right one has done."""
+    """Whether an answer says the same as the right one, and has done what that has done: sums, limits and the like."""
     value = found.value or found
     undone = set(UNDONE.findall(value.text)) - set(UNDONE.findall(gold.text))
     return not undone and equal(gold, found, precision)

@@ -133,11 +133,14 @@ def is_equation(found: Any) -> bool:
 
 def same_set(gold: Sequence[Any], found: Sequence[Any]) -> bool:
     """Whether the unions of sets of real numbers are one. Inequalities on both sides must have the same variable."""
-    sets = [[real_set(piece) for piece in pieces] for pieces in (gold, found)]
-    if any(None in each for each in sets) or len({name for each in sets for _, name in each if name}) > 1:
-        return False
-    unions = [sympy.Union(*(each for each, _ in pieces)) for pieces in sets]
-    return bool(sympy.SymmetricDifference(*unions).doit().is_empty)
+    unions, names = [], set()
+    for pieces in (gold, found):
+        sets = [told for piece in pieces if (told := real_set(piece)) is not None]
+        if len(sets) < len(pieces):
+            return False
+        unions.append(sympy.Union(*(each for each, _ in sets)))
+        names |= {name for _, name in sets if name}
+    return len(names) < 2 and bool(sympy.SymmetricDifference(*unions).doit().is_empty)
 
 
 def real_set(found: Any) -> tuple[Any, str] | None:

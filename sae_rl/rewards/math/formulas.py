@@ -77,7 +77,7 @@ def exact(formula: Any) -> Any:
 
 
 def decimals(gold: Any, precision: int) -> int:
-    """To how many digits a formula must agree with the right one; 0: it must be exact, as the right one has no long decimal."""
+    """To how many digits a formula must agree with the right one; 0: exactly, since the right one has no long decimal."""
     return precision if any(number_of(decimal).digits >= precision for decimal in gold.atoms(sympy.Float)) else 0
 
 

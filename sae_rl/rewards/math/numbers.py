@@ -21,12 +21,12 @@ POWER = (
     r"|\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*(?P<p>[+-]?\d+)\s*\}|(?P<q>[+-]?\d+)))"
 )
 NUMBER = re.compile(
-    rf"(?P<before>[$€£¥]?)\s*(?P<sign>[+-]?)\s*(?P<currency>[$€£¥]?)\s*(?:"
+    rf"(?P<before>[$€£¥]?)\s*+(?P<sign>[+-]?)\s*+(?P<currency>[$€£¥]?)\s*+(?:"
     rf"(?P<whole>\d+)?\s*\\frac\s*\{{\s*(?P<n>-?{DECIMAL})\s*\}}\s*\{{\s*(?P<d>-?{DECIMAL})\s*\}}"
     rf"|(?P<start>\d*)\.(?P<still>\d*)\\overline\s*\{{\s*(?P<period>\d+)\s*\}}"
     rf"|(?:(?P<mixed>\d+)\s+)?(?P<top>{DECIMAL})\s*/\s*(?P<bottom>-?{DECIMAL})"
     rf"|(?P<decimal>{DECIMAL}){POWER}?"
-    rf")\s*(?P<after>[$€£¥]?)\s*(?P<percent>%|(?:percent|percentage|pct)\b)?"
+    rf")\s*+(?P<after>[$€£¥]?)\s*+(?P<percent>%|(?:percent|percentage|pct)\b)?"
 )
 
 
