@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -155,8 +155,7 @@ def _read(text: str) -> Answer:
     if answer is None:
         formula, unit = ("", "") if words or TRIGONOMETRIC.search(text) else without_unit(text)
         answer = Answer(text, unit=sign_of(unit), formula=formula)
-    answer.words, answer.is_text = words, is_text or (bool(words) and wrapped is not None)
-    return answer
+    return replace(answer, words=words, is_text=is_text or (bool(words) and wrapped is not None))
 
 
 _remembered = lru_cache(maxsize=NUM_REMEMBERED)(_read)
@@ -211,9 +210,9 @@ def split_parts(text: str) -> list[str]:
 
 def _equation(text: str) -> Answer | None:
     """An equation that gives something a name, or says what a calculation comes to."""
-    if APPROXIMATELY.search(text):
-        exact, *rounded = split(text, APPROXIMATELY)
-        return read_answer(exact if not rounded or not is_name(exact) else f"{exact} = {rounded[0]}")
+    exact, *rounded = split(text, APPROXIMATELY) or [text]
+    if exact != text:
+        return read_answer(f"{exact} = {rounded[0]}" if rounded and is_name(exact) else exact)
     member = MEMBER.fullmatch(text)
     if member is not None and is_name(member[1]):
         return Answer(text, name=compact(member[1]), value=read_answer(member[2]))

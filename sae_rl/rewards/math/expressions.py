@@ -78,12 +78,13 @@ def parsed(text: str) -> tuple[Any, str]:
 
 
 def latex(text: str, in_degrees: bool = False) -> Any:
-    """What math-verify's parser makes of LaTeX; i is the imaginary unit. It raises many exceptions."""
+    """What math-verify's parser makes of LaTeX; i is the imaginary unit, and f(x) a variable. It raises many exceptions."""
     found = Parser(is_real=True, convert_degrees=in_degrees, config=CASE_MATTERS).parse(
         normalize_latex(text, config=LATEX)
     )
-    i = [symbol for symbol in symbols_of(found) if symbol.name == "i"]
-    return found.xreplace(dict.fromkeys(i, sympy.I)) if i else found
+    meant: dict[Any, Any] = {each: sympy.Symbol(str(each), real=True) for each in found.atoms(AppliedUndef)}
+    meant |= {symbol: sympy.I for symbol in symbols_of(found) if symbol.name == "i"}
+    return found.xreplace(meant) if meant else found
 
 
 def of_number(number: Number) -> Any:
@@ -150,7 +151,6 @@ def real_set(found: Any) -> tuple[Any, str] | None:
     parts = found.args if isinstance(found, sympy.And) else (found,)
     if not all(is_comparison(part) and not isinstance(part, sympy.Eq) for part in parts):
         return None
-    found = found.xreplace({each: sympy.Symbol(str(each), real=True) for each in found.atoms(AppliedUndef)})
     variables = found.free_symbols | {sympy.Abs(variable) for variable in found.free_symbols}
     solved = all(variables & set(part.args) and any(map(is_constant, part.args)) for part in found.atoms(Relational))
     return (found.as_set(), str(*found.free_symbols)) if solved and len(found.free_symbols) == 1 else None
