@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from sae_rl.rewards.math.final import final_answer
-from sae_rl.rewards.math.numbers import Number, ascii_of, tidy
-from sae_rl.rewards.math.verifier import MAX_CHARS, meaning
+from sae_rl.rewards.math.answers import MAX_CHARS, read_answer
+from sae_rl.rewards.math.final_answer import final_answer
+from sae_rl.rewards.math.markup import ascii_of, tidy
+from sae_rl.rewards.math.numbers import Number
 from sae_rl.rewards.verdict import Sample, Verdict
 
 SEVERAL = re.compile(r",(?!\d{3})|;|\b(?:or|and)\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])")  # between two equations
@@ -43,9 +44,11 @@ class Numeric:
         found = number_in(final.text)
         if found is None:
             return Verdict(0.0, f"found {final.text[:80]}, which is not one number")
-        right = self.near(found.value, wanted.value) or (
-            found.percent != wanted.percent and self.near(found.plain, wanted.plain)
-        )
+        one_unit = not found.unit or not wanted.unit or found.unit == wanted.unit
+        pairs = [(found.value, wanted.value)]
+        if found.percent != wanted.percent:
+            pairs.append((found.plain, wanted.plain))
+        right = one_unit and any(self.near(*pair) for pair in pairs)
         says = "is" if right else "is not"
         return Verdict(float(right), f"found {final.text[:80]}, which {says} {sample.answer.strip()[:80]}", str(found))
 
@@ -58,4 +61,4 @@ def number_in(text: str) -> Number | None:
     if len(text) > MAX_CHARS:
         return None
     before, _, value = tidy(ascii_of(text)).rpartition("=")
-    return None if SEVERAL.search(before.partition("=")[2]) else meaning(value).number
+    return None if SEVERAL.search(before.partition("=")[2]) else read_answer(value).number

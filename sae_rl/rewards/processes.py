@@ -40,7 +40,7 @@ class Processes:
         # The driver is not forked, since its threads of Ray and torch may hold locks. The server that is forked has imported
         # everything that checks need, so that a killed process is replaced in milliseconds.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([in_process.__name__, "sae_rl.rewards.math.warm"])
+        self._context.set_forkserver_preload([in_process.__name__, "sae_rl.rewards.math.expressions"])
         self._unanswered: dict[Future[Verdict | Failed], Question] = {}
         self._lock = threading.Lock()  # of the attributes below: the pool, and how often it was replaced
         self._num_starts, self._last_end = 0, time.monotonic()

@@ -509,11 +509,3 @@ PAIRS: dict[str, list[Pair]] = {
         (r"\boxed{" + "\\frac{1}{" * 200 + "2" + "}" * 200 + "}", "4", False),
     ],
 }
-# (response, right answer): what `math` says against the expectation, and why that stays.
-KNOWN: dict[tuple[str, str], str] = {
-    (r"\boxed{2\ln x}", r"\ln(x^2)"): "2 ln x is not defined where x is negative, ln(x^2) is",
-    (
-        r"\boxed{5 \text{ cm}}",
-        r"5 \text{ m}",
-    ): "units are dropped: data sets name them in an answer or not, as they please",
-}

@@ -16,13 +16,16 @@ from sae_rl.rewards.math.verifier import Math
 from sae_rl.rewards.pool import RewardPool
 from sae_rl.rewards.verdict import Failed, Sample, Verdict
 
-from .answer_pairs import KNOWN, PAIRS
+from .answer_neighbours import NEIGHBOURS
+from .answer_pairs import PAIRS, Pair
 from .test_pool import make_pool, rollout, score
 
 CASES = Path(__file__).parent / "math_verify_cases.json"
 LAST_BOX = "boxes that prose separates are several answers, of which the last counts"
 COMMA = "a comma separates thousands or the parts of an answer, never decimals"
 ESCAPED = "its doubled backslashes are no LaTeX"
+CONTRADICTION = "a chain of equations that contradicts itself is no answer"
+ALL: dict[str, list[Pair]] = {**PAIRS, **NEIGHBOURS}
 # (test, right answer, start of the prediction): where `math` disagrees with what math-verify's test expects, and why.
 DELIBERATE = {
     ("test_number_extraction", "1000.99", "1000,99"): COMMA,
@@ -37,6 +40,15 @@ DELIBERATE = {
     ("test_open_thoughts", r"\boxed{1} papers and \boxed{2} bins", "$"): LAST_BOX,
     ("test_string_extraction", r"$1 - \frac{1}{\mathrm{e}}$", r"$1 + \frac{1}"): "1 - 1/e is not 1 + 1/e",
     ("test_boxed", r"$\\boxed{35 cm} ++++++ \\boxed{4}$", "$"): LAST_BOX,
+    ("test_latex_notation", "$10/9$", r"Answer $ \frac{1}{2} \$ ="): CONTRADICTION,
+    ("test_relations_math", "$x = 11$", "$x = 5+5+1 = 7 =11$"): CONTRADICTION,
+    ("test_relations_math", "$x = 1/3$", r"$x = 5+5+1 = 1/3"): CONTRADICTION,
+    ("test_relations_math", "$z = 1 + 1 = 2$", "$z = 3+3 = 2$"): CONTRADICTION,
+    (
+        "test_set_rel_assymetry",
+        r"$x \in [-2,7]$",
+        r"$-2 \\le x",
+    ): "a set and the inequality that says the same are equal",
 }
 
 
@@ -53,27 +65,22 @@ def right(response: str, answer: str, precision: int = 6) -> bool | None:
     return verdict.score == 1.0 if isinstance(verdict, Verdict) else None
 
 
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("kind", ALL)
 def test_answers_as_models_write_them(kind: str) -> None:
-    wrong = [pair for pair in PAIRS[kind] if right(*pair[:2]) is not pair[2]]
-    num_known = sum(pair[:2] in KNOWN for pair in wrong)
-    print(f"{kind}: {len(wrong)} of {len(PAIRS[kind])} wrong, {num_known} of them known")
-    assert [(pair, said(*pair[:2])) for pair in wrong if pair[:2] not in KNOWN] == []
+    assert [(pair, said(*pair[:2])) for pair in ALL[kind] if right(*pair[:2]) is not pair[2]] == []
 
 
-def test_there_are_many_answers_of_both_sorts_and_what_is_known_is_still_so() -> None:
-    pairs = [pair for some in PAIRS.values() for pair in some]
-    assert len(pairs) == len({pair[:2] for pair in pairs}) >= 300
-    assert min(Counter(expected for *_, expected in pairs).values()) >= 120
-    by_text = {pair[:2]: pair[2] for pair in pairs}
-    assert all(right(*known) is not by_text[known] for known in KNOWN)
+def test_no_answer_is_there_twice() -> None:
+    pairs = [pair[:2] for some in ALL.values() for pair in some]
+    assert [pair for pair, count in Counter(pairs).items() if count > 1] == []
+    assert not PAIRS.keys() & NEIGHBOURS.keys()
 
 
 @pytest.mark.parametrize("pair", [p for some in PAIRS.values() for p in some if p[2]], ids=lambda pair: pair[0][:40])
 def test_right_answers_have_the_text_of_the_right_answer(pair: tuple[str, str, bool]) -> None:
     """Majority votes count texts."""
     response, answer, _ = pair
-    if pair[:2] in KNOWN or answer.startswith('["'):
+    if answer.startswith('["'):
         return
     verdict, wanted = said(response, answer), said(f"\\boxed{{{answer}}}", answer)
     assert isinstance(verdict, Verdict) and isinstance(wanted, Verdict)
@@ -82,28 +89,25 @@ def test_right_answers_have_the_text_of_the_right_answer(pair: tuple[str, str, b
 
 def test_it_agrees_with_math_verifys_published_cases() -> None:
     cases: list[dict[str, Any]] = json.loads(CASES.read_text())["cases"]
-    different, unused = [], dict(DELIBERATE)
+    different, used = [], set()
     for case in cases:
         given = {"precision": case["precision"]} if "precision" in case else {}
         if right(case["prediction"], case["gold"], **given) is bool(case["expected"]):
             continue
-        key = next((key for key in unused if is_of(key, case)), None)
+        key = next((key for key in DELIBERATE if is_of(key, case)), None)
         if key is None:
             different.append((case, said(case["prediction"], case["gold"], **given)))
         else:
-            del unused[key]
-    num_agree = len(cases) - len(different) - len(DELIBERATE) + len(unused)
-    print(f"agreement with math-verify's tests: {num_agree} of {len(cases)}, {100 * num_agree / len(cases):.1f} %")
+            used.add(key)
     assert different == []
-    assert unused == {}, "these agree by now"
-    assert num_agree >= 0.95 * len(cases)
+    assert DELIBERATE.keys() - used == set(), "these agree by now"
 
 
 def test_it_is_wrong_less_often_than_math_verify_alone() -> None:
     """Under a deadline, since math-verify has none here; a check that fails is wrong too. `math` has the usual one, so that
     a busy machine does not make it late.
     """
-    pairs = [pair for some in PAIRS.values() for pair in some]
+    pairs = [pair for some in ALL.values() for pair in some]
     num_wrong = {}
     for name, deadline_s in (("math", 10.0), ("math_verify", 2.0)):
         with make_pool(num_processes=2, deadline_s=deadline_s, memory_gb=2.0) as pool:
@@ -120,7 +124,7 @@ def test_it_is_wrong_less_often_than_math_verify_alone() -> None:
             f"{name}: {num_wrong[name]} of {len(pairs)} wrong, {100 * num_wrong[name] / len(pairs):.1f} %: {errors[False]} "
             f"false right, {errors[True]} false wrong, {len(pairs) - len(judged)} failed"
         )
-    assert num_wrong["math"] == len(KNOWN) < num_wrong["math_verify"] / 10
+    assert num_wrong["math"] == 0 < num_wrong["math_verify"]
 
 
 def is_of(key: tuple[str, str, str], case: dict[str, Any]) -> bool:
@@ -143,8 +147,7 @@ def test_it_works_in_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = [float(expected is not (pair in KNOWN)) for *pair_, expected in pairs for pair in [tuple(pair_)]]
-    assert found == dict.fromkeys(range(4), expected)
+    assert found == dict.fromkeys(range(4), [float(expected) for *_, expected in pairs])
 
 
 BOMBS = {
@@ -179,14 +182,14 @@ def test_no_bomb_scores_and_the_pool_goes_on() -> None:
 
 
 def test_a_crash_inside_the_comparison_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sae_rl.rewards.math import values
+    from sae_rl.rewards.math import formulas
 
     def crash(*_: Any, **__: Any) -> Any:
         raise RecursionError("too deep")
 
     sample = Sample(prompt="", response=r"\boxed{\sqrt{8}}", answer=r"2\sqrt{2}")
     assert Math()(sample).score == 1.0
-    monkeypatch.setattr(values, "value_of", crash)
+    monkeypatch.setattr(formulas, "value_of", crash)
     with pytest.raises(RecursionError):
         Math()(sample)
 

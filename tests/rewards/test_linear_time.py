@@ -12,11 +12,21 @@ from contextlib import contextmanager
 import pytest
 
 from sae_rl.rewards.choice import Choice
-from sae_rl.rewards.math.final import final_answer
+from sae_rl.rewards.math.final_answer import final_answer
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.verdict import Sample
 
-MODULES = ("choice", "final", "mathematics", "numbers")
+MODULES = (
+    "choice",
+    "math.answers",
+    "math.equality",
+    "math.expressions",
+    "math.final_answer",
+    "math.markup",
+    "math.numbers",
+    "math.units",
+    "numeric",
+)
 LENGTH = 100_000
 TOKENS = (
     *(
@@ -116,10 +126,10 @@ def test_long_responses() -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_every_pattern(module: str) -> None:
     """By itself, on as much as it is ever given."""
-    for name, pattern in vars(importlib.import_module(f"sae_rl.rewards.table.{module}")).items():
-        if not isinstance(pattern, re.Pattern):
-            continue
-        for text in repeated(300, 400 if module == "numbers" else 4000):
-            with limit(1.0, f"{name} on {text[:60]}"):
-                pattern.fullmatch(text)
-                pattern.match(text)
+    for name, value in vars(importlib.import_module(f"sae_rl.rewards.{module}")).items():
+        patterns = [part[0] for part in value] if name in ("REWRITTEN", "REPLACED") else [value]
+        for pattern in (each for each in patterns if isinstance(each, re.Pattern)):
+            for text in repeated(300, 400 if module in ("math.numbers", "math.units") else 4000):
+                with limit(1.0, f"{name}, {pattern.pattern}, on {text[:60]}"):
+                    pattern.fullmatch(text)
+                    pattern.match(text)

@@ -44,7 +44,7 @@ def of_integer(number: int) -> list[str]:
         f"{sign}\\${digits}" if not sign else str(number),
         f"x = {number}",
         f"{number}/1",
-        f"{number} \\text{{ cm}}",
+        f"{number} \\text{{ degrees}}",
         f"\\text{{{number}}}",
         f"{number}^\\circ",
         str(number).replace("-", "\u2212"),

@@ -1,43 +1,40 @@
-"""Mathematical expressions: read from LaTeX by math-verify's parser, compared by value.
-
-Numbers and formulas are compared here: math-verify rounds to six places after the point, so that 1e-7 equals 2e-7, and takes
-an exception inside its comparison for "not equal". What is of two kinds, and unions of sets, are left to it.
-"""
+"""Mathematical expressions: read from LaTeX by math-verify's parser, and compared kind by kind."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
-from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, _Latex2Sympy, normalize_latex
-from latex2sympy2_extended.logic import And
-from latex2sympy2_extended.sets import FiniteSet
-from math_verify import verify
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, _Latex2Sympy, normalize_latex
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 from sympy.printing.str import StrPrinter
 
-from sae_rl.rewards.math.numbers import read, tidy, written
-from sae_rl.rewards.math.sizes import TooLarge, check_size, num_terms
-from sae_rl.rewards.math.values import same_formula, same_relation, symbols_of
+from sae_rl.rewards.math.formulas import same_formula, same_relation, symbols_of
+from sae_rl.rewards.math.markup import MAX_CHARS, TRIGONOMETRIC
+from sae_rl.rewards.math.number_sizes import TooLarge, check_size
+from sae_rl.rewards.math.numbers import Number, read, written
 
-MAX_CHARS = 2000  # of an expression
-MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
-MAX_OPERATIONS, MAX_TERMS = 100, 200  # of an expression, and of what it is multiplied out to for its canonical text
-ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # of numbers, which the parser would add up
+MAX_OPERATIONS = 100  # of an expression that is evaluated for its canonical text
 LATEX = NormalizationConfig(
-    basic_latex=True, units=True, malformed_operators=True, nits=True, boxed="none", equations=False
+    basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
 )
+CASE_MATTERS = ConversionConfig(lowercase_symbols=False)
+FUNCTION = r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|sqrt|gcd|lcm|pi|infty|infinity"
+DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})")
 REPLACED = (
     (re.compile(r"\\\(|\\\)|\\\[|\\\]|\$|\*\*(?=\s*$)"), " "),
     (re.compile(r"\*\*"), "^"),
-    (re.compile(r"\\varnothing"), r"\\emptyset"),
-    (re.compile(r"\\(?:lor|vee|land|wedge)(?![A-Za-z])"), ","),
-    (re.compile(r"\\(?:mathrm|text|textrm|rm|operatorname)\s*\{([eid])\}"), r"{\1}"),
-    (re.compile(r"(?<=\{)\s+|\s+(?=\})"), ""),  # or else math-verify takes { e } for a unit
-    (re.compile(r"(?<![\\A-Za-z])(pi|infty|infinity)(?![A-Za-z])"), r"\\\1"),
+    (re.compile(r"\\(?:text|operatorname)\s*\{([eid])\}"), r"{\1}"),
+    (re.compile(r"(?<=[A-Za-z}])'+"), "_{prime}"),
+    (re.compile(r"\\gamma(?![A-Za-z])"), r"\\varpi "),  # \gamma(2) would be the function Gamma
+    (re.compile(r"(?<=\{)\s+|\s+(?=\})"), ""),
+    (re.compile(rf"(?<![\\A-Za-z])({FUNCTION})(?![A-Za-z])"), r"\\\1"),
+    (re.compile(r"(?<![\\A-Za-z])a(?=(?:sin|cos|tan)(?![A-Za-z]))"), r"\\arc"),
     (re.compile(r"\\infinity"), r"\\infty"),
-    (re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})"), ""),
+    (re.compile(r"\\bmod"), r"\\mod"),
     (re.compile(r"(\d(?:[\d.]*\d)?)\s*\\?%"), r"\\frac{\1}{100}"),
     (re.compile(r"(\d)\s*[eE]\s*([+-]?\d+)(?!\d*[A-Za-z])"), r"\1 \\times 10^{\2}"),
 )
@@ -55,64 +52,44 @@ class Parser(_Latex2Sympy):  # type: ignore[misc]
         return super().handle_gcd_lcm(name, numbers)
 
 
-def parsed(text: str) -> Any:
-    """The tidy text as an object of sympy, not evaluated; None: it is no mathematics.
+def parsed(text: str) -> tuple[Any, str]:
+    """The tidy text as an object of sympy, not evaluated, and why it cannot be compared. None: it is no mathematics.
 
     Raises:
         MemoryError: there is too little for it.
-        TooLarge: it holds a number of too many digits.
     """
-    if len(text) > MAX_CHARS or depth(text) > MAX_DEPTH:
-        return None
-    if ROW.fullmatch(text):
-        text = ",".join(text.split())
-    for pattern, replacement in REPLACED:
+    if len(text) > MAX_CHARS:
+        return None, ""
+    in_degrees = TRIGONOMETRIC.search(text) is not None
+    for pattern, replacement in REPLACED if in_degrees else ((DEGREES, ""), *REPLACED):
         text = pattern.sub(replacement, text)
-    found = latex(both_signs(text))
-    if found is None and text.count("=") > 1 and "," not in text:
-        found = latex(text.rpartition("=")[2])
-    if found is None or found.has(sympy.zoo, sympy.nan):
-        return None
     try:
+        found = latex(text, in_degrees)
+        if not isinstance(found, sympy.Basic | sympy.MatrixBase) or found.has(sympy.zoo, sympy.nan):
+            return None, ""
         check_size(found)
-    except (MemoryError, TooLarge):
+    except MemoryError:
         raise
-    except Exception:  # what sympy cannot evaluate, not even roughly, it says in many ways; the text is the model's
-        return None
-    return found
-
-
-def depth(text: str) -> int:
-    """Of the brackets."""
-    deep = deepest = 0
-    for character in text:
-        deep += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, deep)
-    return deepest
-
-
-def latex(text: str) -> Any:
-    try:
-        found = Parser(is_real=True).parse(normalize_latex(text, config=LATEX))
-        return with_imaginary_unit(found) if isinstance(found, sympy.Basic | sympy.MatrixBase) else None
-    except (MemoryError, TooLarge):
-        raise
+    except TooLarge as error:
+        return None, str(error)
     except Exception:  # the parser raises whatever it happens to trip over; the text is the model's
-        return None
+        return None, ""
+    return found, ""
 
 
-def both_signs(text: str) -> str:
-    """Each part with a plus-minus as two parts."""
-    if "\\pm" not in text and "\\mp" not in text:
-        return text
-    parts = re.split(r",(?![^(\[{]*[)\]}])", text)
-    return ", ".join(part.replace("\\pm", sign) for part in parts for sign in ("+", "-")[: 2 if "\\pm" in part else 1])
+def latex(text: str, in_degrees: bool = False) -> Any:
+    """What math-verify's parser makes of LaTeX; i is the imaginary unit, and f(x) a variable. It raises many exceptions."""
+    found = Parser(is_real=True, convert_degrees=in_degrees, config=CASE_MATTERS).parse(
+        normalize_latex(text, config=LATEX)
+    )
+    meant: dict[Any, Any] = {each: sympy.Symbol(str(each), real=True) for each in found.atoms(AppliedUndef)}
+    meant |= {symbol: sympy.I for symbol in symbols_of(found) if symbol.name == "i"}
+    return found.xreplace(meant) if meant else found
 
 
-def with_imaginary_unit(found: Any) -> Any:
-    """With i as the imaginary unit, where it is a symbol of its own."""
-    i = [symbol for symbol in symbols_of(found) if symbol.name == "i"]
-    return found.xreplace(dict.fromkeys(i, sympy.I)) if i else found
+def of_number(number: Number) -> Any:
+    plain = sympy.Rational(number.plain.numerator, number.plain.denominator)
+    return sympy.Float(plain, max(15, number.digits)) if number.digits else plain
 
 
 def equal(gold: Any, found: Any, precision: int) -> bool:
@@ -121,65 +98,70 @@ def equal(gold: Any, found: Any, precision: int) -> bool:
     Raises:
         Exception: whatever stops the comparison; that is a failed check.
     """
-    gold, found = without_middle(gold), without_middle(found)
+    if gold is None or found is None:
+        return False
+    gold, found = (each.doit() if isinstance(each, sympy.MatrixExpr) else each for each in (gold, found))
     if type(gold) is type(found) and gold == found:
         return True
     if is_formula(gold) and is_formula(found):
-        if isinstance(gold, sympy.Symbol) or isinstance(found, sympy.Symbol):
-            return by_math_verify(gold, found, precision)
         return same_formula(gold, found, precision)
     if isinstance(gold, sympy.MatrixBase) and isinstance(found, sympy.MatrixBase):
-        return gold.shape == found.shape and all_equal(gold.flat(), found.flat(), precision)
-    if isinstance(gold, sympy.Tuple) and isinstance(found, sympy.Tuple):
-        return len(gold) == len(found) and all_equal(gold.args, found.args, precision)
-    if isinstance(gold, sympy.Interval) and isinstance(found, sympy.Interval):
-        ends = (gold.left_open, gold.right_open) == (found.left_open, found.right_open)
-        return ends and all_equal((gold.start, gold.end), (found.start, found.end), precision)
-    if isinstance(gold, sympy.FiniteSet) and isinstance(found, sympy.FiniteSet):
-        return same_members(gold, found, precision)
-    if is_comparison(gold) and is_comparison(found):
-        return same_relation(gold, found, precision)
-    if isinstance(gold, sympy.And) and isinstance(found, sympy.And):
-        return same_members(gold.args, found.args, precision)
-    return by_math_verify(gold, found, precision)
+        entries = zip(gold.flat(), found.flat(), strict=False)
+        return gold.shape == found.shape and all(same_formula(*pair, precision) for pair in entries)
+    if is_comparison(gold) and is_comparison(found) and same_relation(gold, found, precision):
+        return True
+    if isinstance(gold, sympy.And) and isinstance(found, sympy.And) and len(gold.args) == len(found.args):
+        return all(any(equal(wanted, got, precision) for got in found.args) for wanted in gold.args)
+    return same_set([gold], [found])
 
 
 def is_formula(found: Any) -> bool:
     return isinstance(found, sympy.Expr) and not isinstance(found, sympy.MatrixExpr)
 
 
-def all_equal(gold: Iterable[Any], found: Iterable[Any], precision: int) -> bool:
-    return all(equal(g, f, precision) for g, f in zip(gold, found, strict=True))
-
-
-def same_members(gold: Collection[Any], found: Collection[Any], precision: int) -> bool:
-    """Each member of one has a partner in the other, in whatever order."""
-    if len(gold) != len(found):
-        return False
-    left = list(found)
-    for wanted in gold:
-        partner = next((each for each in left if equal(wanted, each, precision)), None)
-        if partner is None:
-            return False
-        left.remove(partner)
-    return True
-
-
-def by_math_verify(gold: Any, found: Any, precision: int) -> bool:
-    return bool(verify(gold, found, float_rounding=precision, timeout_seconds=None, raise_on_error=True))
-
-
-def without_middle(found: Any) -> Any:
-    """z = 2 of z = 1 + 1 = 2."""
-    if not isinstance(found, And) or not all(isinstance(part, sympy.Eq) for part in found.args):
-        return found
-    parts = found._unsorted_args
-    return sympy.Eq(parts[0].lhs, parts[-1].rhs, evaluate=False)
+def is_constant(found: Any) -> bool:
+    return is_formula(found) and not found.free_symbols
 
 
 def is_comparison(found: Any) -> bool:
     """An equation or an inequality between formulas."""
-    return isinstance(found, sympy.core.relational.Relational) and is_formula(found.lhs) and is_formula(found.rhs)
+    return isinstance(found, Relational) and is_formula(found.lhs) and is_formula(found.rhs)
+
+
+def is_equation(found: Any) -> bool:
+    return isinstance(found, sympy.Eq) and is_comparison(found)
+
+
+def same_set(gold: Sequence[Any], found: Sequence[Any]) -> bool:
+    """Whether the unions of sets of real numbers are one. Inequalities on both sides must have the same variable."""
+    unions, names = [], set()
+    for pieces in (gold, found):
+        sets = [told for piece in pieces if (told := real_set(piece)) is not None]
+        if len(sets) < len(pieces):
+            return False
+        unions.append(sympy.Union(*(each for each, _ in sets)))
+        names |= {name for _, name in sets if name}
+    return len(names) < 2 and bool(sympy.SymmetricDifference(*unions).doit().is_empty)
+
+
+def real_set(found: Any) -> tuple[Any, str] | None:
+    """A set, or the numbers that satisfy inequalities of one variable and the variable's name; None: it is neither."""
+    if isinstance(found, sympy.Set):
+        return found, ""
+    parts = found.args if isinstance(found, sympy.And) else (found,)
+    if not all(is_comparison(part) and not isinstance(part, sympy.Eq) for part in parts):
+        return None
+    variables = found.free_symbols | {sympy.Abs(variable) for variable in found.free_symbols}
+    solved = all(variables & set(part.args) and any(map(is_constant, part.args)) for part in found.atoms(Relational))
+    return (found.as_set(), str(*found.free_symbols)) if solved and len(found.free_symbols) == 1 else None
+
+
+def interval(start: Any, end: Any, brackets: str) -> Any:
+    """An interval of sympy; None: its ends are no real numbers, or nothing is between them."""
+    if not (is_constant(start) and is_constant(end) and start.is_extended_real and end.is_extended_real):
+        return None
+    found = sympy.Interval(start, end, brackets[0] == "(", brackets[1] == ")")
+    return None if found.is_empty else found
 
 
 class Printer(StrPrinter):  # type: ignore[misc]
@@ -193,22 +175,8 @@ class Printer(StrPrinter):  # type: ignore[misc]
 
 
 def canonical(found: Any) -> str:
-    """The same text for the same expression, as far as multiplying out tells."""
-    if isinstance(found, sympy.Eq) and isinstance(found.lhs, sympy.Symbol):
-        return canonical(found.rhs)
-    if isinstance(found, sympy.MatrixBase):
-        return str(Printer().doprint(sympy.ImmutableMatrix(found).applyfunc(multiplied_out)))
+    """The same text for the same expression, as far as sympy's own order of terms tells."""
     if isinstance(found, sympy.Float):
-        number = read(tidy(str(found)))
+        number = read(str(found))
         return str(found) if number is None else str(number)
-    if isinstance(found, FiniteSet | sympy.FiniteSet):
-        return "{" + ", ".join(sorted(canonical(member) for member in found.args)) + "}"
-    return str(Printer().doprint(multiplied_out(found) if is_formula(found) else found))
-
-
-def multiplied_out(found: Any) -> Any:
-    """As far as that does not take long."""
-    if found.count_ops() > MAX_OPERATIONS:
-        return found
-    found = found.doit()
-    return sympy.expand(found) if num_terms(found) <= MAX_TERMS else found
+    return str(Printer().doprint(found.doit() if is_formula(found) and found.count_ops() <= MAX_OPERATIONS else found))

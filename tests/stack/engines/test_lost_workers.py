@@ -55,6 +55,15 @@ def move_policy(workers: RunWorkers, rollouts: list[Rollout], seed: int) -> None
     workers.update(batch, scores, Targets(advantages=advantages, returns=scores.values), seed=seed)
 
 
+def trained_once(shared: Shared) -> tuple[list[Rollout], list[Rollout]]:
+    """Responses under the first weights, and those to the same prompts under the next, version 1."""
+    before = sampled(shared.workers, shared.prompts, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS)
+    check(shared.workers, before, 0)
+    move_policy(shared.workers, before, seed=1)
+    shared.workers.sync_weights(1)
+    return before, sampled(shared.workers, shared.prompts, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS)
+
+
 def is_gone(pid: int) -> bool:
     limit = time.monotonic() + 5
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
@@ -81,19 +90,14 @@ def compare(workers: RunWorkers, groups: list[list[Rollout]], straight: list[Rol
     found = {group[0].prompt.id: group for group in groups}
     assert len(found) == len(groups) == len(straight) // GROUP_SIZE
     rollouts = [rollout for i in range(0, len(straight), GROUP_SIZE) for rollout in found[straight[i].prompt.id]]
-    (version,) = straight[0].policy_versions.unique().tolist()
-    check(workers, rollouts, version)
+    check(workers, rollouts, 1)
     assert [r.token_ids.tolist() for r in rollouts] == [r.token_ids.tolist() for r in straight]
 
 
 def test_what_a_lost_engine_had_not_answered_goes_to_others(shared: Shared) -> None:
     workers, prompts, notes = shared.workers, shared.prompts, shared.notes
     engines = workers.rollout.engines
-    before = sampled(workers, prompts, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS)
-    check(workers, before, 0)
-    move_policy(workers, before, seed=1)
-    workers.sync_weights(1)
-    straight = sampled(workers, prompts, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS)
+    before, straight = trained_once(shared)
 
     # vLLM's process dies: the other engine answers.
     found = interrupted(workers, prompts, engine_core(workers, 0), signal.SIGKILL)
@@ -125,26 +129,30 @@ def test_what_a_lost_engine_had_not_answered_goes_to_others(shared: Shared) -> N
     assert workers.sync_weights(2)["sync/logprob_diff_max"] < 1e-4
     killer.join()
     assert "sending weights 2 failed" in notes[-1]
-    assert engines.ready == [0, 1] and engines.num_lost == len(notes) == 4
+    assert engines.ready == [0, 1] and engines.num_lost == len(notes) == MAX_ENGINE_LOSSES
     check(workers, sampled(workers, prompts[:4], group_size=GROUP_SIZE, max_tokens=MAX_TOKENS), 2)
 
 
 def test_the_run_ends_with_one_engine_too_many_and_with_any_learner(shared: Shared) -> None:
     """The last test, as no worker outlives it."""
     workers, prompts, notes = shared.workers, shared.prompts, shared.notes
-    straight = sampled(workers, prompts, group_size=GROUP_SIZE, max_tokens=MAX_TOKENS)
+    _, straight = trained_once(shared)
     batch = Batch.of(straight, [0.0] * len(straight))
-    workers.rollout.engines.num_lost = MAX_ENGINE_LOSSES - 1
+    engines = workers.rollout.engines
+    engines.num_lost = MAX_ENGINE_LOSSES - 1
     core = engine_core(workers, 0)
     compare(workers, interrupted(workers, prompts, core, signal.SIGSTOP), straight)
     assert_told(notes, 0)
     assert "it did not answer within rollout.health_timeout_s = 6 s" in notes[-1]
     assert is_gone(core), "a process that is stopped does not end by itself"
+    while engines.ready != [0, 1]:
+        workers.rollout.poll()
+    compare(workers, list(workers.rollout.generate(prompts, **ASKED)), straight)  # the replacement got the weights of 1
 
     pids = {role: place.pid for role in ("policy", "critic") for place in workers._groups[role].locate(60)}
     deaths: list[tuple[Role, Callable[[], object]]] = [
         ("critic", lambda: workers.score(batch)),
-        ("policy", lambda: workers.sync_weights(1)),
+        ("policy", lambda: workers.sync_weights(2)),
     ]
     for role, call in deaths:
         os.kill(pids[role], signal.SIGKILL)

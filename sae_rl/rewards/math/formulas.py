@@ -13,8 +13,8 @@ from typing import Any
 
 import sympy
 
+from sae_rl.rewards.math.number_sizes import MAX_DIGITS, SOME_DIGITS, digits
 from sae_rl.rewards.math.numbers import Number, same, significant
-from sae_rl.rewards.math.sizes import MAX_DIGITS, digits
 
 # Digits of numbers that are compared, beyond those that their sizes ask for, and how many of these must agree.
 WORKING_DIGITS, AGREEING_DIGITS = 100, 80
@@ -37,63 +37,86 @@ def same_formula(gold: Any, found: Any, precision: int) -> bool:
     symbols = sorted(symbols_of(gold) | symbols_of(found), key=str)
     if not symbols:
         return same_values(gold, found, precision)
-    gold, found = gold.doit(), found.doit()
+    num_decimals = decimals(gold, precision)
+    gold, found = exact(gold), exact(found)
+    roots = [] if (gold.has(sympy.I) or found.has(sympy.I)) else [*under_roots(gold), *under_roots(found)]
     compared = 0
     for at in points(gold, found, symbols):
         size = size_of(gold, found, at)
         wanted, got = value_of(gold, at, size), value_of(found, at, size)
-        if wanted is None or got is None or (wanted.has(sympy.I) and not gold.has(sympy.I)):
-            continue  # not a number there, or outside the real domain of the answer
-        if not close(wanted, got, size, decimals(gold, found, precision)):
+        if wanted is None or got is None or (wanted.has(sympy.I) and not gold.has(sympy.I)) or not real_at(at, *roots):
+            continue  # not a number there, or outside the real domain of the answers
+        if not close(wanted, got, size, num_decimals):
             return False
         compared += 1
-    if compared > 0:
-        return True
-    return bool(sympy.simplify(gold - found).is_zero)
+    return compared > 0
 
 
 def same_values(gold: Any, found: Any, precision: int) -> bool:
-    exact = gold.doit(), found.doit()
-    if all(isinstance(each, sympy.Rational) for each in exact):
-        return bool(exact[0] == exact[1])
+    for decimal, other in ((gold, found), (found, gold)):
+        if isinstance(decimal, sympy.Float):
+            value = value_of(exact(other), {}, digits(other, {}))
+            long = None if value is None else sympy.Float(value, WORKING_DIGITS) if value.is_Number else None
+            return long is not None and same(number_of(decimal), number_of(long), precision)
+    num_decimals = decimals(gold, precision)
+    gold, found = exact(gold), exact(found)
+    if isinstance(gold, sympy.Rational) and isinstance(found, sympy.Rational):
+        return bool(gold == found)
     size = size_of(gold, found, {})
     wanted, got = value_of(gold, {}, size), value_of(found, {}, size)
-    if wanted is None or got is None:
-        return False
-    for decimal, other in ((gold, got), (found, wanted)):
-        if isinstance(decimal, sympy.Float) and other.is_Float:
-            written = Number(Fraction(str(decimal)), significant(str(decimal).split("e")[0]))
-            return same(written, Number(Fraction(str(sympy.Float(other, WORKING_DIGITS))), WORKING_DIGITS), precision)
-    return close(wanted, got, size, decimals(gold, found, precision))
+    return wanted is not None and got is not None and close(wanted, got, size, num_decimals)
+
+
+def number_of(decimal: Any) -> Number:
+    return Number(Fraction(str(decimal)), significant(str(decimal).split("e")[0]))
+
+
+def exact(formula: Any) -> Any:
+    """The formula evaluated, with its decimals as quotients."""
+    return formula.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in formula.atoms(sympy.Float)}).doit()
+
+
+def decimals(gold: Any, precision: int) -> int:
+    """To how many digits a formula must agree with the right one; 0: exactly, since the right one has no long decimal."""
+    return precision if any(number_of(decimal).digits >= precision for decimal in gold.atoms(sympy.Float)) else 0
 
 
 def same_relation(gold: Any, found: Any, precision: int) -> bool:
-    """One equation is the other, multiplied by a number; one inequality by a positive number, or it is turned round."""
+    """One equation is the other, multiplied by a number; one inequality by a positive number, or it is turned round.
+
+    Multiplied out, every equation that is always true is 0 = 0: such a one is compared as it is written.
+    """
     if isinstance(found, sympy.GreaterThan | sympy.StrictGreaterThan) != isinstance(
         gold, sympy.GreaterThan | sympy.StrictGreaterThan
     ):
         found = found.reversed
     if type(gold) is not type(found):
         return False
-    wanted, got = (each.lhs - each.rhs for each in (gold, found))
+    num_decimals = decimals(gold, precision)
+    wanted, got = (exact(each.lhs) - exact(each.rhs) for each in (gold, found))
     symbols = sorted(symbols_of(wanted) | symbols_of(got), key=str)
     ratio = None
-    for at in points(wanted, got, symbols):
+    for at in points(wanted, got, symbols) if symbols_of(wanted) and symbols_of(got) else ():
         size = size_of(wanted, got, at)
-        left, right = value_of(wanted.doit(), at, size), value_of(got.doit(), at, size)
+        left, right = value_of(wanted, at, size), value_of(got, at, size)
         if left is None or right is None:
             continue
-        if left == 0 or right == 0:
-            if left != right:
+        zeros = [close(value, sympy.Integer(0), size, 0) for value in (left, right)]
+        if any(zeros):
+            if not all(zeros):
                 return False
             continue
         if ratio is None:
             ratio = left / right
             if not isinstance(gold, sympy.Eq | sympy.Ne) and not ratio.is_positive:
                 return False
-        if not close(left, ratio * right, size, decimals(wanted, got, precision)):
+        if not close(left, ratio * right, size, num_decimals):
             return False
-    return ratio is not None or bool(sympy.simplify(wanted - got).is_zero)
+    sides = [[exact(each.lhs), exact(each.rhs)] for each in (gold, found)]
+    return ratio is not None or sides[0] in (
+        sides[1],
+        sides[1][::-1] if isinstance(gold, sympy.Eq | sympy.Ne) else None,
+    )
 
 
 def points(gold: Any, found: Any, symbols: list[Any]) -> Iterator[Point]:
@@ -119,9 +142,15 @@ def in_steps(formula: Any) -> set[sympy.Symbol]:
     return set().union(*(symbols_of(each) for each in (*steps, *signs)))
 
 
-def decimals(gold: Any, found: Any, precision: int) -> int:
-    """How many digits a decimal inside a formula may be rounded to; 0: there is none."""
-    return precision if gold.has(sympy.Float) or found.has(sympy.Float) else 0
+def under_roots(formula: Any) -> Iterator[Any]:
+    """What must not be negative, so that a formula has a real value: under roots, and in logarithms."""
+    for part in formula.atoms(sympy.Pow, sympy.log):
+        if part.args[0].free_symbols and (isinstance(part, sympy.log) or part.exp.is_integer is False):
+            yield part.args[0]
+
+
+def real_at(at: Point, *arguments: Any) -> bool:
+    return not any(argument.evalf(SOME_DIGITS, subs=at).is_negative for argument in arguments)
 
 
 def size_of(gold: Any, found: Any, at: Point) -> float:

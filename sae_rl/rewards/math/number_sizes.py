@@ -13,7 +13,6 @@ from sympy.functions.elementary.trigonometric import TrigonometricFunction
 MAX_DIGITS = 20_000  # of a number that powers, factorials and products stand for
 SOME_DIGITS = 5  # what is needed to tell how large a number is
 ANY_VARIABLE = 10.0  # what a variable stands for as long as it has no value
-MANY = 1e9  # terms: as good as infinitely many
 Values = Mapping[Any, Any]  # of variables
 
 
@@ -111,20 +110,3 @@ def magnitude(number: Any, at: Values) -> float:
 def rough(number: Any, at: Values) -> Any:
     value = number.evalf(SOME_DIGITS, subs=dict(at))
     return value if value.is_Number else abs(value).evalf(SOME_DIGITS)
-
-
-def num_terms(found: Any) -> float:
-    """How many terms an expression has, or one that it holds, when it is multiplied out; an upper bound."""
-    if not found.args:
-        return 1.0
-    if isinstance(found, sympy.Pow | sympy.exp):
-        base, exponent = found.as_base_exp()
-        n, k = num_terms(base), num_terms(exponent)
-        if n <= 1.0:
-            return k
-        power = max((math.ceil(abs(number)) for number in exponent.atoms(sympy.Rational)), default=1)
-        # As many as there are ways to choose `power` of the n terms of the base, in any order.
-        ways = math.lgamma(n + power) - math.lgamma(n) - math.lgamma(power + 1) if n + power < MANY else math.inf
-        return max(n, k, math.exp(ways) if ways < math.log(MANY) else math.inf)
-    parts = [num_terms(arg) for arg in found.args]
-    return sum(parts) if isinstance(found, sympy.Add) else math.prod(parts)

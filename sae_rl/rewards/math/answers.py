@@ -1,0 +1,249 @@
+"""What an answer says: words, a number, an equation with a value, a list, a tuple, a set, a matrix, or an expression."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sae_rl.rewards.math.markup import ALTERNATIVE, BRACKET, TRIGONOMETRIC, ascii_of, closing, deepest, split, tidy
+from sae_rl.rewards.math.numbers import Number, read
+from sae_rl.rewards.math.units import sign_of, without_unit
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+MAX_CHARS = 10_000  # of an answer that is read; a longer one is compared as text
+MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
+# Answers that a process keeps: a group's responses have one right answer, and many of them say the same.
+NUM_REMEMBERED, MAX_REMEMBERED_CHARS = 4096, 500
+TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
+WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 .,;'&/-]*")
+PUNCTUATION = re.compile(r"(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})|[\s.,;]+")  # a single letter's hyphen is a minus sign
+CLOCK = re.compile(r"0*(\d{1,2}):([0-5]\d)(:[0-5]\d)?(?:\s*([ap])\.?m\.?)?", re.IGNORECASE)
+NOTHING = re.compile(
+    r"(?:there (?:is|are) )?no (?:(?:real|integer|such) )*(?:solutions?|roots?)(?: exists?)?|none|(?:the )?empty set"
+)
+EMPTY = re.compile(r"\\(?:emptyset|varnothing)|\\\{\s*\\\}")
+NUMERAL = re.compile(r"(\d[0-9A-Za-z]*)\s*_\s*(?:\{\s*(?:\\text\{)?(\d{1,2}|two|eight|sixteen)\}?\s*\}|(\d{1,2}))")
+BASES = {"two": 2, "eight": 8, "sixteen": 16}
+SEMICOLON = re.compile(";")
+SEPARATOR = re.compile(
+    rf",|\\text\s*\{{[\s,;]*{ALTERNATIVE}(?:[\s,;]+{ALTERNATIVE})*[\s,;]*\}}"
+    rf"|\b{ALTERNATIVE}\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])"
+)
+ENVIRONMENT = re.compile(
+    r"(?:([^=]+)=)?\s*[(\[]?\s*\\begin\s*\{([pb]?matrix|cases|array)\}(?:\{[lcr| ]*\})?(.*)\\end\s*\{\2\}\s*[)\]]?",
+    re.DOTALL,
+)
+ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # numbers without a comma between them
+CONDITION = re.compile(r"\b(?:if|for|when|where)\b")
+APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![A-Za-z])")
+MEMBER = re.compile(r"([^=<>{(\[]+?)\\in(?![A-Za-z])(.+)", re.DOTALL)
+BUILDER = re.compile(
+    r"([A-Za-z])\s*(?:\\in(?![A-Za-z])[^|:]*?)?\s*(?:\\mid(?![A-Za-z])|\\vert(?![A-Za-z])|[|:])(.+)", re.DOTALL
+)
+EQUALS = re.compile(r"(?<![<>!:=])=(?!=)")
+RELATION = re.compile(r"[<>]|\\(?:leq?|geq?|neq?|leqslant|geqslant|lt|gt|in|notin|not|equiv|sim)(?![A-Za-z])")
+# A name holds letters, and no number except in an index, in parentheses or in an inverse: x_1, f(3), |AB|, m+n, \angle ABC.
+INDEX = re.compile(r"_(?:\{[^{}]*\}|\w)|(?<=[A-Za-z}'])\([^()]*\)|\^\s*\{?\s*(?:-1|\*|\\prime|\\circ)\s*\}?")
+CALCULATION = re.compile(r"(?:gcd|lcm|max|min|binom)\s*[({]|\\(?:sqrt|ln|log|exp)(?![a-z])")
+NAME = re.compile(r"(?!-|\\(?:pi|infty|emptyset)\Z)(?=.*[A-Za-z])[A-Za-z\\|'\s+\-/*:(){}\[\],]+")
+
+
+@cache
+def expressions() -> ModuleType:
+    """Imported when the first answer is not a plain number: sympy takes a second."""
+    from sae_rl.rewards.math import expressions as module
+
+    return module
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer, read as far as needed."""
+
+    text: str  # tidy
+    words: str = ""  # if the answer may be a word or a phrase
+    is_text: bool = False  # the answer says itself that it is words
+    number: Number | None = None
+    base: int = 0  # of a numeral with its base
+    unit: str = ""  # the sign of a known unit behind a formula
+    name: str = ""  # x of "x = 5"
+    value: Answer | None = None  # 5 of "x = 2 + 3 = 5"
+    others: tuple[Answer, ...] = ()  # 2 + 3 of "x = 2 + 3 = 5"
+    brackets: str = ""  # "," of a list, "()" or "[)" of a tuple or an interval, "{}" of a set, "2x3" of a matrix
+    parts: tuple[Answer, ...] = ()
+    problem: str = ""  # why its expression cannot be read
+    formula: str = ""  # the text without its unit
+    _expression: list[Any] = field(default_factory=list)
+
+    @property
+    def expression(self) -> Any:
+        """An object of sympy; None if the text is no expression."""
+        if not self._expression:
+            self._expression.append(self._parsed())
+        return self._expression[0]
+
+    def _parsed(self) -> Any:
+        if self.number is not None:
+            return expressions().of_number(self.number)
+        if self.is_text or self.problem or len(self.text) > MAX_CHARS:
+            return None
+        found, self.problem = expressions().parsed(self.formula or self.text)
+        return found
+
+    @property
+    def says_something(self) -> bool:
+        if not self.text or self.problem:
+            return False
+        if self.number is not None or self.words or self.base or self.brackets or self.text.isdecimal():
+            return all(part.says_something for part in self.parts)
+        if self.value is not None:
+            return self.value.says_something
+        return len(self.text) > MAX_CHARS or self.expression is not None
+
+    @property
+    def canonical(self) -> str:
+        """The same text for answers that say the same, as far as that is easily told."""
+        if self.number is not None:
+            return str(self.number)
+        if self.words and (self.is_text or len(self.words) > 1):
+            return self.words.casefold()
+        if self.value is not None:
+            return self.value.canonical
+        if self.brackets:
+            parts = [part.canonical for part in self.parts]
+            if self.brackets in (",", "{}"):
+                return f"{{{', '.join(sorted(parts))}}}"
+            return f"{self.brackets[0]}{', '.join(parts)}{self.brackets[-1]}"
+        return self.text if self.expression is None else str(expressions().canonical(self.expression))
+
+
+def compact(text: str) -> str:
+    """A text without the spaces that mean nothing; that of 1 1/2 means something."""
+    return re.sub(r"(?<!\d) +| +(?!\d)", "", text)
+
+
+def read_answer(answer: str) -> Answer:
+    """What an answer says."""
+    text = answer.strip()
+    if len(text) > MAX_CHARS:
+        return Answer(text)
+    return _remembered(text) if len(text) <= MAX_REMEMBERED_CHARS else _read(text)
+
+
+def _read(text: str) -> Answer:
+    text = ascii_of(text)
+    if deepest(text) > MAX_DEPTH:
+        return Answer(text, problem="its brackets are nested too deeply")
+    text = tidy(text)
+    wrapped = TEXT.fullmatch(text)
+    text = wrapped[1].strip().rstrip(".") if wrapped is not None else text
+    number = read(text)
+    if number is not None:
+        return Answer(text, number=number)
+    numeral = NUMERAL.fullmatch(text)
+    if numeral is not None:
+        base = BASES[numeral[2]] if numeral[2] in BASES else int(numeral[2] or numeral[3])
+        return Answer(f"{numeral[1]}_{{{base}}}", base=base)
+    words, is_text = _words(text)
+    if EMPTY.fullmatch(text) or NOTHING.fullmatch(words.casefold()):
+        return Answer(text, words, brackets="{}")
+    answer = _environment(text) or _list(text) or _equation(text) or _in_brackets(text)
+    if answer is None:
+        formula, unit = ("", "") if words or TRIGONOMETRIC.search(text) else without_unit(text)
+        answer = Answer(text, unit=sign_of(unit), formula=formula)
+    return replace(answer, words=words, is_text=is_text or (bool(words) and wrapped is not None))
+
+
+_remembered = lru_cache(maxsize=NUM_REMEMBERED)(_read)
+
+
+def _words(text: str) -> tuple[str, bool]:
+    """The words of a text, in one form, and whether they are words only; a time of the day is such a word."""
+    letters = " ".join(TEXT.sub(r" \1 ", text).split())
+    letters = letters[1:-1].strip() if re.fullmatch(r"\([^()]+\)", letters) else letters
+    clock = CLOCK.fullmatch(letters)
+    if clock is not None:
+        hours, minutes, seconds, half = clock.groups()
+        return f"{hours}:{minutes}{seconds or ':00'}{(half or '').lower()}", bool(seconds or half)
+    return (PUNCTUATION.sub(" ", letters).strip(), False) if WORDS.fullmatch(letters) else ("", False)
+
+
+def _environment(text: str) -> Answer | None:
+    """A matrix, a system of equations, or a function that is given by cases."""
+    found = ENVIRONMENT.fullmatch(text)
+    if found is None or "\\begin" in found[3]:
+        return None
+    rows = [[entry.strip() for entry in row.split("&")] for row in found[3].split("\\\\") if row.strip()]
+    if found[2] == "cases":
+        cases = tuple(read_answer(row[0]) if len(row) == 1 else _case(row) for row in rows)
+        answer = Answer(text, brackets=",", parts=cases) if len(cases) != 1 else cases[0]
+    elif rows and len({len(row) for row in rows}) == 1:
+        parts = tuple(read_answer(entry) for row in rows for entry in row)
+        answer = Answer(text, brackets=f"{len(rows)}x{len(rows[0])}", parts=parts)
+    else:
+        return None
+    return answer if found[1] is None else Answer(text, name=compact(found[1]), value=answer)
+
+
+def _case(row: list[str]) -> Answer:
+    value, *condition = row
+    text = tidy(CONDITION.sub("", TEXT.sub(r"\1", " ".join(condition))))
+    return Answer(f"({value}, {text})", brackets="()", parts=(read_answer(value), read_answer(text)))
+
+
+def _list(text: str) -> Answer | None:
+    """Several answers, such as both of plus-minus."""
+    parts = text.split() if ROW.fullmatch(text) else split_parts(text)
+    parts = [part.replace("\\pm", sign) for part in parts for sign in ("+", "-")[: 2 if "\\pm" in part else 1]]
+    return Answer(text, brackets=",", parts=tuple(map(read_answer, parts))) if len(parts) > 1 else None
+
+
+def split_parts(text: str) -> list[str]:
+    """The parts between semicolons, or else between commas or words like "or"."""
+    parts = split(text, SEMICOLON)
+    return parts if len(parts) > 1 else split(text, SEPARATOR)
+
+
+def _equation(text: str) -> Answer | None:
+    """An equation that gives something a name, or says what a calculation comes to."""
+    exact, *rounded = split(text, APPROXIMATELY) or [text]
+    if exact != text:
+        return read_answer(f"{exact} = {rounded[0]}" if rounded and is_name(exact) else exact)
+    member = MEMBER.fullmatch(text)
+    if member is not None and is_name(member[1]):
+        return Answer(text, name=compact(member[1]), value=read_answer(member[2]))
+    sides = split(text, EQUALS)
+    if len(sides) < 2 or RELATION.search(text):
+        return None
+    if len({compact(side) for side in sides}) == 1:
+        return Answer(text, problem="both of its sides are the same")
+    names = [side for side in sides if is_name(side)]
+    values = [read_answer(side) for side in sides if not is_name(side)]
+    if not values or not (names or all(expressions().is_constant(value.expression) for value in values)):
+        return None
+    return Answer(text, name=compact(names[0]) if names else "", value=values[-1], others=tuple(values[:-1]))
+
+
+def is_name(side: str) -> bool:
+    """Whether a side of an equation is what the other side gives a value."""
+    return not CALCULATION.search(side) and NAME.fullmatch(INDEX.sub("", TEXT.sub(r"\1", side)).strip()) is not None
+
+
+def _in_brackets(text: str) -> Answer | None:
+    """A tuple, an interval or a set; or what stands in parentheses alone."""
+    opening = BRACKET.match(text)
+    if opening is None or opening[0] not in ("(", "[", "\\{") or closing(text, opening.end()) != len(text):
+        return None
+    inside = text[opening.end() : -1].removesuffix("\\").strip()
+    brackets = opening[0][-1] + text[-1]
+    condition = BUILDER.fullmatch(inside) if brackets == "{}" else None
+    if condition is not None:
+        return read_answer(condition[2])
+    parts = split_parts(inside)
+    if len(parts) < 2 and brackets != "{}":
+        return read_answer(inside) if brackets == "()" else None
+    return Answer(text, brackets=brackets, parts=tuple(map(read_answer, parts)))
