@@ -148,7 +148,8 @@ def test_it_works_in_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == dict.fromkeys(range(4), [float(expected) for *_, expected in pairs])
+    scores = [float(expected) for *_, expected in pairs]
+    assert [found[thread] for thread in range(4)] == [scores] * 4
 
 
 BOMBS = {
