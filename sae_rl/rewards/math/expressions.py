@@ -145,7 +145,7 @@ def same_set(gold: Sequence[Any], found: Sequence[Any]) -> bool:
 
 
 def real_set(found: Any) -> tuple[Any, str] | None:
-    """A set that is not empty, or the numbers that satisfy inequalities of one variable, and its name; None: it is neither."""
+    """A set that is not empty, or the numbers that satisfy inequalities of one variable, and its name; None: neither."""
     if isinstance(found, sympy.Set):
         return None if found.is_empty else (found, "")
     parts = found.args if isinstance(found, sympy.And) else (found,)
