@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -24,16 +24,16 @@ from torch.distributed import ProcessGroupGloo
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     TrainerInitInfo,
-    TrainerWeightTransferEngine,
     VLLMWeightSyncClient,
     WeightSource,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_common import worker_init_payload
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
 from sae_rl.backends.deepspeed import Learner
-from sae_rl.backends.weight_receiver import GLOO, GlooInitInfo, GlooUpdateInfo, broadcast, buckets, join
+from sae_rl.backends.weight_receiver import GLOO, GlooInitInfo, broadcast, buckets, join
 from sae_rl.config.schema import Device
 
 
@@ -67,7 +67,7 @@ def trainer_init_info(
     if shares_gpus:
         return IPCTrainerInitInfo(rank=rank, packed=True)
     if device == "cpu":
-        return GlooTrainerInitInfo(address, port, world_size, timeout_s, rank=rank)
+        return GlooTrainerInitInfo(address, port, world_size, rank=rank, timeout_s=timeout_s)
     return NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=rank)
 
 
@@ -110,22 +110,22 @@ class PolicyWeights(WeightSource):
 
 
 @dataclass
-class GlooTrainerInitInfo(TrainerInitInfo):
+class GlooTrainerInitInfo(NCCLTrainerInitInfo):
     """Where the policy's rank 0 opens the process group of `GlooSender`."""
 
     backend: ClassVar[str] = GLOO
 
-    master_address: str
-    master_port: int
-    world_size: int
-    timeout_s: float
+    timeout_s: float = field(kw_only=True)
 
 
-class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
-    """The policy's side of the transfer over gloo. Rank 0 sends; other ranks only take part in gathering weights."""
+class GlooSender(NCCLTrainerWeightTransferEngine):
+    """The policy's side of the transfer: vLLM's NCCL engine, with gloo in place of NCCL.
+
+    Rank 0 sends; other ranks only take part in gathering weights.
+    """
 
     init_info_cls = GlooTrainerInitInfo
-    _group: ProcessGroupGloo | None = None
+    _group: ProcessGroupGloo
 
     @classmethod
     def trainer_init(
@@ -134,41 +134,30 @@ class GlooSender(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         """Opens the connection."""
         sender = cls(client=client, source=source, is_sender=init_info.is_sender)
         if init_info.is_sender:
-            address, port, size = init_info.master_address, init_info.master_port, init_info.world_size
-            info = GlooInitInfo(address, port, 1, size, init_info.timeout_s)
+            info = GlooInitInfo(
+                master_address=init_info.master_address,
+                master_port=init_info.master_port,
+                rank_offset=1,
+                world_size=init_info.world_size,
+                timeout_s=init_info.timeout_s,
+            )
             # Joining blocks until both sides have joined, so the receivers are called in a thread.
             with ThreadPoolExecutor(max_workers=1) as thread:
-                receivers = thread.submit(client.init_weight_transfer_engine, asdict(info))
-                sender._group = join(address, port, 0, size, init_info.timeout_s)
+                receivers = thread.submit(client.init_weight_transfer_engine, worker_init_payload(info))
+                sender._group = join(info, rank=0)
                 receivers.result()
         return sender
 
-    def send_weights(self) -> None:
-        """Sends all weights, or on ranks above 0 takes part in gathering them."""
-        assert self.source is not None
+    def _broadcast(self, source: WeightSource, meta: list[ParamMeta]) -> None:
+        """Called by `send_weights` while the engines receive."""
         if not self.is_sender:
-            for _ in self.source:
-                pass
+            super()._broadcast(source, meta)
             return
-        metadata = self.source.metadata()
-        self.client.start_weight_update()
-        thread = ThreadPoolExecutor(max_workers=1)
-        try:
-            received = thread.submit(self.client.update_weights, asdict(GlooUpdateInfo.of(metadata)))
-            self._broadcast(metadata)
-            received.result()
-        finally:
-            thread.shutdown(wait=False)  # after a failed broadcast the receivers may never return
-        self.client.finish_weight_update()
-
-    def _broadcast(self, metadata: list[ParamMeta]) -> None:
-        assert self._group is not None and self.source is not None
-        weights = iter(self.source)
-        for bucket in buckets(metadata):
+        weights = self._checked_iter(source, meta)
+        for bucket in buckets(meta):
             # Copied at once: ZeRO 3 frees a gathered parameter when the next one is requested.
             broadcast(self._group, torch.cat([next(weights)[1].detach().flatten().cpu() for _ in bucket]))
-        for _ in weights:
-            raise AssertionError("the source yields more weights than its metadata lists")
+        next(weights, None)  # raises ValueError if the source yields more weights than its metadata lists
 
 
 WeightTransferTrainerFactory.register_engine(GLOO, GlooSender)
