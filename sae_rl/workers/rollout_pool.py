@@ -91,28 +91,26 @@ class RolloutPool:
     def sleep(self) -> None:
         """Engines that share the learners' GPUs free them. Other engines do nothing."""
         if self._sleeps and not self._is_asleep:
-            self._group.run_on(self.engines.ready, lambda worker: worker.sleep.remote())
+            self._group.run(lambda worker: worker.sleep.remote(), self.engines.ready)
             self._is_asleep = True
 
     def wake(self) -> None:
         if self._is_asleep:
-            self._group.run_on(self.engines.ready, lambda worker: worker.wake.remote())
+            self._group.run(lambda worker: worker.wake.remote(), self.engines.ready)
             self._is_asleep = False
 
     def request(self, prompt: Prompt, seed: tuple[str | int | None, ...], sampling: Sampling) -> Request:
         return Request(prompt_token_ids=prompt.token_ids, sampling=sampling, seed=derive_seed(self._config.seed, *seed))
 
-    def generate_on(self, ranks: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
-        """One response to each prompt from each of these engines, for the check of a weight sync."""
+    def generate_on(self, ranks: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One response to each prompt from each of these engines, engine after engine, for the check of a weight sync."""
         engines = [engine for engine in self.engines if engine.rank in ranks]
         requests = [self.request(prompt, ("probe", engines[0].version, prompt.id), sampling) for prompt in prompts]
-        answers = self._group.run_on([e.rank for e in engines], lambda engine: engine.generate.remote(requests))
+        answers = self._group.run(lambda worker: worker.generate.remote(requests), [e.rank for e in engines])
         return [
-            [
-                _rollout(Job(prompt, requests, None, since=engine.version), 0, sample, engine)
-                for prompt, sample in zip(prompts, answer, strict=True)
-            ]
+            _rollout(Job(prompt, requests, None, since=engine.version), 0, sample, engine)
             for engine, answer in zip(engines, answers, strict=True)
+            for prompt, sample in zip(prompts, answer, strict=True)
         ]
 
     def interrupt(self) -> None:

@@ -83,7 +83,7 @@ class WeightSync:
         engines = [self._rollout.engines.group.workers[rank] for rank in ranks]
         if engines != self._connected:
             self._connected = []
-            ((address, port),) = policy.run_on([0], lambda worker: worker.free_address.remote())
+            ((address, port),) = policy.run(lambda worker: worker.free_address.remote(), [0])
             parallel = config.rollout.tensor_parallel_size
             shares_gpus = config.cluster.colocate_rollout
             transfer = (engines, parallel, shares_gpus, address, port, config.cluster.call_timeout_s)
@@ -95,7 +95,7 @@ class WeightSync:
         """Samples the probe prompts on each engine and scores them with the policy."""
         rollout = self._config.rollout
         sampling = rollout.sampling(min(PROBE_TOKENS, rollout.max_response_tokens))
-        sampled = [r for engine in self._rollout.generate_on(ranks, self._probe_prompts, sampling) for r in engine]
+        sampled = self._rollout.generate_on(ranks, self._probe_prompts, sampling)
         batch = Batch.of(sampled, [0.0] * len(sampled))
         difference = (batch.rollout_logprobs - self._score(batch).old_logprobs).abs()
         worst = float(difference.max())
