@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ray.actor import ActorHandle
@@ -11,7 +10,7 @@ from torch import Tensor
 from sae_rl.algo.losses import LossSum, PolicyLoss, PolicyTokens
 from sae_rl.backends.deepspeed import Rank
 from sae_rl.backends.lora import add_adapters, without_adapters
-from sae_rl.backends.models import PolicyNetwork, export_causal_lm, load_causal_lm
+from sae_rl.backends.models import PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import Config, LearnerConfig, LoraConfig, ModelConfig
@@ -140,7 +139,3 @@ class PolicyWorker(LearnerWorker):
         assert self._sender is not None, "open_weight_transfer comes first"
         self._client.version = version
         self._sender.send()
-
-    def export(self, folder: Path) -> None:
-        """Writes the policy as a Hugging Face folder."""
-        self._export(export_causal_lm, self._learner.network.causal_lm, folder)
