@@ -2,13 +2,13 @@
 
     workers/weight_sync.py -> workers/policy.py -> `Sender` -> transfer engine -> worker processes of each rollout engine
 
-The transfer engine implements vLLM's API; `trainer_init_info` chooses it:
+The transfer engine implements vLLM's API:
 
     CPU                                  `GlooSender`, received by `weight_receiver.GlooReceiver`
     GPUs                                 vLLM's NCCL engine
     GPUs shared with rollout engines     vLLM's CUDA IPC engine
 
-It reads the weights from `PolicyWeights`, and calls the rollout engines through `workers.engine_client.EngineClient`.
+It reads the weights from the `Sender`, and calls the rollout engines through `workers.engine_client.EngineClient`.
 """
 
 from __future__ import annotations
@@ -34,75 +34,67 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NC
 
 from sae_rl.backends.deepspeed import Learner
 from sae_rl.backends.weight_receiver import GLOO, GlooInitInfo, broadcast, buckets, join
-from sae_rl.config.schema import Device
 
 
-class Sender:
-    """The policy's connection to some rollout engines. All ranks have one, since gathering ZeRO-3 weights is a collective."""
+class Sender(WeightSource):
+    """The policy's connection to some rollout engines. The transfer engine reads the weights from it, one by one.
 
-    def __init__(self, info: TrainerInitInfo, client: VLLMWeightSyncClient, learner: Learner) -> None:
-        self.weights = PolicyWeights(learner)
-        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self.weights)
-
-    def send(self) -> None:
-        """Sends the policy's current weights."""
-        self.weights.begin()
-        try:
-            self._engine.send_weights()
-        except Exception:  # for example because an engine died; the caller tries again or ends the run
-            self.weights.finish()
-            raise
-
-
-def trainer_init_info(
-    device: Device, *, shares_gpus: bool, rank: int, address: str, port: int, world_size: int, timeout_s: float
-) -> TrainerInitInfo:
-    """Chooses the transfer engine and says how the policy's rank ``rank`` opens its side.
-
-    Args:
-        shares_gpus: rollout engines run on the learners' GPUs.
-        address, port: of the policy's rank 0, where the process group meets.
-        world_size: 1 for the sender plus the worker processes of all engines.
-    """
-    if shares_gpus:
-        return IPCTrainerInitInfo(rank=rank, packed=True)
-    if device == "cpu":
-        return GlooTrainerInitInfo(address, port, world_size, rank=rank, timeout_s=timeout_s)
-    return NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=rank)
-
-
-class PolicyWeights(WeightSource):
-    """The policy's weights under their Hugging Face names.
-
-    Tied embeddings are sent under two names: on a CPU vLLM has an output layer of its own, which would keep old weights.
+    All ranks have one, since gathering ZeRO-3 weights is a collective. Weights have their Hugging Face names. Tied
+    embeddings are sent under two names: on a CPU vLLM has an output layer of its own, which would keep old weights.
     """
 
-    def __init__(self, learner: Learner) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        client: VLLMWeightSyncClient,
+        *,
+        shares_gpus: bool,
+        address: str,
+        port: int,
+        world_size: int,
+        timeout_s: float,
+    ) -> None:
+        """
+        Args:
+            shares_gpus: rollout engines run on the learners' GPUs.
+            address, port: of the policy's rank 0, where the process group meets.
+            world_size: 1 for the sender plus the worker processes of all engines.
+        """
         self._learner = learner
         self._pending: Iterator[tuple[str, Tensor]] = iter(())
         causal_lm: Any = learner.network.causal_lm
         self._tied = bool(causal_lm.config.tie_word_embeddings)
         names = {id(p): name for name, p in causal_lm.named_parameters()}
         self._input_embeddings = names[id(causal_lm.get_input_embeddings().weight)]
+        rank = learner.rank.index
+        info: TrainerInitInfo
+        if shares_gpus:
+            info = IPCTrainerInitInfo(rank=rank, packed=True)
+        elif learner.rank.device == "cpu":
+            info = GlooTrainerInitInfo(address, port, world_size, rank=rank, timeout_s=timeout_s)
+        else:
+            info = NCCLTrainerInitInfo(address, port, world_size, rank=rank)
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self)
+
+    def send(self) -> None:
+        """Sends the policy's current weights."""
+        self._pending = self._learner.full_weights()
+        try:
+            self._engine.send_weights()
+        finally:
+            # If an engine died, some weights remain. This rank gathers them too, since the other ranks do.
+            for _ in self._pending:
+                pass
 
     def metadata(self) -> list[ParamMeta]:
         """Name, type and shape of every tensor that iteration yields, in the same order."""
         shapes = self._learner.weight_shapes()
         return [ParamMeta(sent, dtype, shape) for name, dtype, shape in shapes for sent in self._sent_names(name)]
 
-    def begin(self) -> None:
-        """Prepares one iteration over the weights, so that `finish` works even if it never starts."""
-        self._pending = self._learner.full_weights()
-
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in self._pending:
             for sent_name in self._sent_names(name):
                 yield sent_name, tensor
-
-    def finish(self) -> None:
-        """Gathers the remaining weights of an interrupted iteration, which the other ranks gather too."""
-        for _ in self._pending:
-            pass
 
     def _sent_names(self, name: str) -> list[str]:
         name = name.removeprefix("causal_lm.")

@@ -119,20 +119,18 @@ class PolicyWorker(LearnerWorker):
         timeout_s: float,
     ) -> None:
         """Connects rank 0 with vLLM's worker processes; ``shares_gpus``: each rank with the engine on its GPU."""
-        from sae_rl.backends.weight_sender import Sender, trainer_init_info
+        from sae_rl.backends.weight_sender import Sender
 
-        rank = self._learner.rank
         self._client = EngineClient(engines, workers_per_engine, timeout_s)
-        info = trainer_init_info(
-            rank.device,
+        self._sender = Sender(
+            self._learner,
+            self._client,
             shares_gpus=shares_gpus,
-            rank=rank.index,
             address=address,
             port=port,
             world_size=1 + len(engines) * workers_per_engine,
             timeout_s=timeout_s,
         )
-        self._sender = Sender(info, self._client, self._learner)
 
     def send_weights(self, version: str) -> None:
         """Sends the weights to the connected engines. All ranks take part, since ZeRO-3 shards are gathered."""
