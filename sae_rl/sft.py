@@ -121,7 +121,7 @@ def warm_start(
     else:
         examples = Demonstrations(source, tokenizer, settings.steps * settings.batch_size, settings.seed)
     losses = train(model, tokenizer, examples, settings, on_progress)
-    save(model.to(dtype=dtype), tokenizer, target)
+    save(model.to(dtype), tokenizer, target)  # type: ignore[arg-type]
     return losses
 
 
@@ -184,7 +184,8 @@ def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase, seed: int
         **_special_tokens(tokenizer),
     )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

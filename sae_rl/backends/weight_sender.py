@@ -63,9 +63,9 @@ class Sender(WeightSource):
         self._learner = learner
         self._pending: Iterator[tuple[str, Tensor]] = iter(())
         causal_lm: Any = learner.network.causal_lm
-        self._tied = bool(causal_lm.config.tie_word_embeddings)
         names = {id(p): name for name, p in causal_lm.named_parameters()}
-        self._input_embeddings = names[id(causal_lm.get_input_embeddings().weight)]
+        embeddings = names[id(causal_lm.get_input_embeddings().weight)]
+        self._tied_name = embeddings if causal_lm.config.tie_word_embeddings else None
         rank = learner.rank.index
         info: TrainerInitInfo
         if shares_gpus:
@@ -98,7 +98,7 @@ class Sender(WeightSource):
 
     def _sent_names(self, name: str) -> list[str]:
         name = name.removeprefix("causal_lm.")
-        return [name, "lm_head.weight"] if self._tied and name == self._input_embeddings else [name]
+        return [name, "lm_head.weight"] if name == self._tied_name else [name]
 
 
 @dataclass

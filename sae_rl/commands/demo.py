@@ -55,5 +55,5 @@ def write_run_report(folder: Path) -> Path:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
     target = folder / "report.html"
-    write_report(folder, target, f"sae_rl: {config['name']}", lambda ids: [tokenizer.decode([i]) for i in ids])
+    write_report(folder, target, f"sae_rl: {config['name']}", lambda ids: [str(tokenizer.decode([i])) for i in ids])
     return target

@@ -88,8 +88,7 @@ def _classes(task: str) -> tuple[type[Any], type[Any]]:
 
     if task not in DATASETS:
         raise BadKeys(f"task {task!r} is unknown, {nearest(task, task_names())}")
-    dataset_class, config_class = DATASETS[task]
-    return dataset_class, config_class
+    return DATASETS[task]
 
 
 def _curriculum(task: str) -> Any:
