@@ -112,13 +112,13 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
     ids, states, tokens = [], [], []
     for row, row_end in zip(rows.tolist(), ends, strict=True):
         start, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
-        ids += [batch.prompt_token_ids[batch.prompt_offsets[row] : batch.prompt_offsets[row + 1]]]
-        ids += [batch.token_ids[start:end]]
+        prompt = batch.prompt_token_ids[batch.prompt_offsets[row] : batch.prompt_offsets[row + 1]]
+        ids += [prompt, batch.token_ids[start:end]]
         own = torch.arange(start, end)
         if batch.action_mask is not None:
             own = own[batch.action_mask[start:end]]
         tokens.append(own)
-        states.append(own + row_end - 1 - end)  # the state before a token is at the position before it
+        states.append(own - end + row_end - 1)  # the position before each token
     token_index = torch.cat(tokens)
     return MicroBatch(
         rows=rows,

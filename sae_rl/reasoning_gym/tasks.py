@@ -88,7 +88,8 @@ def _classes(task: str) -> tuple[type[Any], type[Any]]:
 
     if task not in DATASETS:
         raise BadKeys(f"task {task!r} is unknown, {nearest(task, task_names())}")
-    return DATASETS[task]
+    dataset_class, config_class = DATASETS[task]
+    return dataset_class, config_class
 
 
 def _curriculum(task: str) -> Any:
