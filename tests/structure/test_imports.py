@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "knobs": [],
     "sandbox": [],
     "algo": ["knobs", "types"],
-    "tasks": ["settings"],
+    "tasks": ["knobs", "settings"],
     "reasoning_gym": ["seeds", "settings", "tasks"],
     "rewards": ["knobs", "reasoning_gym", "sandbox", "types"],
     "data": ["reasoning_gym", "seeds", "settings", "tasks", "types"],

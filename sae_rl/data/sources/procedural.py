@@ -47,7 +47,7 @@ class ProceduralSource(Source):
                 id=id_,
                 prompt=problem.prompt,
                 answer=problem.answer,
-                reward=self.reward or task.reward,
+                reward=self.reward or task.name,
                 task=task.name,
                 where=id_,
             )
