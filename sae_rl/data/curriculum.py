@@ -24,10 +24,7 @@ class CurriculumSampler:
     def __init__(
         self, levels: Mapping[int, Sequence[Prompt]], seed: int, *, promote_at: float, window_prompts: int
     ) -> None:
-        if not levels or window_prompts < 1:
-            raise ValueError(
-                f"a curriculum needs levels and window_prompts >= 1, found {list(levels)}, {window_prompts}"
-            )
+        assert levels and window_prompts >= 1, "checked with the configuration"
         self._samplers = {level: Sampler(prompts, derive_seed(seed, level)) for level, prompts in levels.items()}
         self._level_of = {prompt.id: level for level, prompts in levels.items() for prompt in prompts}
         self._promote_at, self._window_prompts = promote_at, window_prompts
@@ -78,9 +75,7 @@ class CurriculumSampler:
             "epoch": self.epoch,
             "levels": [self.level],
             "window": list(self._window),
-            "samplers": [
-                sampler.state(self._at_level(level, unused)) for level, sampler in self._samplers.items()
-            ],
+            "samplers": [sampler.state(self._at_level(level, unused)) for level, sampler in self._samplers.items()],
         }
 
     def load_state(self, state: SamplerState) -> None:

@@ -22,10 +22,7 @@ class MixtureSampler:
     """
 
     def __init__(self, parts: Mapping[str, PromptSampler], weights: Mapping[str, float]) -> None:
-        if not parts or parts.keys() != weights.keys() or min(weights.values()) <= 0:
-            raise ValueError(
-                f"a mixture needs parts with a weight above 0 each, found {list(parts)} and {dict(weights)}"
-            )
+        assert parts and parts.keys() == weights.keys() and min(weights.values()) > 0, "each part has a weight above 0"
         self._parts, self._weights = dict(parts), dict(weights)
         total = sum(map(Fraction, weights.values()))
         self._shares = {name: Fraction(weight) / total for name, weight in weights.items()}

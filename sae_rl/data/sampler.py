@@ -20,34 +20,27 @@ class PromptSampler(Protocol):
     @property
     def prompts(self) -> tuple[Prompt, ...]:
         """The prompts that it draws from at present, unshuffled."""
-        ...
 
     @property
     def epoch(self) -> int: ...
 
     def next(self, num_prompts: int) -> list[Prompt]:
         """``num_prompts`` different prompts. Raises ValueError if that is below 1 or above the number of `prompts`."""
-        ...
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
         """Returns drawn prompts that were not used. They come next, in this order."""
-        ...
 
     def observe(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
         """Reports the policy's scores: for each prompt the mean of its group."""
-        ...
 
     def state(self, unused: Sequence[Prompt] = ()) -> SamplerState:
         """Its position, as if the drawn prompts ``unused`` had been put back."""
-        ...
 
     def load_state(self, state: SamplerState) -> None:
         """Continues exactly where ``state`` was taken. Raises ValueError if it has other prompts or another seed."""
-        ...
 
     def anew(self, seed: int) -> PromptSampler:
         """A new sampler of the same prompts, with another seed."""
-        ...
 
 
 class Sampler:
