@@ -36,7 +36,7 @@ class AlgorithmConfig(Section):
     policy_loss: PolicyLoss
     value_loss: ValueLoss
     whitening: Whitening
-    bootstrap_truncated: bool  # true: the return of a response cut at the length limit goes on with V
+    bootstrap_truncated: bool  # true: responses cut at the length limit are bootstrapped with the critic's value
 
     @property
     def needs_critic(self) -> bool:
@@ -110,9 +110,9 @@ class ClusterConfig(Section):
 
 
 class DynamicSamplingConfig(Section):
-    """The choice of the groups that a step trains on. DAPO (arXiv 2503.14476) replaces groups whose responses all have the same reward."""
+    """The choice of a step's groups. DAPO (arXiv 2503.14476) replaces groups whose responses all have the same reward."""
 
-    mode: Literal["none", "filter", "resample"]  # filter: drop useless groups; resample: and sample others instead
+    mode: Literal["none", "filter", "resample"]  # filter: drop useless groups; resample: replace them by others
     by: Literal["variance", "success_rate"]  # a useful group's rewards differ, or its mean reward is in the window
     success_low: float  # lower end of the window, inclusive
     success_high: float  # upper end of the window, inclusive
