@@ -62,12 +62,23 @@ def integer(
 
 def flag(default: bool = MISSING) -> Any:  # type: ignore[assignment]
     """A field for true or false."""
-    return _field(default, check_flag)
+
+    def check(key: str, value: object) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} = {value!r}, but it must be true or false")
+
+    return _field(default, check)
 
 
 def choice(default: str = MISSING, *, allowed: Iterable[str]) -> Any:  # type: ignore[assignment]
     """A field for one of the words in ``allowed``; for a Literal pass ``typing.get_args`` of it."""
-    return _field(default, partial(check_choice, allowed=tuple(allowed)))
+    words = tuple(allowed)
+
+    def check(key: str, value: object) -> None:
+        if value not in words:
+            raise ValueError(f"{key} = {value!r}, but it must be one of {', '.join(words)}")
+
+    return _field(default, check)
 
 
 def _field(default: object, check: Callable[[str, Any], None], optional: bool = False) -> Any:
@@ -92,16 +103,3 @@ def check_integer(key: str, value: object, low: int, high: int | None = None) ->
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise ValueError(f"{key} = {value!r}, but it must be an integer {allowed}")
-
-
-def check_flag(key: str, value: object) -> None:
-    """Raises ValueError unless ``value`` is true or false."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} = {value!r}, but it must be true or false")
-
-
-def check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
-    """Raises ValueError unless ``value`` is one of ``allowed``."""
-    names = list(allowed)
-    if value not in names:
-        raise ValueError(f"{key} = {value!r}, but it must be one of {', '.join(names)}")

@@ -10,16 +10,22 @@ from pydantic import AfterValidator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sae_rl.settings import ConfigError, Section, key_of
+from sae_rl.settings import ConfigError, Section, nearest
 from sae_rl.sft import ModelShape, WarmStart, warm_start
 from sae_rl.tasks.table import TASKS, make_task
 from sae_rl.tasks.task import Task
 
 
+def _known(task: str) -> str:
+    if task not in TASKS:
+        raise ValueError(f"found {task!r}, {nearest(task, TASKS)}")
+    return task
+
+
 class DemonstrationsConfig(Section):
     """What to imitate: a task's demonstrations or the responses in a file."""
 
-    task: Annotated[str, AfterValidator(key_of(TASKS))]
+    task: Annotated[str, AfterValidator(_known)]
     knobs: dict[str, Any]
     file: str | None
 

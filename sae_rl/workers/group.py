@@ -208,12 +208,16 @@ def _advice(role: str, text: str) -> str:
 
 def start_worker(cls: type[Process], slot: Slot, group: PlacementGroup, env: dict[str, str]) -> ActorHandle:
     """Starts one worker in its slot. Ray runs many calls at once if the class has coroutines, and otherwise one by one."""
-    actor: ActorHandle = ray.remote(cls).options(  # type: ignore[attr-defined]
-        num_cpus=slot.cpus,
-        num_gpus=slot.gpus,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=slot.bundle
-        ),
-        runtime_env={"env_vars": env},
-    ).remote()
+    actor: ActorHandle = (
+        ray.remote(cls)
+        .options(  # type: ignore[attr-defined]
+            num_cpus=slot.cpus,
+            num_gpus=slot.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=slot.bundle
+            ),
+            runtime_env={"env_vars": env},
+        )
+        .remote()
+    )
     return actor

@@ -32,15 +32,16 @@ class LearnerWorker(Process):
         self._model, self._config = model, config
         self._learner = Learner(build, model, config, rank, num_steps=num_steps)
 
-    def _epoch(
+    def _train(
         self,
         batch: Batch,
         loss: Callable[[MicroBatch], LossSum],
         total: Callable[[Tensor], float],
+        num_epochs: int,
         num_mini_batches: int,
         seed: int,
     ) -> list[dict[str, float]]:
-        """One pass over a batch: an optimizer update for each mini-batch.
+        """Passes over a batch with an optimizer update for each mini-batch.
 
         Args:
             loss: the sum of the loss over a micro-batch.
@@ -51,7 +52,8 @@ class LearnerWorker(Process):
         """
         return [
             self._learner.update(batch, rows, loss, total(rows))
-            for rows in draw_mini_batches(batch.num_responses, num_mini_batches, seed)
+            for epoch in range(num_epochs)
+            for rows in draw_mini_batches(batch.num_responses, num_mini_batches, seed + epoch)
         ]
 
     def save(self, folder: Path) -> None:

@@ -24,7 +24,7 @@ UNSYNCED = "default"  # vLLM's name for the version of weights that it loaded fr
 
 
 class PendingGroups:
-    """Implements `sae_rl.protocols.Groups`: yields each group as soon as it is finished, in any order."""
+    """Implements `sae_rl.protocols.Groups`."""
 
     def __init__(self, pool: RolloutPool, group_size: int, sampling: Sampling) -> None:
         self._pool, self._group_size, self._sampling = pool, group_size, sampling
@@ -32,7 +32,6 @@ class PendingGroups:
         self.finished: deque[list[Rollout]] = deque()
 
     def add(self, prompts: Sequence[Prompt], seed_name: str) -> None:
-        """Adds a group for each prompt. Seeds derive from (run seed, ``seed_name``, prompt id, sample) and nothing else."""
         for prompt in prompts:
             seeds = [(seed_name, prompt.id, sample) for sample in range(self._group_size)]
             self._pool.submit(Job(prompt, [self._pool.request(prompt, seed, self._sampling) for seed in seeds], self))
@@ -67,20 +66,11 @@ class RolloutPool:
     def generate(
         self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, seed_name: str
     ) -> Iterator[list[Rollout]]:
-        """Samples ``group_size`` responses to each prompt, and yields each group as soon as it is finished, in any order.
-
-        A response depends neither on what else is sampled at the same time nor on the engine that samples it.
-
-        Raises:
-            WorkerError: no engine is left, or too many engines were lost while they sampled the same prompt.
-            RuntimeError: a response was sampled from weights that its engine was not sent, or `interrupt` was called.
-        """
         groups = self.open(group_size=group_size, sampling=sampling)
         groups.add(prompts, seed_name)
         return groups
 
     def open(self, *, group_size: int, sampling: Sampling) -> PendingGroups:
-        """Like `generate`, for groups that are added over time, such as those of several steps."""
         return PendingGroups(self, group_size, sampling)
 
     def submit(self, job: Job) -> None:
@@ -114,7 +104,6 @@ class RolloutPool:
         ]
 
     def interrupt(self) -> None:
-        """Makes the sampling that another thread waits for raise RuntimeError there, now and in the future."""
         self._interrupted = True
 
     def poll(self) -> None:

@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 
 from sae_rl.config.schema import Config
 from sae_rl.types import Batch, Prompt, Scores
+from sae_rl.workers.engine_client import EngineClient
 from sae_rl.workers.group import WorkerError, WorkerGroup
 from sae_rl.workers.rollout_pool import RolloutPool
 
@@ -84,9 +85,8 @@ class WeightSync:
         if engines != self._connected:
             self._connected = []
             ((address, port),) = policy.run(lambda worker: worker.free_address.remote(), [0])
-            parallel = config.rollout.tensor_parallel_size
-            shares_gpus = config.cluster.colocate_rollout
-            transfer = (engines, parallel, shares_gpus, address, port, config.cluster.call_timeout_s)
+            client = EngineClient(engines, config.rollout.tensor_parallel_size, config.cluster.call_timeout_s)
+            transfer = (client, config.cluster.colocate_rollout, address, port)
             policy.run(lambda worker: worker.open_weight_transfer.remote(*transfer))
             self._connected = engines
         policy.run(lambda worker: worker.send_weights.remote(str(self.version)))
