@@ -82,9 +82,8 @@ def _alternatives(override: Override) -> list[str]:
     """The overrides that stand for this one in the runs of a sweep."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
-    chosen = override.value()
-    is_glob = isinstance(chosen, Glob)
-    values = chosen.filter(_options_of(override.key_or_group)) if is_glob else override.sweep_string_iterator()
+    chosen, options = override.value(), _options_of(override.key_or_group)
+    values = chosen.filter(options) if isinstance(chosen, Glob) else list(override.sweep_string_iterator())
     return [f"{override.get_key_element()}={value}" for value in values]
 
 
