@@ -60,8 +60,8 @@ class Loader:
         """The prompts of one source; none if something is wrong.
 
         Args:
-            name: of the source in messages.
-            reward: of the source; None: its records have a reward that exists.
+            name: what messages call the source.
+            reward: the source's reward, which is checked here; None: the records' own rewards need no check.
             read: returns the records, and a line for each problem. It may raise ValueError, or BadKeys for wrong keys.
             num_prompts: the most prompts to return; None: all.
         """
