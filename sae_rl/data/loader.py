@@ -51,11 +51,7 @@ class Loader:
         return replace(self, key=f"{self.key}.parts.{name}", part=name, share=share)
 
     def load(
-        self,
-        name: str,
-        reward: str | None,
-        read: Callable[[], tuple[list[Record], list[str]]],
-        num_prompts: int | None,
+        self, name: str, reward: str | None, read: Callable[[], tuple[list[Record], list[str]]], num_prompts: int | None
     ) -> list[Prompt]:
         """The prompts of one source; none if something is wrong.
 
