@@ -38,7 +38,7 @@ class ProceduralSource(Source):
 
     def _records(self) -> tuple[list[Record], list[str]]:
         task = make_task(self.name, self.knobs)
-        reward = self.reward or task.reward
+        reward = self.reward or task.name
         found: dict[str, Record] = {}  # by prompt
         index = barren = 0
         while len(found) < self.num_prompts:
