@@ -133,7 +133,7 @@ class RolloutConfig(Section):
     enforce_eager: bool
     dynamic_sampling: DynamicSamplingConfig
     health_timeout_s: PositiveFloat  # an engine that does not answer a health check for so long is replaced
-    max_engine_losses: NonNegative  # engines that die or stop answering in one run; one more ends the run
+    max_engine_losses: NonNegative  # engines that may die or stop answering in one run; one more ends the run
     logprob_tolerance: PositiveFloat  # nats between vLLM and the trainer after a weight sync
 
     @classmethod
