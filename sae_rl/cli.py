@@ -11,22 +11,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """One word after ``sae-rl``."""
-
-    run: Callable[[list[str]], None]
-    help: str
-
-
 def train(arguments: list[str]) -> None:
+    """train as configured; -m sweeps, --print shows the configuration and stops"""
     from sae_rl.config.compose import load_config
 
     if {"-m", "--multirun"} & set(arguments):
@@ -74,6 +66,7 @@ def show(overrides: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
+    """avg@n, pass@k and maj@n of model.path, a folder or a checkpoint, on task.evaluation"""
     from sae_rl.config.compose import load_evaluation_config
 
     config = load_evaluation_config(arguments)
@@ -84,6 +77,7 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def pretrain_critic(arguments: list[str]) -> None:
+    """pre-train a critic for model.path that several runs can start from"""
     from sae_rl.config.compose import load_config
 
     config = load_config(arguments)
@@ -94,6 +88,7 @@ def pretrain_critic(arguments: list[str]) -> None:
 
 
 def warm_start(arguments: list[str]) -> None:
+    """supervised training: a small base model from scratch, or a local model on a file"""
     from sae_rl.commands.warm_start import WarmStartConfig, run_warm_start
     from sae_rl.config.compose import build, compose_tree
 
@@ -101,12 +96,14 @@ def warm_start(arguments: list[str]) -> None:
 
 
 def demo(arguments: list[str]) -> None:
+    """everything on a laptop: base model, training with SAE, report"""
     from sae_rl.commands.demo import run_demo
 
     run_demo(arguments)
 
 
 def report(arguments: list[str]) -> None:
+    """write report.html of a run's folder"""
     from sae_rl.commands.demo import write_run_report
     from sae_rl.settings import ConfigError
 
@@ -115,31 +112,21 @@ def report(arguments: list[str]) -> None:
     print(write_run_report(Path(arguments[0])))
 
 
-COMMANDS = {
-    "train": Command(train, "train as configured; -m sweeps, --print shows the configuration and stops"),
-    "evaluate": Command(
-        evaluate, "avg@n, pass@k and maj@n of model.path, a folder or a checkpoint, on task.evaluation"
-    ),
-    "pretrain-critic": Command(pretrain_critic, "pre-train a critic for model.path that several runs can start from"),
-    "warm-start": Command(
-        warm_start, "supervised training: a small base model from scratch, or a local model on a file"
-    ),
-    "demo": Command(demo, "everything on a laptop: base model, training with SAE, report"),
-    "report": Command(report, "write report.html of a run's folder"),
+# The help of a command is the docstring of its function.
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "pretrain-critic": pretrain_critic,
+    "warm-start": warm_start,
+    "demo": demo,
+    "report": report,
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:15} {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: sae-rl COMMAND [key=value ...]",
-            "",
-            *lines,
-            "",
-            "Keys and groups are those of conf/ (Hydra): sae-rl train experiment=demo algorithm=gae seed=1",
-        ]
-    )
+    commands = "".join(f"  {name:15} {run.__doc__}\n" for name, run in COMMANDS.items())
+    example = "Keys and groups are those of conf/ (Hydra): sae-rl train experiment=demo algorithm=gae seed=1"
+    return f"usage: sae-rl COMMAND [key=value ...]\n\n{commands}\n{example}"
 
 
 def main() -> None:
@@ -153,11 +140,11 @@ def main() -> None:
     if arguments[0] not in COMMANDS:
         _exit(USAGE_ERROR, f"unknown command {arguments[0]!r}, {nearest(arguments[0], list(COMMANDS))}\n\n{usage()}")
     if {"-h", "--help"} & set(arguments):
-        print(f"sae-rl {arguments[0]}: {COMMANDS[arguments[0]].help}\n\n{usage()}")
+        print(f"sae-rl {arguments[0]}: {COMMANDS[arguments[0]].__doc__}\n\n{usage()}")
         return
     signal.signal(signal.SIGTERM, _interrupt)  # sent by `kill` and by Ray's job manager; the run closes as with Ctrl-C
     try:
-        COMMANDS[arguments[0]].run(arguments[1:])
+        COMMANDS[arguments[0]](arguments[1:])
     except ConfigError as error:
         _exit(USAGE_ERROR, "\n".join(f"error: {line}" for line in str(error).splitlines()))
     except KeyboardInterrupt:

@@ -49,19 +49,36 @@ def number(
     return _field(default, partial(check_number, low=low, high=high, above_low=above_low), optional)
 
 
-def integer(default: int | None = MISSING, *, low: int, optional: bool = False) -> Any:  # type: ignore[assignment]
-    """A field for an integer of at least ``low``. ``optional`` allows None."""
-    return _field(default, partial(check_integer, low=low), optional)
+def integer(
+    default: int | None = MISSING,  # type: ignore[assignment]
+    *,
+    low: int,
+    high: int | None = None,
+    optional: bool = False,
+) -> Any:
+    """A field for an integer of at least ``low`` and at most ``high``. ``optional`` allows None."""
+    return _field(default, partial(check_integer, low=low, high=high), optional)
 
 
 def flag(default: bool = MISSING) -> Any:  # type: ignore[assignment]
     """A field for true or false."""
-    return _field(default, check_flag)
+
+    def check(key: str, value: object) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} = {value!r}, but it must be true or false")
+
+    return _field(default, check)
 
 
 def choice(default: str = MISSING, *, allowed: Iterable[str]) -> Any:  # type: ignore[assignment]
     """A field for one of the words in ``allowed``; for a Literal pass ``typing.get_args`` of it."""
-    return _field(default, partial(check_choice, allowed=tuple(allowed)))
+    words = tuple(allowed)
+
+    def check(key: str, value: object) -> None:
+        if value not in words:
+            raise ValueError(f"{key} = {value!r}, but it must be one of {', '.join(words)}")
+
+    return _field(default, check)
 
 
 def _field(default: object, check: Callable[[str, Any], None], optional: bool = False) -> Any:
@@ -81,20 +98,8 @@ def check_number(key: str, value: object, low: float, high: float = math.inf, *,
         raise ValueError(f"{key} = {value!r}, but it must be a number in {left}{low:g}, {high:g}{right}")
 
 
-def check_integer(key: str, value: object, low: int) -> None:
-    """Raises ValueError unless ``value`` is an integer of at least ``low``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{key} = {value!r}, but it must be an integer of at least {low}")
-
-
-def check_flag(key: str, value: object) -> None:
-    """Raises ValueError unless ``value`` is true or false."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} = {value!r}, but it must be true or false")
-
-
-def check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
-    """Raises ValueError unless ``value`` is one of ``allowed``."""
-    names = list(allowed)
-    if value not in names:
-        raise ValueError(f"{key} = {value!r}, but it must be one of {', '.join(names)}")
+def check_integer(key: str, value: object, low: int, high: int | None = None) -> None:
+    """Raises ValueError unless ``value`` is an integer of at least ``low`` and at most ``high``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{key} = {value!r}, but it must be an integer {allowed}")

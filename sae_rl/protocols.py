@@ -14,16 +14,12 @@ from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, StepRecord, T
 Metrics = dict[str, float]
 
 
-class Groups(Protocol):
+class Groups(Iterator[list[Rollout]], Protocol):
     """Pending groups. Iteration yields each as soon as it is finished, in any order, and ends when none is pending."""
 
     def add(self, prompts: Sequence[Prompt], seed_name: str) -> None:
-        """Adds a group for each prompt. Seeds derive from ``seed_name``, among others."""
+        """Adds a group for each prompt. Seeds derive from (run seed, ``seed_name``, prompt id, sample) and nothing else."""
         ...
-
-    def __iter__(self) -> Iterator[list[Rollout]]: ...
-
-    def __next__(self) -> list[Rollout]: ...
 
 
 class RolloutEngines(Protocol):
@@ -32,7 +28,14 @@ class RolloutEngines(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, seed_name: str
     ) -> Iterator[list[Rollout]]:
-        """Samples ``group_size`` responses to each prompt, and yields each group as soon as it is finished."""
+        """Samples ``group_size`` responses to each prompt, and yields each group as soon as it is finished, in any order.
+
+        A response depends neither on what else is sampled at the same time nor on the engine that samples it.
+
+        Raises:
+            RuntimeError: no engine is left, a response was sampled from other weights than its engine was sent, or
+                `interrupt` was called.
+        """
         ...
 
     def open(self, *, group_size: int, sampling: Sampling) -> Groups:
@@ -40,7 +43,7 @@ class RolloutEngines(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """Makes sampling raise RuntimeError, also in another thread that waits for responses."""
+        """Makes sampling raise RuntimeError from now on, also in another thread that waits for responses."""
         ...
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from sae_rl.driver import finish, learn, restore
-from sae_rl.rollouts.recorded import recorded_files, recorded_samples
+from sae_rl.records.rollouts import read_step
+from sae_rl.rollouts.groups import StepSamples
+from sae_rl.rollouts.recorded import recorded_files
 from sae_rl.run import Run
 
 
@@ -23,5 +25,6 @@ def train_replay(run: Run) -> None:
     for step in range(first_step, config.steps):
         recorded_step, file = files[step]
         with run.clock.phase("generate"):
-            samples = recorded_samples(file, run.sampler.state())
+            rollouts, rewards, reasons = read_step(file)
+        samples = StepSamples(rollouts, rewards, reasons, metrics={}, sampler=run.sampler.state())
         finish(run, step, samples, learn(run, recorded_step, samples), {})

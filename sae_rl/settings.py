@@ -65,17 +65,6 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(names)}"
 
 
-def key_of(table: Mapping[str, object]) -> Callable[[str], str]:
-    """A validator for the name of an entry of ``table``."""
-
-    def check(name: str) -> str:
-        if name not in table:
-            raise ValueError(f"found {name!r}, {nearest(name, table)}")
-        return name
-
-    return check
-
-
 def union_tag(name: str) -> str:
     """The tag of a member of a union. pydantic puts tags into the keys of errors; `describe` removes them."""
     return f"<{name}>"

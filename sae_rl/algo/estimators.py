@@ -69,20 +69,11 @@ class SAE(Knobs):
 
 
 @dataclass(frozen=True, slots=True)
-class GAE(Knobs):
-    """Generalized Advantage Estimation, arXiv 1506.02438: ``lambda_t = lam`` at every token."""
-
-    lam: float = number(0.95, low=0, high=1)
-    gamma: float = number(1.0, low=0, high=1)
-    value_lam: float = number(1.0, low=0, high=1)  # lambda of the critic's targets
-
-    needs_critic: ClassVar[bool] = True
+class GAE(SAE):
+    """Generalized Advantage Estimation, arXiv 1506.02438: SAE with ``lambda_t = lam`` at every token."""
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
-        everywhere = torch.ones(batch.num_tokens, dtype=torch.bool)
-        return td_targets(
-            batch, scores, token_rewards, everywhere, gamma=self.gamma, lam=self.lam, value_lam=self.value_lam
-        )
+        return SAE.__call__(self, batch, scores, token_rewards, torch.ones(batch.num_tokens, dtype=torch.bool))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from sae_rl.algo.kl import KL_LOSSES, MAX_LOG_RATIO, KLName, k3
 from sae_rl.algo.ragged import response_sums
 from sae_rl.knobs import Knobs, choice, integer, number
 
+# Coefficient of `PolicyLoss` -> the field of `PolicyTokens` that it needs.
+NEEDED = {"kl_coef": "ref_logprobs", "entropy_coef": "entropies", "positive_nll_coef": "rewards"}
 Surrogate = Literal["ppo", "gspo", "cispo"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
 
@@ -84,7 +86,11 @@ class PolicyLoss(Knobs):
             raise ValueError("PolicyLoss.aggregation = 'constant' needs constant_tokens, found None")
 
     def __call__(self, tokens: PolicyTokens) -> LossSum:
-        """The loss of a micro-batch. Raises ValueError if a coefficient needs a tensor that is None."""
+        """The loss of a micro-batch. Raises ValueError if a term or the correction needs a tensor that is None."""
+        for key, needed in NEEDED.items():
+            value = getattr(self, key)
+            if value > 0 and getattr(tokens, needed) is None:
+                raise ValueError(f"PolicyLoss.{key} = {value}, but {needed} is None: set {key} to 0 or pass them")
         given = (tokens.ref_logprobs, tokens.entropies, tokens.rollout_logprobs)
         _check_shapes(tokens.logprobs, tokens.old_logprobs, tokens.advantages, *given)
         counts = tokens.counts
@@ -149,20 +155,11 @@ class PolicyLoss(Knobs):
             kl = KL_LOSSES[self.kl_estimator](tokens.logprobs, tokens.ref_logprobs)
             stats["policy/ref_kl"] = kl.sum()
             losses = losses + self.kl_coef * kl if self.kl_coef > 0 else losses
-        elif self.kl_coef > 0:
-            raise ValueError(
-                f"PolicyLoss.kl_coef = {self.kl_coef}, but ref_logprobs is None: set kl_coef to 0 or pass them"
-            )
         if tokens.entropies is not None:
             stats["policy/entropy_mean"] = tokens.entropies.sum()
             losses = losses - self.entropy_coef * tokens.entropies if self.entropy_coef > 0 else losses
-        elif self.entropy_coef > 0:
-            raise ValueError(
-                f"PolicyLoss.entropy_coef = {self.entropy_coef}, but entropies is None: set entropy_coef to 0 or pass them"
-            )
         if self.positive_nll_coef > 0:
-            if tokens.rewards is None:
-                raise ValueError(f"PolicyLoss.positive_nll_coef = {self.positive_nll_coef}, but rewards is None")
+            assert tokens.rewards is not None
             nll = -tokens.logprobs * (tokens.rewards > 0).repeat_interleave(counts)
             stats["policy/positive_nll"] = nll.sum()
             losses = losses + self.positive_nll_coef * nll

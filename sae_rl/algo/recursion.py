@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_rl.algo import recursion_cpu
 from sae_rl.algo.jit import empty
 from sae_rl.algo.ragged import check_finite
+from sae_rl.algo.recursion_cpu import Inputs
 
 SKEW_BYTES = 65 * 64  # a page and a cache line
 Advantages = tuple[Tensor, Tensor]  # (advantages, returns), both (N,)
@@ -63,24 +64,24 @@ def td_recursion(
     if values.is_cuda:
         from sae_rl.algo.recursion_gpu import run
     out = _checked_out(out, values)
-    num_responses = offsets.numel() - 1
     if final_values is None:
-        final_values = torch.zeros(num_responses, dtype=torch.float64, device=values.device)
-    is_finite = run(
-        rewards,
-        values,
-        weights,
-        offsets,
-        gamma,
-        _per_response(lam, final_values),
-        _per_response(value_lam, final_values),
-        final_values.double(),
-        action_mask,
-        out,
-        num_threads,
+        final_values = torch.zeros(offsets.numel() - 1, dtype=torch.float64, device=values.device)
+    inputs = Inputs(
+        rewards=rewards,
+        values=values,
+        weights=weights,
+        offsets=offsets,
+        gamma=gamma,
+        lam=_per_response(lam, final_values),
+        value_lam=_per_response(value_lam, final_values),
+        final_values=final_values.double(),
+        action_mask=action_mask,
     )
-    if not is_finite:
-        _raise_not_finite(rewards, values, final_values, offsets, action_mask, out)
+    if not run(inputs, out, num_threads):
+        check_finite("rewards", rewards, offsets)
+        check_finite("values", values if action_mask is None else values.where(action_mask, 0.0), offsets)
+        check_finite("final_values", final_values, torch.arange(offsets.numel()))
+        check_finite("the advantage", out[0], offsets)
     return out
 
 
@@ -88,26 +89,13 @@ def _per_response(lam: float | Tensor, like: Tensor) -> Tensor:
     return torch.full_like(like, lam, dtype=torch.float64) if isinstance(lam, float | int) else lam.to(like).double()
 
 
-def _raise_not_finite(
-    rewards: Tensor, values: Tensor, final_values: Tensor, offsets: Tensor, action_mask: Tensor | None, out: Advantages
-) -> None:
-    check_finite("rewards", rewards, offsets)
-    check_finite("values", values if action_mask is None else values.where(action_mask, 0.0), offsets)
-    check_finite("final_values", final_values, torch.arange(offsets.numel()))
-    check_finite("the advantage", out[0], offsets)
-
-
 def _checked_out(out: Advantages | None, values: Tensor) -> Advantages:
     dtype = torch.promote_types(values.dtype, torch.float32)
     if out is None:
         return empty(values, dtype, SKEW_BYTES), empty(values, dtype, 3 * SKEW_BYTES)
     for part in out:
-        if (
-            part.shape != values.shape
-            or part.dtype != dtype
-            or part.device != values.device
-            or not part.is_contiguous()
-        ):
+        fits = part.shape == values.shape and part.dtype == dtype and part.device == values.device
+        if not (fits and part.is_contiguous()):
             raise ValueError(
                 f"out has {part.dtype} of shape {tuple(part.shape)} on {part.device}, allowed: contiguous {dtype} of "
                 f"shape {tuple(values.shape)} on {values.device}"

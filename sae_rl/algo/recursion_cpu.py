@@ -22,6 +22,20 @@ from sae_rl.algo.jit import jit
 TOKENS_PER_THREAD = 65_536  # with fewer tokens a thread costs more than it saves
 
 
+class Inputs(NamedTuple):
+    """What `recursion.td_recursion` is computed from, as both kernels take it."""
+
+    rewards: Tensor  # (N,)
+    values: Tensor  # (N,)
+    weights: Tensor  # (N,)
+    offsets: Tensor  # (B+1,)
+    gamma: float | Tensor  # a number, or (N,)
+    lam: Tensor  # (B,) float64
+    value_lam: Tensor  # (B,) float64
+    final_values: Tensor  # (B,) float64
+    action_mask: Tensor | None  # (N,)
+
+
 class Tokens(NamedTuple):
     """(N,) arrays: three to read, two to write."""
 
@@ -130,37 +144,22 @@ def _backward(
             return finite
 
 
-def run(
-    rewards: Tensor,
-    values: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    gamma: float | Tensor,
-    lams: Tensor,
-    value_lams: Tensor,
-    final_values: Tensor,
-    action_mask: Tensor | None,
-    out: tuple[Tensor, Tensor],
-    num_threads: int,
-) -> bool:
-    """Writes `recursion.td_recursion` to the contiguous ``out`` and returns whether all advantages are finite.
-
-    ``lams``, ``value_lams`` and ``final_values`` are (B,) float64.
-    """
-    dtype = out[0].dtype
-    is_hard = weights.dtype == torch.bool
+def run(inputs: Inputs, out: tuple[Tensor, Tensor], num_threads: int) -> bool:
+    """Writes the results to the contiguous ``out`` and returns whether all advantages are finite."""
+    gamma, action_mask, dtype = inputs.gamma, inputs.action_mask, out[0].dtype
+    is_hard = inputs.weights.dtype == torch.bool
     tokens = Tokens(
-        _array(rewards, dtype),
-        _array(values, dtype),
-        _array(weights, torch.bool).view(np.uint8) if is_hard else _array(weights, dtype),
+        _array(inputs.rewards, dtype),
+        _array(inputs.values, dtype),
+        _array(inputs.weights, torch.bool).view(np.uint8) if is_hard else _array(inputs.weights, dtype),
         out[0].numpy(),
         out[1].numpy(),
     )
     responses = Responses(
-        _array(offsets, torch.int64),
-        _array(lams, torch.float64),
-        _array(value_lams, torch.float64),
-        _array(final_values, torch.float64),
+        _array(inputs.offsets, torch.int64),
+        _array(inputs.lam, torch.float64),
+        _array(inputs.value_lam, torch.float64),
+        _array(inputs.final_values, torch.float64),
     )
     arguments = (
         tokens,
@@ -170,7 +169,7 @@ def run(
         _array(gamma, torch.float64) if isinstance(gamma, Tensor) else None,
         None if action_mask is None else _array(action_mask, torch.bool),
     )
-    num_threads = max(1, min(num_threads, values.numel() // TOKENS_PER_THREAD))
+    num_threads = max(1, min(num_threads, inputs.values.numel() // TOKENS_PER_THREAD))
     cuts = _balanced_cuts(responses.offsets, num_threads)
     others = [_pool(num_threads - 1).submit(_backward, *arguments, a, b) for a, b in pairwise(cuts[1:])]
     finite = [_backward(*arguments, cuts[0], cuts[1]), *(part.result() for part in others)]

@@ -7,6 +7,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from sae_rl.algo.recursion_cpu import Inputs
+
 BLOCK_TOKENS = 1024
 
 
@@ -34,20 +36,9 @@ def _backward(deltas, decays, offsets, sums, block: tl.constexpr):  # type: igno
         following = tl.sum(tl.where(lane == block - 1, total, 0.0), 0)
 
 
-def run(
-    rewards: Tensor,
-    values: Tensor,
-    weights: Tensor,
-    offsets: Tensor,
-    gamma: float | Tensor,
-    lams: Tensor,
-    value_lams: Tensor,
-    final_values: Tensor,
-    action_mask: Tensor | None,
-    out: tuple[Tensor, Tensor],
-    num_threads: int,
-) -> bool:
+def run(inputs: Inputs, out: tuple[Tensor, Tensor], num_threads: int) -> bool:
     """As `recursion_cpu.run`; ``num_threads`` has no effect."""
+    rewards, values, weights, offsets, gamma, lam, value_lam, final_values, action_mask = inputs
     offsets = offsets.to(values.device, torch.int64)
     if action_mask is not None:  # drop the transparent tokens; `out` is 0 there
         rewards, offsets = _rewards_of_sampled_tokens(rewards, offsets, action_mask)
@@ -59,7 +50,7 @@ def run(
     next_values[ends[lengths > 0] - 1] = final_values[lengths > 0]
     deltas = rewards.double() + gamma * next_values - exact
     advantages, value_advantages = (
-        _scan(deltas, gamma * lam.repeat_interleave(lengths) ** next_weights, offsets) for lam in (lams, value_lams)
+        _scan(deltas, gamma * lams.repeat_interleave(lengths) ** next_weights, offsets) for lams in (lam, value_lam)
     )
     for part, computed in zip(out, (advantages, value_advantages + exact), strict=True):
         if action_mask is None:

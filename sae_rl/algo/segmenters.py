@@ -61,13 +61,12 @@ class AdaptiveProbability(Knobs, Segmenter):
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor:
         check_tokens("batch.rollout_logprobs", batch.rollout_logprobs, batch)
-        inner = _inner(batch)
         if self.opens_fraction is not None:
-            count = round(self.opens_fraction * int(inner.sum()))
+            count = round(self.opens_fraction * _num_inner(batch))
         else:
             assert self.segment_tokens is not None
             count = round(batch.num_tokens / self.segment_tokens) - batch.num_responses
-        return _segments_at(_lowest(batch.rollout_logprobs, inner, count), self.boundary, batch)
+        return _segments_at(_lowest(batch.rollout_logprobs, count, batch), self.boundary, batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +94,8 @@ class Entropy(Knobs, Segmenter):
         if self.threshold is not None:
             return _segments_at(scores.entropies > self.threshold, self.boundary, batch)
         assert self.opens_fraction is not None
-        inner = _inner(batch)
-        count = round(self.opens_fraction * int(inner.sum()))
-        return _segments_at(_lowest(-scores.entropies, inner, count), self.boundary, batch)
+        lowest = _lowest(-scores.entropies, round(self.opens_fraction * _num_inner(batch)), batch)
+        return _segments_at(lowest, self.boundary, batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,21 +171,6 @@ class Delimiter(Knobs, Segmenter):
             check_integer("Delimiter.token_ids", token_id, 0)
         if "" in self.strings:
             raise ValueError("Delimiter.strings contains '', which every token contains")
-
-    def with_vocabulary(self, texts: Sequence[str]) -> Delimiter:
-        """This segmenter with its strings replaced by the ids of all tokens that contain one of them.
-
-        Args:
-            texts: the text of every token of the vocabulary, by id.
-
-        Raises:
-            ValueError: no token contains one of the strings.
-        """
-        for string in self.strings:
-            if not any(string in text for text in texts):
-                raise ValueError(f"Delimiter.strings: no token of the tokenizer contains {string!r}")
-        found = [i for i, text in enumerate(texts) if any(string in text for string in self.strings)]
-        return Delimiter(token_ids=tuple(sorted({*self.token_ids, *found})))
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor:
         if self.strings:
@@ -267,7 +250,13 @@ def with_vocabulary(segmenter: Segmenter, read_texts: Callable[[], Sequence[str]
         ValueError: no token contains one of the strings.
     """
     if isinstance(segmenter, Delimiter) and segmenter.strings:
-        return segmenter.with_vocabulary(read_texts())
+        token_ids, texts = set(segmenter.token_ids), read_texts()
+        for string in segmenter.strings:
+            found = [i for i, text in enumerate(texts) if string in text]
+            if not found:
+                raise ValueError(f"Delimiter.strings: no token of the tokenizer contains {string!r}")
+            token_ids.update(found)
+        return Delimiter(token_ids=tuple(sorted(token_ids)))
     if isinstance(segmenter, Union):
         return Union(tuple(with_vocabulary(member, read_texts) for member in segmenter.members))
     if isinstance(segmenter, MinimumLength):
@@ -287,19 +276,19 @@ def _segments_at(marks: Tensor, boundary: Boundary, batch: Batch) -> Tensor:
     return _with_first_tokens(marks.roll(1) if boundary == "closes" else marks, batch)
 
 
-def _inner(batch: Batch) -> Tensor:
-    """(N,) bool, true at all tokens that are not first in a response."""
-    return torch.ones(batch.num_tokens, dtype=torch.bool).index_fill(0, batch.offsets[:-1], False)
+def _num_inner(batch: Batch) -> int:
+    """Number of tokens that are not first in a response."""
+    return batch.num_tokens - batch.num_responses
 
 
-def _lowest(flat: Tensor, among: Tensor, count: int) -> Tensor:
-    """(N,) bool: the ``count`` lowest numbers where ``among`` is true, except those that tie with the next higher one."""
-    candidates = flat[among]
+def _lowest(flat: Tensor, count: int, batch: Batch) -> Tensor:
+    """(N,) bool: the ``count`` lowest numbers at tokens that are not first in a response; ties at the limit are left out."""
+    inner = torch.ones(batch.num_tokens, dtype=torch.bool).index_fill(0, batch.offsets[:-1], False)
     if count <= 0:
-        return torch.zeros_like(among)
-    if count >= candidates.numel():
-        return among
-    return among & (flat < candidates.kthvalue(count + 1).values)
+        return torch.zeros_like(inner)
+    if count >= _num_inner(batch):
+        return inner
+    return inner & (flat < flat[inner].kthvalue(count + 1).values)
 
 
 def _with_first_tokens(opens: Tensor, batch: Batch) -> Tensor:

@@ -1,4 +1,7 @@
-"""Metrics of a batch: pure functions that return ``{metric: number}``. Training does not read them."""
+"""Metrics of a batch: pure functions that return ``{metric: number}``. Training does not read them.
+
+`sae_rl.records.metrics.METRICS` says what each metric means.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 
 def critic_stats(batch: Batch, values: Tensor, returns: Tensor, opens: Tensor) -> dict[str, float]:
-    """The critic's explained variance, over all sampled tokens and over parts of them; NaN for an empty part.
-
-    - ``critic/explained_variance``: all sampled tokens
-    - ``critic/explained_variance_starts``: tokens that open a segment, whose values SAE bootstraps from
-    - ``critic/explained_variance_decile_k``: tokens in the k-th tenth of their response, k = 0 .. 9
-    """
+    """The critic's explained variance, over all sampled tokens and over parts of them; NaN for an empty part."""
     deciles = positions(batch.offsets) * 10 // batch.lengths.repeat_interleave(batch.lengths)
     values, returns, opens, deciles = (sampled_tokens(flat, batch) for flat in (values, returns, opens, deciles))
     parts = {"_starts": opens > 0} | {f"_decile_{k}": deciles == k for k in range(10)}
@@ -40,17 +38,13 @@ def critic_stats(batch: Batch, values: Tensor, returns: Tensor, opens: Tensor) -
 
 
 def advantage_stats(batch: Batch, advantages: Tensor) -> dict[str, float]:
-    """``advantage/mean`` and ``advantage/std`` (population std) over sampled tokens, before whitening."""
+    """Mean and population std over sampled tokens, before whitening."""
     sampled = sampled_tokens(advantages, batch).double()
     return {"advantage/mean": float(sampled.mean()), "advantage/std": float(sampled.std(correction=0))}
 
 
 def probability_stats(batch: Batch) -> dict[str, float]:
-    """Distribution of the rollout policy's probabilities of the sampled tokens.
-
-    - ``probability/below_p20_fraction``: below 0.2, the paper's threshold
-    - ``probability/bin_k_fraction``: in [k / 10, (k + 1) / 10), k = 0 .. 9; the last bin includes 1
-    """
+    """Distribution of the rollout policy's probabilities of the sampled tokens. 0.2 is the paper's threshold."""
     probabilities = sampled_tokens(batch.rollout_logprobs, batch).double().exp()
     bins = (probabilities * 10).long().clamp(0, 9).bincount(minlength=10).double() / probabilities.numel()
     stats = {"probability/below_p20_fraction": float((probabilities < 0.2).double().mean())}
@@ -58,11 +52,7 @@ def probability_stats(batch: Batch) -> dict[str, float]:
 
 
 def staleness_stats(batch: Batch, step: int) -> dict[str, float]:
-    """Age, in steps, of the weights that sampled; 0 if sampling and learning alternate.
-
-    - ``rollout/staleness_mean``, ``rollout/staleness_max``: over sampled tokens
-    - ``rollout/mixed_versions_fraction``: fraction of responses sampled by more than one version of the weights
-    """
+    """Age, in steps, of the weights that sampled; 0 if sampling and learning alternate."""
     ages = step - sampled_tokens(batch.policy_versions, batch)
     ends = batch.num_sampled.cumsum(0)
     first, last = ages[torch.cat([ends.new_zeros(1), ends[:-1]])], ages[ends - 1]
@@ -74,14 +64,10 @@ def staleness_stats(batch: Batch, step: int) -> dict[str, float]:
 
 
 def segment_stats(batch: Batch, opens: Tensor) -> dict[str, float]:
-    """Number and length of segments, over sampled tokens. A soft weight w counts as w segments.
+    """Number and length of segments, over sampled tokens.
 
-    - ``segment/per_response_mean``: segments per response
-    - ``segment/tokens_mean``: tokens per segment
-    - ``segment/tokens_p50``, ``segment/tokens_p90``: quantiles of the lengths of segments; a soft segment begins where the
-      weight is at least 1/2
-    - ``segment/opens_fraction``: fraction of tokens that open a segment, among those that are not first in a response; NaN
-      if every response has one token
+    A soft weight w counts as w segments; for the quantiles a soft segment begins where the weight is at least 1/2.
+    ``segment/opens_fraction`` is NaN if every response has one token.
     """
     weights = sampled_tokens(opens, batch).double()
     num_tokens = weights.numel()
@@ -105,13 +91,7 @@ def _quantile(numbers: Tensor, q: float) -> float:
 
 
 def rollout_stats(batch: Batch) -> dict[str, float]:
-    """Rewards and lengths of the responses of a batch.
-
-    - ``rollout/reward_mean``, ``rollout/reward_std``: mean and population std over responses
-    - ``rollout/tokens_mean``, ``rollout/tokens_max``: tokens per response
-    - ``rollout/truncated_fraction``: fraction of responses cut at the length limit
-    - ``rollout/zero_variance_fraction``: fraction of groups whose rewards are all equal, which gives GRPO no gradient
-    """
+    """Rewards and lengths of responses. A group whose rewards are all equal gives GRPO no gradient."""
     names, groups = torch.unique(batch.groups, return_inverse=True)
     rewards, lengths = batch.rewards.double(), batch.lengths.double()
     empty = torch.zeros(names.shape, dtype=torch.float64)
@@ -128,11 +108,7 @@ def rollout_stats(batch: Batch) -> dict[str, float]:
 
 
 def mismatch_stats(batch: Batch, scores: Scores) -> dict[str, float]:
-    """Difference between the rollout engine's and the trainer's logprobs of the sampled tokens.
-
-    - ``mismatch/logprob_abs_mean``, ``mismatch/logprob_abs_max``: absolute difference in nats
-    - ``mismatch/kl_mean``: KL(pi_rollout || pi_old) per token, estimated by k3
-    """
+    """Difference between the rollout engine's and the trainer's logprobs of the sampled tokens."""
     rollout_logprobs = sampled_tokens(batch.rollout_logprobs, batch).double()
     old_logprobs = sampled_tokens(scores.old_logprobs, batch).double()
     differences = (rollout_logprobs - old_logprobs).abs()

@@ -13,7 +13,7 @@ from sae_rl.config.schema import Config
 from sae_rl.evaluation.evaluate import evaluate
 from sae_rl.evaluation.files import publish, unpublished, write_evaluation
 from sae_rl.records.clock import Clock
-from sae_rl.workers.session import ray_session, start_rollout
+from sae_rl.workers.session import ray_session, start_workers
 
 
 def run_evaluation(config: Config) -> Path:
@@ -33,10 +33,10 @@ def run_evaluation(config: Config) -> Path:
     clock, max_tokens = Clock(), config.rollout.max_response_tokens
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_session(config))
-        rollout = stack.enter_context(start_rollout(config, clock))
+        workers = stack.enter_context(start_workers(config, [], clock, roles=["rollout"]))
         rewards = stack.enter_context(reward_pool(config.rewards))
         with clock.phase("evaluate"):
-            result = evaluate(prompts, rollout, rewards, clock, config.evaluation, max_tokens, segmenter)
+            result = evaluate(prompts, workers.rollout, rewards, clock, config.evaluation, max_tokens, segmenter)
     with unpublished(config.output_dir) as folder:
         write_evaluation(folder, config, result, clock.so_far()["time/evaluate_s"])
         write_samples_page(folder, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))

@@ -7,9 +7,7 @@ regression stops when the explained variance on held-out prompts no longer rises
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,9 +16,7 @@ from sae_rl.algo.estimators import estimate
 from sae_rl.algo.ragged import sampled_tokens
 from sae_rl.algo.segmentation import segment
 from sae_rl.algo.stats import explained_variance
-from sae_rl.config.schema import AlgorithmConfig, CriticPretrainingConfig
-from sae_rl.protocols import Metrics, Workers
-from sae_rl.rollouts.groups import FailedRule, StepSamples, groups_of
+from sae_rl.rollouts.groups import StepSamples, groups_of
 from sae_rl.rollouts.step import respond
 from sae_rl.run import Run
 from sae_rl.seeds import derive_seed
@@ -36,21 +32,11 @@ def pretrain(run: Run) -> tuple[float, int]:
     Raises:
         RuntimeError: sampling or a worker failed, or the checks of all responses failed.
     """
-    config, pretraining = run.config, run.config.learner.critic_pretraining
-    seed = derive_seed(config.seed, "pretraining")
-    prompts = run.sampler.anew(seed).next(pretraining.num_prompts)
+    seed = derive_seed(run.config.seed, "pretraining")
+    prompts = run.sampler.anew(seed).next(run.config.learner.critic_pretraining.num_prompts)
     rollouts, rewards = respond(run, prompts, "pretraining")
-    groups = groups_of(rollouts, rewards, config.rollout.group_size, FailedRule.of(config))
-    kept = StepSamples.of(groups, {}, run.sampler.state())
-    best = pretrain_critic(
-        Batch.of(kept.rollouts, kept.rewards),
-        run.workers,
-        config.algorithm,
-        pretraining,
-        scratch=config.output_dir / ".best_critic",
-        seed=seed,
-        log=lambda epoch, metrics: run.records.log(epoch, metrics, phase="pretraining"),
-    )
+    kept = StepSamples.of(groups_of(run.config, rollouts, rewards), {}, run.sampler.state())
+    best = pretrain_critic(run, Batch.of(kept.rollouts, kept.rewards), seed)
     run.workers.set_critic_lr(None)
     left_out = f" ({n} left out: their checks failed)" if (n := len(rollouts) - len(kept.rollouts)) else ""
     run.records.note(
@@ -59,50 +45,34 @@ def pretrain(run: Run) -> tuple[float, int]:
     return best, len(kept.rollouts)
 
 
-def pretrain_critic(
-    batch: Batch,
-    workers: Workers,
-    algorithm: AlgorithmConfig,
-    config: CriticPretrainingConfig,
-    scratch: Path,
-    seed: int,
-    log: Callable[[int, Metrics], None],
-) -> float:
-    """Trains the critic on rollouts of the current policy.
-
-    Args:
-        batch: rollouts with rewards; a response to a held-out prompt is never trained on.
-        scratch: a folder for the best critic so far; it is removed at the end.
-        log: called with (epoch, metrics) after each epoch.
+def pretrain_critic(run: Run, batch: Batch, seed: int) -> float:
+    """Trains the critic on rollouts of the current policy, except those of held-out prompts.
 
     Returns:
         The best explained variance on held-out prompts. The critic is left in that state.
     """
-    train, heldout = (
-        with_entropies(part, workers, algorithm) for part in split_by_prompt(batch, config.heldout_fraction, seed)
-    )
+    workers, config = run.workers, run.config.learner.critic_pretraining
+    best_critic = run.config.output_dir / ".best_critic"
+    train, heldout = (with_entropies(run, part) for part in split_by_prompt(batch, config.heldout_fraction, seed))
     best, best_epoch = float("-inf"), 0
     for epoch in range(1, config.max_epochs + 1):
         workers.set_critic_lr(config.lr * config.lr_decay ** (epoch - 1))
-        scores = values_of(train, workers)
+        scores, targets = values_and_targets(run, train)
         metrics = workers.update_critic(
-            train.batch,
-            scores,
-            targets_of(train.batch, scores, algorithm),
-            responses_per_update=config.responses_per_update,
-            seed=seed + epoch,
+            train.batch, scores, targets, responses_per_update=config.responses_per_update, seed=seed + epoch
         )
-        explained = heldout_explained_variance(heldout, workers, algorithm)
-        log(epoch, {"pretraining/loss": metrics["critic/loss"], "pretraining/explained_variance": explained})
+        explained = heldout_explained_variance(run, heldout)
+        logged = {"pretraining/loss": metrics["critic/loss"], "pretraining/explained_variance": explained}
+        run.records.log(epoch, logged, phase="pretraining")
         if explained > best:
             best, best_epoch = explained, epoch
-            shutil.rmtree(scratch, ignore_errors=True)
-            workers.save_critic(scratch)
+            shutil.rmtree(best_critic, ignore_errors=True)
+            workers.save_critic(best_critic)
         elif epoch - best_epoch >= config.patience:
             break
     if best_epoch:
-        workers.load_critic(scratch)
-    shutil.rmtree(scratch, ignore_errors=True)
+        workers.load_critic(best_critic)
+    shutil.rmtree(best_critic, ignore_errors=True)
     return best
 
 
@@ -129,25 +99,24 @@ class Part:
     entropies: Tensor | None  # (N,); None: no segmenter or estimator reads them
 
 
-def with_entropies(batch: Batch, workers: Workers, algorithm: AlgorithmConfig) -> Part:
-    return Part(batch, workers.score(batch).entropies if algorithm.advantages_need_entropies else None)
+def with_entropies(run: Run, batch: Batch) -> Part:
+    return Part(batch, run.workers.score(batch).entropies if run.config.algorithm.advantages_need_entropies else None)
 
 
-def values_of(part: Part, workers: Workers) -> Scores:
-    """Values of the critic. Policy and reference are still equal, so the rollout logprobs serve as theirs."""
-    logprobs = part.batch.rollout_logprobs
-    scores = workers.score_critic(part.batch)
-    return replace(scores, old_logprobs=logprobs, ref_logprobs=logprobs, entropies=part.entropies)
+def values_and_targets(run: Run, part: Part) -> tuple[Scores, Targets]:
+    """The critic's values and what they should be.
 
-
-def targets_of(batch: Batch, scores: Scores, algorithm: AlgorithmConfig) -> Targets:
+    Policy and reference are still equal, so the rollout logprobs serve as those of both.
+    """
+    algorithm, batch, logprobs = run.config.algorithm, part.batch, part.batch.rollout_logprobs
+    scores = run.workers.score_critic(batch)
+    scores = replace(scores, old_logprobs=logprobs, ref_logprobs=logprobs, entropies=part.entropies)
     opens = segment(algorithm.segmenter, batch, scores)
-    return estimate(algorithm.estimator, batch, scores, algorithm.token_rewards(batch, scores), opens)
+    return scores, estimate(algorithm.estimator, batch, scores, algorithm.token_rewards(batch, scores), opens)
 
 
-def heldout_explained_variance(heldout: Part, workers: Workers, algorithm: AlgorithmConfig) -> float:
-    scores = values_of(heldout, workers)
-    targets = targets_of(heldout.batch, scores, algorithm)
+def heldout_explained_variance(run: Run, heldout: Part) -> float:
+    scores, targets = values_and_targets(run, heldout)
     assert scores.values is not None and targets.returns is not None, "only critics are pre-trained"
     values, returns = sampled_tokens(scores.values, heldout.batch), sampled_tokens(targets.returns, heldout.batch)
     return explained_variance(values, returns)

@@ -10,23 +10,8 @@ from sae_rl.data.sampler import PromptSampler, SamplerState
 from sae_rl.protocols import Metrics, RolloutEngines
 from sae_rl.records.clock import Clock
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
-from sae_rl.rewards.verdict import Failed, Verdict
+from sae_rl.rewards.verdict import Verdict
 from sae_rl.types import Prompt, Rollout, Sampling
-
-
-@dataclass(frozen=True, slots=True)
-class FailedRule:
-    """Decides which responses with a failed check a step trains on."""
-
-    leave_out: bool  # False: such a response is kept, with the score that the reward pool gives it
-    smallest_group: int  # a group with fewer responses left is dropped; critic-free estimators compare at least two
-
-    @staticmethod
-    def of(config: Config) -> FailedRule:
-        return FailedRule(config.rewards.failed == "leave_out", 1 if config.algorithm.needs_critic else 2)
-
-    def keeps(self, outcome: Verdict | Failed) -> bool:
-        return not self.leave_out or isinstance(outcome, Verdict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +83,17 @@ def sample(
         )
 
 
-def groups_of(rollouts: Sequence[Rollout], rewards: Rewards, group_size: int, rule: FailedRule) -> list[Group]:
-    """Cuts a list of responses into groups of ``group_size`` and leaves out what ``rule`` does not keep."""
+def groups_of(config: Config, rollouts: Sequence[Rollout], rewards: Rewards) -> list[Group]:
+    """Cuts a list of responses into groups. ``rewards.failed=leave_out`` leaves out responses whose check failed.
+
+    A group becomes empty if too few responses are left: estimators without a critic compare at least two.
+    """
+    size, smallest = config.rollout.group_size, 1 if config.algorithm.needs_critic else 2
+    is_kept = [config.rewards.failed == "score" or isinstance(outcome, Verdict) for outcome in rewards.outcomes]
     groups = []
-    for first in range(0, len(rollouts), group_size):
-        kept = [i for i in range(first, first + group_size) if rule.keeps(rewards.outcomes[i])]
-        if len(kept) < rule.smallest_group:
+    for first in range(0, len(rollouts), size):
+        kept = [i for i in range(first, first + size) if is_kept[i]]
+        if len(kept) < smallest:
             kept = []
         groups.append(
             Group([rollouts[i] for i in kept], [rewards.scores[i] for i in kept], [rewards.reasons[i] for i in kept])

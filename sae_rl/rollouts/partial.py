@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sae_rl.rewards.pool import Check
-from sae_rl.rollouts.groups import FailedRule, StepSamples, groups_of, observe
+from sae_rl.rollouts.groups import StepSamples, groups_of, observe
 from sae_rl.run import Run
 from sae_rl.types import Prompt, Rollout
 
@@ -31,7 +31,6 @@ class PartialRollouts:
         rollout = run.config.rollout
         assert rollout.prompts_under_way is not None, "otherwise every step waits for its own prompts"
         self._run, self._config, self._num_pending = run, rollout, rollout.prompts_under_way
-        self._rule = FailedRule.of(run.config)
         self._groups = run.workers.rollout.open(
             group_size=rollout.group_size, sampling=rollout.sampling(rollout.max_response_tokens)
         )
@@ -53,7 +52,7 @@ class PartialRollouts:
             "sampling/left_over_fraction": len(left_over) / len(taken),
         }
         rollouts = [rollout for group in taken for rollout in group.rollouts or ()]
-        groups = groups_of(rollouts, rewards, self._config.group_size, self._rule)
+        groups = groups_of(self._run.config, rollouts, rewards)
         observe(self._run.sampler, [group.prompt for group in taken], groups)
         state = self._run.sampler.state(unused=[group.prompt for group in self._pending.values()])
         return StepSamples.of(groups, metrics, state)

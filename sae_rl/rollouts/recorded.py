@@ -1,12 +1,10 @@
-"""Rollouts that an earlier run recorded, as the samples of a step."""
+"""The files of rollouts that an earlier run recorded."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from sae_rl.data.sampler import SamplerState
-from sae_rl.records.rollouts import FOLDER, read_step, rollout_files
-from sae_rl.rollouts.groups import StepSamples
+from sae_rl.records.rollouts import FOLDER, rollout_files
 from sae_rl.settings import ConfigError
 
 
@@ -25,13 +23,3 @@ def recorded_files(folder: Path, num_steps: int) -> list[tuple[int, Path]]:
             ]
         )
     return files[:num_steps]
-
-
-def recorded_samples(file: Path, sampler: SamplerState) -> StepSamples:
-    """The samples of one recorded step; ``sampler`` goes into the step's checkpoint.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    rollouts, rewards, reasons = read_step(file)
-    return StepSamples(rollouts, rewards, reasons, {}, sampler)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 
 from sae_rl.records.clock import Clock
 from sae_rl.rollouts.groups import StepSamples
@@ -44,9 +43,7 @@ class SamplingThread:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -81,9 +78,6 @@ class SamplingThread:
         left_over = 1 if self._is_partial else 0  # responses that a step leaves over become one step older
         return max(step - self._schedule.max_staleness + left_over, last_evaluation, self._first_step)
 
-    def _sampler(self, run: Run) -> Callable[[int], StepSamples]:
-        return PartialRollouts(run).sample_step if self._is_partial else partial(sample_step, run)
-
     def _work(self, pending: dict[int, Future[StepSamples]]) -> None:
         try:
             for step, samples in self._sampled():
@@ -94,7 +88,8 @@ class SamplingThread:
 
     def _sampled(self) -> Iterator[tuple[int, StepSamples]]:
         clock = Clock()
-        sample = self._sampler(replace(self._run, clock=clock))
+        run = replace(self._run, clock=clock)
+        sample = PartialRollouts(run).sample_step if self._is_partial else partial(sample_step, run)
         for step in self._steps:
             with self._changed:
                 while not self._stopped and self._needed_version(step) > self._version:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sae_rl.config.schema import DynamicSamplingConfig
+from sae_rl.config.schema import Config, DynamicSamplingConfig
 from sae_rl.data.sampler import PromptSampler
 from sae_rl.protocols import Metrics
 from sae_rl.rewards.pool import Rewards
-from sae_rl.rollouts.groups import FailedRule, Group, StepSamples, groups_of, observe, sample
+from sae_rl.rollouts.groups import Group, StepSamples, groups_of, observe, sample
 from sae_rl.run import Run
 from sae_rl.types import Prompt, Rollout
 
@@ -23,15 +23,11 @@ def sample_step(run: Run, step: int) -> StepSamples:
     Raises:
         RuntimeError: no engine is left, too many checks failed, or no group is useful.
     """
-    rollout = run.config.rollout
 
     def respond_in_round(prompts: list[Prompt], round_number: int) -> tuple[list[Rollout], Rewards]:
         return respond(run, prompts, f"step {step}" if round_number == 1 else f"step {step} round {round_number}")
 
-    rule = FailedRule.of(run.config)
-    return collect(
-        run.sampler, rollout.prompts_per_step, rollout.group_size, rollout.dynamic_sampling, rule, respond_in_round
-    )
+    return collect(run.config, run.sampler, respond_in_round)
 
 
 def respond(run: Run, prompts: list[Prompt], seed_name: str) -> tuple[list[Rollout], Rewards]:
@@ -53,23 +49,16 @@ class Round:
     """One round of dynamic sampling."""
 
     prompts: list[Prompt]
-    groups: list[Group]  # one per prompt, without the responses that the rule for failed checks leaves out
+    groups: list[Group]  # one per prompt, see `groups_of`
     rewards: Rewards  # one per response
 
 
-def collect(
-    sampler: PromptSampler,
-    num_prompts: int,
-    group_size: int,
-    config: DynamicSamplingConfig,
-    rule: FailedRule,
-    respond: Respond,
-) -> StepSamples:
-    """Samples rounds of prompts until ``num_prompts`` groups are useful, or ``config.max_rounds`` are over.
+def collect(config: Config, sampler: PromptSampler, respond: Respond) -> StepSamples:
+    """Samples rounds of prompts until ``rollout.prompts_per_step`` groups are useful, or all rounds are over.
 
-    Every round is waited for, and useful groups are taken in the order of their prompts. Taking the groups that finish
-    first would prefer short responses, and no run could be repeated. Prompts whose groups are not needed go back to the
-    sampler; the next step samples them again from its own policy.
+    Each round ends when all its groups are finished, and useful groups are taken in the order of their prompts. Taking
+    the groups that finish first would prefer short responses, and no run could be repeated. Prompts whose groups are not
+    needed go back to the sampler; the next step samples them again from its own policy.
 
     Args:
         respond: (prompts, number of the round) -> their responses and rewards.
@@ -77,25 +66,25 @@ def collect(
     Raises:
         RuntimeError: no group of any round is useful.
     """
+    dynamic = config.rollout.dynamic_sampling
     rounds: list[Round] = []
     kept: list[Group] = []
-    max_rounds = config.max_rounds if config.mode == "resample" else 1
-    while len(kept) < num_prompts and len(rounds) < max_rounds:
-        missing = num_prompts - len(kept)
-        wanted = missing if config.mode == "none" else math.ceil(missing * config.oversampling)
+    max_rounds = dynamic.max_rounds if dynamic.mode == "resample" else 1
+    while (missing := config.rollout.prompts_per_step - len(kept)) and len(rounds) < max_rounds:
+        wanted = missing if dynamic.mode == "none" else math.ceil(missing * dynamic.oversampling)
         prompts = _draw(sampler, wanted, {prompt.id for sampled in rounds for prompt in sampled.prompts})
         if not prompts:
             break
         rollouts, rewards = respond(prompts, len(rounds) + 1)
-        groups = groups_of(rollouts, rewards, group_size, rule)
+        groups = groups_of(config, rollouts, rewards)
         rounds.append(Round(prompts, groups, rewards))
         observe(sampler, prompts, groups)
-        useful = [i for i, group in enumerate(groups) if group.rollouts and is_useful(group.rewards, config)]
+        useful = [i for i, group in enumerate(groups) if group.rollouts and is_useful(group.rewards, dynamic)]
         kept += [groups[i] for i in useful[:missing]]
         sampler.put_back([prompts[i] for i in useful[missing:]])
-    if not kept and config.mode != "none":
-        raise RuntimeError(_nothing_useful(rounds, config))
-    return StepSamples.of(kept, _metrics(rounds, kept, config), sampler.state())
+    if not kept and dynamic.mode != "none":
+        raise RuntimeError(_nothing_useful(rounds, dynamic))
+    return StepSamples.of(kept, _metrics(rounds, kept, dynamic), sampler.state())
 
 
 def is_useful(rewards: Sequence[float], config: DynamicSamplingConfig) -> bool:

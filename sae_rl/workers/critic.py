@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
 from sae_rl.algo.losses import LossSum, ValueLoss
 from sae_rl.backends.deepspeed import Rank
-from sae_rl.backends.models import CriticNetwork, export_critic, load_causal_lm
+from sae_rl.backends.models import CriticNetwork, load_causal_lm
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import Config, LearnerConfig, ModelConfig
@@ -67,22 +65,18 @@ class CriticWorker(LearnerWorker):
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, seed: int) -> list[dict[str, float]]:
         """All epochs and mini-batches of one step; for each update, sums over this rank's tokens."""
-        num_mini_batches = self._config.num_mini_batches
-        return [
-            update
-            for epoch in range(self._config.num_epochs)
-            for update in self._regress(batch, scores, targets, num_mini_batches, seed + epoch)
-        ]
+        num_epochs, num_mini_batches = self._config.num_epochs, self._config.num_mini_batches
+        return self._regress(batch, scores, targets, num_epochs, num_mini_batches, seed)
 
     def pretrain(
         self, batch: Batch, scores: Scores, targets: Targets, responses_per_update: int, seed: int
     ) -> list[dict[str, float]]:
         """One pass over rollouts of the frozen policy."""
         num_mini_batches = max(1, batch.num_responses // responses_per_update)
-        return self._regress(batch, scores, targets, num_mini_batches, seed)
+        return self._regress(batch, scores, targets, 1, num_mini_batches, seed)
 
     def _regress(
-        self, batch: Batch, scores: Scores, targets: Targets, num_mini_batches: int, seed: int
+        self, batch: Batch, scores: Scores, targets: Targets, num_epochs: int, num_mini_batches: int, seed: int
     ) -> list[dict[str, float]]:
         assert scores.values is not None and targets.returns is not None, "only estimators with a critic come here"
         old_values, returns = scores.values, targets.returns
@@ -92,7 +86,10 @@ class CriticWorker(LearnerWorker):
             at = micro.token_index.cpu()
             return self._loss(values, old_values[at].to(values.device), returns[at].to(values.device))
 
-        return self._epoch(batch, loss, lambda rows: float(batch.num_sampled[rows].sum()), num_mini_batches, seed)
+        def total(rows: Tensor) -> float:
+            return float(batch.num_sampled[rows].sum())
+
+        return self._train(batch, loss, total, num_epochs, num_mini_batches, seed)
 
     def set_lr(self, lr: float | None) -> None:
         """A constant learning rate, or None: the configured schedule from its beginning."""
@@ -100,7 +97,3 @@ class CriticWorker(LearnerWorker):
             self._learner.schedule.restart()
         else:
             self._learner.schedule.hold(lr)
-
-    def export(self, folder: Path) -> None:
-        """Writes the critic as a Hugging Face folder."""
-        self._export(export_critic, self._learner.network, folder)

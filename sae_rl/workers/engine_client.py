@@ -15,9 +15,9 @@ class EngineClient:
     """
 
     def __init__(self, engines: list[ActorHandle], workers_per_engine: int, timeout_s: float) -> None:
-        self._engines = engines
-        self._workers_per_engine = workers_per_engine
-        self._timeout_s = timeout_s
+        self._engines, self._workers_per_engine = engines, workers_per_engine
+        self.num_processes = len(engines) * workers_per_engine  # vLLM's worker processes
+        self.timeout_s = timeout_s
         self.version = ""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -40,4 +40,4 @@ class EngineClient:
         self._wait([engine.finish_weight_update.remote(version) for engine in self._engines])
 
     def _wait(self, references: list[Any]) -> None:
-        ray.get(references, timeout=self._timeout_s)
+        ray.get(references, timeout=self.timeout_s)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
@@ -35,12 +36,10 @@ class Engine:
     """One rollout engine as the driver sees it."""
 
     rank: int
-    state: Literal["ready", "starting", "waiting"] = (
-        "ready"  # starting: loads its model; waiting: for the current weights
-    )
+    is_ready: bool = True  # false: it loads its model, or waits for the current weights
     version: int | None = None  # version of its weights; None: the weights of model.path
     jobs: dict[Any, Job] = field(default_factory=dict)  # pending groups, by remote call
-    starting: Any = None  # the pending remote call that starts a replacement
+    starting: Any = None  # the pending remote call that loads a replacement's model
     started_at: float = 0.0
     check: Any = None  # the pending remote call of a health check
     checked_at: float = 0.0
@@ -72,7 +71,7 @@ class Engines:
         self._config = config
         self._start, self._sync_one, self._note = start, sync_one, note
         self._engines = [Engine(rank) for rank in range(len(group.workers))]
-        self._is_synced = False  # then every replacement needs the policy's weights
+        self._is_synced = False  # true: every replacement needs the policy's weights
         self._listened_at = time.monotonic()
         self.num_lost = 0
 
@@ -82,17 +81,17 @@ class Engines:
     @property
     def ready(self) -> list[int]:
         """Ranks of the engines that can serve."""
-        return [engine.rank for engine in self._engines if engine.state == "ready"]
+        return [engine.rank for engine in self._engines if engine.is_ready]
 
     def hold(self, ranks: Sequence[int], version: int) -> None:
         """Notes that these engines now have the weights of this version and can serve."""
         self._is_synced = True
         for rank in ranks:
-            self._engines[rank].state, self._engines[rank].version = "ready", version
+            self._engines[rank].is_ready, self._engines[rank].version = True, version
 
     def with_room(self) -> Engine | None:
         """The engine with the fewest pending responses; None: every engine is full."""
-        room = [e for e in self._engines if e.state == "ready" and e.num_responses < self._config.rollout.max_num_seqs]
+        room = [e for e in self._engines if e.is_ready and e.num_responses < self._config.rollout.max_num_seqs]
         return min(room, key=lambda engine: engine.num_responses, default=None)
 
     def ask(self, engine: Engine, job: Job) -> None:
@@ -112,7 +111,7 @@ class Engines:
         else:
             time.sleep(LISTEN_S / 10)  # the policy works; a replacement waits for its weights
         # Takes all answers that are there, so that no engine counts as late because the driver did not look.
-        done: list[Any] = ray.wait(list(calls), num_returns=len(calls), timeout=0)[0] if calls else []
+        done = _answered(calls)
         self._listened_at = time.monotonic()
         return done
 
@@ -122,91 +121,72 @@ class Engines:
 
     def take(self, done: Sequence[Any]) -> Iterator[tuple[Engine, Job, list[Sample]]]:
         """Yields finished groups. Checks on engines that are silent, dead or starting."""
+        self.settle()
         for engine in self._engines:
             for call in done:
-                if call in engine.jobs and (samples := self._answer(engine, call)) is not None:
-                    yield engine, engine.jobs.pop(call), samples
+                if call in engine.jobs:
+                    with self._losing(engine, _is_loss):
+                        samples: list[Sample] = self.group.result(engine.rank, call)
+                        yield engine, engine.jobs.pop(call), samples
             self._check_on(engine, done)
         self._check_deadlines()
 
     def settle(self) -> list[int]:
         """Admits replacements that have started. Returns the ranks of all engines that can take weights."""
-        started = [engine for engine in self._engines if engine.starting is not None]
-        done, _ = ray.wait([e.starting for e in started], num_returns=len(started), timeout=0) if started else ([], [])
-        for engine in started:
-            if engine.starting in done:
-                self._admit(engine)
-        return [engine.rank for engine in self._engines if engine.state != "starting"]
+        starting = {engine.starting: engine for engine in self._engines if engine.starting is not None}
+        for call in _answered(list(starting)):
+            engine = starting[call]
+            engine.starting = None
+            with self._losing(engine):
+                self.group.result(engine.rank, call)
+                self.group.locate(self._config.cluster.call_timeout_s, [engine.rank])
+                engine.is_ready = not self._is_synced
+        return [engine.rank for engine in self._engines if engine.starting is None]
 
     def replace_all(self, why: str) -> list[int]:
         """Replaces all engines and waits until the new ones can take weights. Returns their ranks.
 
         Raises:
-            WorkerError: no replacement started, or too many engines were lost.
+            WorkerError: too many engines were lost.
         """
         for engine in self._engines:
-            if engine.state != "starting":
+            if engine.starting is None:
                 self._lose(engine, why)
-        while any(engine.starting is not None for engine in self._engines):
-            self.wait([engine.starting for engine in self._engines if engine.starting is not None])
+        while starting := [engine.starting for engine in self._engines if engine.starting is not None]:
+            self.wait(starting)
             self.settle()
             self._check_deadlines()
-        ranks = self.settle()
-        if not ranks:
-            raise WorkerError(f"no rollout engine is left: {why}")
-        return ranks
-
-    def _answer(self, engine: Engine, call: Any) -> list[Sample] | None:
-        try:
-            samples: list[Sample] = self.group.result(engine.rank, call)
-        except WorkerError as error:
-            if not _is_loss(error):
-                raise
-            self._lose(engine, str(error))
-            return None
-        return samples
+        return [engine.rank for engine in self._engines]
 
     def _check_on(self, engine: Engine, done: Sequence[Any]) -> None:
-        if engine.starting is not None and engine.starting in done:
-            self._admit(engine)
-        if engine.state == "waiting":
-            try:
+        if not engine.is_ready and engine.starting is None:
+            with self._losing(engine, lambda error: error.died != "policy"):
                 self._sync_one(engine.rank)
-            except WorkerError as error:
-                if error.died == "policy":
-                    raise
-                self._lose(engine, str(error))
-                return
         if engine.check is not None and engine.check in done:
-            try:
+            with self._losing(engine):
                 self.group.result(engine.rank, engine.check)
-            except WorkerError as error:
-                self._lose(engine, str(error))
-                return
-            engine.check, engine.checked_at = None, time.monotonic()
+                engine.check, engine.checked_at = None, time.monotonic()
         idle_s = time.monotonic() - engine.checked_at
         if engine.jobs and engine.check is None and idle_s > self._config.rollout.health_timeout_s / 4:
             engine.check, engine.checked_at = self.group.workers[engine.rank].check.remote(), time.monotonic()
 
     def _check_deadlines(self) -> None:
-        now, limit = time.monotonic(), self._config.rollout.health_timeout_s
+        health_s, start_s = self._config.rollout.health_timeout_s, self._config.cluster.start_timeout_s
         for engine in self._engines:
-            if _is_late(engine.check, now - engine.checked_at, limit):
-                self._lose(engine, f"it did not answer within rollout.health_timeout_s = {limit:g} s")
-            elif _is_late(engine.starting, now - engine.started_at, self._config.cluster.start_timeout_s):
-                seconds = self._config.cluster.start_timeout_s
-                self._lose(engine, f"it did not start within cluster.start_timeout_s = {seconds:g} s")
+            if _is_late(engine.check, engine.checked_at, health_s):
+                self._lose(engine, f"it did not answer within rollout.health_timeout_s = {health_s:g} s")
+            elif _is_late(engine.starting, engine.started_at, start_s):
+                self._lose(engine, f"it did not start within cluster.start_timeout_s = {start_s:g} s")
 
-    def _admit(self, engine: Engine) -> None:
-        """Admits a replacement whose start has ended."""
-        call, engine.starting = engine.starting, None
+    @contextmanager
+    def _losing(self, engine: Engine, is_loss: Callable[[WorkerError], bool] = lambda error: True) -> Iterator[None]:
+        """Replaces the engine if a `WorkerError` inside means that it is lost."""
         try:
-            self.group.result(engine.rank, call)
-            self.group.locate_one(engine.rank)
+            yield
         except WorkerError as error:
+            if not is_loss(error):
+                raise
             self._lose(engine, str(error))
-            return
-        engine.state = "waiting" if self._is_synced else "ready"
 
     def _lose(self, engine: Engine, why: str) -> None:
         """Kills an engine's processes, gives its groups to other engines, and starts a replacement."""
@@ -219,7 +199,7 @@ class Engines:
                     f"prompt {job.prompt.id!r} was pending on {MAX_ATTEMPTS} engines that were lost; the last: {why}"
                 )
             self.queue.appendleft(job)
-        place = self.group.place(engine.rank)
+        place = self.group.places[engine.rank]
         if place is not None:
             kill_processes(place)
         if self.num_lost > self._config.rollout.max_engine_losses:
@@ -227,13 +207,18 @@ class Engines:
                 f"{self.num_lost} rollout engines were lost, more than rollout.max_engine_losses = "
                 f"{self._config.rollout.max_engine_losses}; the last: {why}"
             )
-        engine.jobs, engine.check, engine.state, engine.version = {}, None, "starting", None
+        engine.jobs, engine.check, engine.is_ready, engine.version = {}, None, False, None
         engine.starting, engine.started_at = self._start(self.group.replace(engine.rank)), time.monotonic()
 
 
-def _is_late(call: Any, seconds: float, limit: float) -> bool:
+def _answered(calls: Sequence[Any]) -> list[Any]:
+    """The remote calls that have been answered by now."""
+    return ray.wait(list(calls), num_returns=len(calls), timeout=0)[0] if calls else []
+
+
+def _is_late(call: Any, since: float, limit_s: float) -> bool:
     """Whether a call is overdue. A call that was answered while the driver did not look is not."""
-    return call is not None and seconds > limit and not ray.wait([call], timeout=0)[0]
+    return call is not None and time.monotonic() - since > limit_s and not _answered([call])
 
 
 def _is_loss(error: WorkerError) -> bool:

@@ -45,9 +45,8 @@ class Place:
     host: str
     log: str
     node: str  # Ray's id of the node
-    processes: tuple[
-        tuple[int, float], ...
-    ]  # (pid, creation time) of the process and its children; a pid alone may be used again
+    # (pid, creation time) of the process and its children; a pid alone may be used again
+    processes: tuple[tuple[int, float], ...]
 
 
 class Process:
@@ -81,11 +80,10 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A pending remote call on every rank of a group, or on some ranks."""
+    """A pending remote call on ranks of a group."""
 
     group: WorkerGroup
-    references: list[Any]
-    ranks: tuple[int, ...] | None = None
+    references: dict[int, Any]  # by rank
 
 
 def wait_for(calls: Sequence[Call], timeout_s: float) -> list[list[Any]]:
@@ -94,11 +92,7 @@ def wait_for(calls: Sequence[Call], timeout_s: float) -> list[list[Any]]:
     Raises:
         WorkerError: a rank failed or died, or did not answer in time; raised as soon as that is known.
     """
-    owners = {
-        reference: (call.group, rank)
-        for call in calls
-        for rank, reference in zip(call.ranks or range(len(call.references)), call.references, strict=True)
-    }
+    owners = {reference: (call.group, rank) for call in calls for rank, reference in call.references.items()}
     results: dict[Any, Any] = {}
     pending = list(owners)
     deadline = time.monotonic() + timeout_s
@@ -108,7 +102,7 @@ def wait_for(calls: Sequence[Call], timeout_s: float) -> list[list[Any]]:
             raise WorkerError(_late(owners, pending, timeout_s))
         group, rank = owners[done[0]]
         results[done[0]] = group.result(rank, done[0])
-    return [[results[reference] for reference in call.references] for call in calls]
+    return [[results[reference] for reference in call.references.values()] for call in calls]
 
 
 def _late(owners: dict[Any, tuple[WorkerGroup, int]], pending: list[Any], timeout_s: float) -> str:
@@ -128,40 +122,31 @@ class WorkerGroup:
         self.timeout_s = timeout_s
         self._starts = starts
         self.workers = [start() for start in starts]
-        self._places: list[Place | None] = [None] * len(starts)
+        self.places: list[Place | None] = [None] * len(starts)  # None: unknown yet
 
-    def locate(self, timeout_s: float) -> list[Place]:
-        """Waits until every worker's process runs."""
-        places = wait_for([self.start(lambda worker: worker.whereabouts.remote())], timeout_s)[0]
-        self._places = list(places)
-        return places
-
-    def locate_one(self, rank: int) -> None:
-        """Asks one running worker where it runs."""
-        self._places[rank] = wait_for([Call(self, [self.workers[rank].whereabouts.remote()])], self.timeout_s)[0][0]
-
-    def place(self, rank: int) -> Place | None:
-        """Where a worker runs, as far as is known; None: unknown yet."""
-        return self._places[rank]
+    def locate(self, timeout_s: float, ranks: Sequence[int] | None = None) -> list[Place]:
+        """Waits until the processes of these ranks (None: all) run, and notes where."""
+        call = self.start(lambda worker: worker.whereabouts.remote(), ranks)
+        found: list[Place] = wait_for([call], timeout_s)[0]
+        for rank, place in zip(call.references, found, strict=True):
+            self.places[rank] = place
+        return found
 
     def replace(self, rank: int) -> ActorHandle:
         """Kills a worker and starts a new one in its slot."""
         ray.kill(self.workers[rank])
-        self._places[rank] = None
+        self.places[rank] = None
         self.workers[rank] = self._starts[rank]()
         return self.workers[rank]
 
-    def start(self, call: Callable[[ActorHandle], Any]) -> Call:
-        """Starts a remote call on every rank without waiting for it."""
-        return Call(self, [call(worker) for worker in self.workers])
+    def start(self, call: Callable[[ActorHandle], Any], ranks: Sequence[int] | None = None) -> Call:
+        """Starts a remote call on these ranks (None: all) without waiting for it."""
+        ranks = range(len(self.workers)) if ranks is None else ranks
+        return Call(self, {rank: call(self.workers[rank]) for rank in ranks})
 
-    def run(self, call: Callable[[ActorHandle], Any]) -> list[Any]:
-        """Makes a remote call on every rank. Returns results by rank. Raises `WorkerError`."""
-        return wait_for([self.start(call)], self.timeout_s)[0]
-
-    def run_on(self, ranks: Sequence[int], call: Callable[[ActorHandle], Any]) -> list[Any]:
-        """Makes a remote call on some ranks. Returns results in their order. Raises `WorkerError`."""
-        return wait_for([Call(self, [call(self.workers[rank]) for rank in ranks], tuple(ranks))], self.timeout_s)[0]
+    def run(self, call: Callable[[ActorHandle], Any], ranks: Sequence[int] | None = None) -> list[Any]:
+        """Makes a remote call on these ranks (None: all). Returns results in their order. Raises `WorkerError`."""
+        return wait_for([self.start(call, ranks)], self.timeout_s)[0]
 
     def result(self, rank: int, reference: Any) -> Any:
         try:
@@ -177,7 +162,7 @@ class WorkerGroup:
             ) from error
 
     def last_lines(self, rank: int) -> str:
-        place = self._places[rank]
+        place = self.places[rank]
         if place is None:
             return ""
         where = f" (process {place.pid} on {place.host}, log {place.log})"
@@ -221,15 +206,18 @@ def _advice(role: str, text: str) -> str:
     )
 
 
-def start_worker(cls: type[Process], slot: Slot, group: PlacementGroup, env: dict[str, str], *args: Any) -> ActorHandle:
+def start_worker(cls: type[Process], slot: Slot, group: PlacementGroup, env: dict[str, str]) -> ActorHandle:
     """Starts one worker in its slot. Ray runs many calls at once if the class has coroutines, and otherwise one by one."""
-    remote = ray.remote(cls)
-    actor: ActorHandle = remote.options(  # type: ignore[attr-defined]
-        num_cpus=slot.cpus,
-        num_gpus=slot.gpus,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=slot.bundle
-        ),
-        runtime_env={"env_vars": env},
-    ).remote(*args)
+    actor: ActorHandle = (
+        ray.remote(cls)
+        .options(  # type: ignore[attr-defined]
+            num_cpus=slot.cpus,
+            num_gpus=slot.gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=slot.bundle
+            ),
+            runtime_env={"env_vars": env},
+        )
+        .remote()
+    )
     return actor

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
-from sae_rl.config.schema import ClusterConfig, Config
+from sae_rl.config.schema import Config
 
 Resources = dict[str, float]
 
@@ -43,45 +43,29 @@ def plan(config: Config, roles: Sequence[str]) -> Placement:
     """
     cluster = config.cluster
     on_gpu = cluster.device == "cuda"
+    sharing: list[str] = []
+    if on_gpu and cluster.share_learner_gpus:
+        sharing = [role for role in roles if role != "rollout" or cluster.colocate_rollout]
     bundles: list[Resources] = []
     slots: dict[str, list[Slot]] = {}
-
-    def new_bundle(cpus: float, gpus: float) -> int:
-        bundles.append({"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus})
-        return len(bundles) - 1
-
-    def own_bundles(role: str, gpus: float) -> None:
-        workers = getattr(cluster, role)
-        slots[role] = [
-            Slot(bundle=new_bundle(workers.cpus_per_worker, gpus), cpus=workers.cpus_per_worker, gpus=gpus)
-            for _ in range(workers.num_workers)
-        ]
-
-    learners = [role for role in roles if role != "rollout"]
-    sharing = learners if on_gpu and cluster.share_learner_gpus else []
-    if sharing and cluster.colocate_rollout:
-        sharing = list(roles)
     for role in roles:
         if role not in sharing:
+            workers = getattr(cluster, role)
             gpus = config.rollout.tensor_parallel_size if role == "rollout" else 1
-            own_bundles(role, gpus if on_gpu else 0)
-    if sharing:
-        _share_bundles(cluster, sharing, bundles, slots)
-    return Placement(bundles=bundles, slots=slots)
-
-
-def _share_bundles(
-    cluster: ClusterConfig, roles: Sequence[str], bundles: list[Resources], slots: dict[str, list[Slot]]
-) -> None:
+            gpus = gpus if on_gpu else 0
+            cpus, first = workers.cpus_per_worker, len(bundles)
+            bundles += [{"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus} for _ in range(workers.num_workers)]
+            slots[role] = [Slot(bundle=first + rank, cpus=cpus, gpus=gpus) for rank in range(workers.num_workers)]
     first = len(bundles)
-    num_ranks = max(getattr(cluster, role).num_workers for role in roles)
-    bundles += [{"CPU": 0.0, "GPU": 1.0} for _ in range(num_ranks)]
-    for role in roles:
-        workers = getattr(cluster, role)
-        slots[role] = []
-        for rank in range(workers.num_workers):
-            bundles[first + rank]["CPU"] += workers.cpus_per_worker
-            slots[role].append(Slot(bundle=first + rank, cpus=workers.cpus_per_worker, gpus=round(1 / len(roles), 3)))
+    for role in sharing:
+        workers, gpus = getattr(cluster, role), round(1 / len(sharing), 3)
+        cpus, slots[role] = workers.cpus_per_worker, []
+        for bundle in range(first, first + workers.num_workers):
+            if bundle == len(bundles):
+                bundles.append({"CPU": 0.0, "GPU": 1.0})
+            bundles[bundle]["CPU"] += cpus
+            slots[role].append(Slot(bundle=bundle, cpus=cpus, gpus=gpus))
+    return Placement(bundles=bundles, slots=slots)
 
 
 def check_resources(placement: Placement, nodes: Sequence[Mapping[str, float]]) -> None:

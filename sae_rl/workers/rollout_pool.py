@@ -24,7 +24,7 @@ UNSYNCED = "default"  # vLLM's name for the version of weights that it loaded fr
 
 
 class PendingGroups:
-    """Implements `sae_rl.protocols.Groups`: yields each group as soon as it is finished, in any order."""
+    """Implements `sae_rl.protocols.Groups`."""
 
     def __init__(self, pool: RolloutPool, group_size: int, sampling: Sampling) -> None:
         self._pool, self._group_size, self._sampling = pool, group_size, sampling
@@ -32,7 +32,6 @@ class PendingGroups:
         self.finished: deque[list[Rollout]] = deque()
 
     def add(self, prompts: Sequence[Prompt], seed_name: str) -> None:
-        """Adds a group for each prompt. Seeds derive from (run seed, ``seed_name``, prompt id, sample) and nothing else."""
         for prompt in prompts:
             seeds = [(seed_name, prompt.id, sample) for sample in range(self._group_size)]
             self._pool.submit(Job(prompt, [self._pool.request(prompt, seed, self._sampling) for seed in seeds], self))
@@ -67,20 +66,11 @@ class RolloutPool:
     def generate(
         self, prompts: Sequence[Prompt], *, group_size: int, sampling: Sampling, seed_name: str
     ) -> Iterator[list[Rollout]]:
-        """Samples ``group_size`` responses to each prompt, and yields each group as soon as it is finished, in any order.
-
-        A response depends neither on what else is sampled at the same time nor on the engine that samples it.
-
-        Raises:
-            WorkerError: no engine is left, or too many engines were lost while they sampled the same prompt.
-            RuntimeError: a response was sampled from weights that its engine was not sent, or `interrupt` was called.
-        """
         groups = self.open(group_size=group_size, sampling=sampling)
         groups.add(prompts, seed_name)
         return groups
 
     def open(self, *, group_size: int, sampling: Sampling) -> PendingGroups:
-        """Like `generate`, for groups that are added over time, such as those of several steps."""
         return PendingGroups(self, group_size, sampling)
 
     def submit(self, job: Job) -> None:
@@ -91,32 +81,29 @@ class RolloutPool:
     def sleep(self) -> None:
         """Engines that share the learners' GPUs free them. Other engines do nothing."""
         if self._sleeps and not self._is_asleep:
-            self._group.run_on(self.engines.ready, lambda worker: worker.sleep.remote())
+            self._group.run(lambda worker: worker.sleep.remote(), self.engines.ready)
             self._is_asleep = True
 
     def wake(self) -> None:
         if self._is_asleep:
-            self._group.run_on(self.engines.ready, lambda worker: worker.wake.remote())
+            self._group.run(lambda worker: worker.wake.remote(), self.engines.ready)
             self._is_asleep = False
 
     def request(self, prompt: Prompt, seed: tuple[str | int | None, ...], sampling: Sampling) -> Request:
         return Request(prompt_token_ids=prompt.token_ids, sampling=sampling, seed=derive_seed(self._config.seed, *seed))
 
-    def generate_on(self, ranks: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> list[list[Rollout]]:
-        """One response to each prompt from each of these engines, for the check of a weight sync."""
+    def generate_on(self, ranks: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
+        """One response to each prompt from each of these engines, engine after engine, for the check of a weight sync."""
         engines = [engine for engine in self.engines if engine.rank in ranks]
         requests = [self.request(prompt, ("probe", engines[0].version, prompt.id), sampling) for prompt in prompts]
-        answers = self._group.run_on([e.rank for e in engines], lambda engine: engine.generate.remote(requests))
+        answers = self._group.run(lambda worker: worker.generate.remote(requests), [e.rank for e in engines])
         return [
-            [
-                _rollout(Job(prompt, requests, None, since=engine.version), 0, sample, engine)
-                for prompt, sample in zip(prompts, answer, strict=True)
-            ]
+            _rollout(Job(prompt, requests, None, since=engine.version), 0, sample, engine)
             for engine, answer in zip(engines, answers, strict=True)
+            for prompt, sample in zip(prompts, answer, strict=True)
         ]
 
     def interrupt(self) -> None:
-        """Makes the sampling that another thread waits for raise RuntimeError there, now and in the future."""
         self._interrupted = True
 
     def poll(self) -> None:

@@ -18,7 +18,6 @@ from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
 from sae_rl.workers.group import WorkerGroup, start_worker
 from sae_rl.workers.placement import Placement, check_resources, plan, reserve
-from sae_rl.workers.rollout_pool import RolloutPool
 from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.table import WORKERS, roles_of
 
@@ -58,10 +57,10 @@ def start_workers(
     roles: list[str] | None = None,
     note: Callable[[str], None] = print,
 ) -> Iterator[RunWorkers]:
-    """Places and starts the workers of ``roles`` (None: of every role that the run needs), and kills them at the end.
+    """Places and starts the workers of ``roles`` (None: of every role that a training run needs); kills them at the end.
 
     Args:
-        probe_prompts: what a weight sync is checked with.
+        probe_prompts: prompts that a weight sync is checked with; none are needed without policy workers.
         note: prints a line for the user, such as that an engine was replaced.
 
     Raises:
@@ -69,24 +68,7 @@ def start_workers(
         TimeoutError: Ray has them, but other jobs hold them.
         WorkerError: a worker failed to start.
     """
-    with _placed(config, roles_of(config) if roles is None else roles) as groups:
-        workers = RunWorkers(config, groups, probe_prompts, clock, note)
-        workers.start()
-        yield workers
-
-
-@contextlib.contextmanager
-def start_rollout(config: Config, clock: Clock) -> Iterator[RolloutPool]:
-    """Starts the rollout engines alone, with the weights of ``model.path``."""
-    with _placed(config, ["rollout"]) as groups:
-        workers = RunWorkers(config, groups, [], clock)
-        workers.start()
-        yield workers.rollout
-
-
-@contextlib.contextmanager
-def _placed(config: Config, roles: list[str]) -> Iterator[dict[str, WorkerGroup]]:
-    placement = plan(config, roles)
+    placement = plan(config, roles_of(config) if roles is None else roles)
     try:
         check_resources(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except ValueError as error:
@@ -95,9 +77,11 @@ def _placed(config: Config, roles: list[str]) -> Iterator[dict[str, WorkerGroup]
     groups: dict[str, WorkerGroup] = {}
     try:
         groups = _spawn(config, placement, reserved)
-        yield groups
+        workers = RunWorkers(config, groups, probe_prompts, clock, note)
+        workers.start()
+        yield workers
     finally:
-        close(groups)
+        _close(groups)
         remove_placement_group(reserved)
 
 
@@ -113,7 +97,7 @@ def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[
     return groups
 
 
-def close(groups: dict[str, WorkerGroup]) -> None:
+def _close(groups: dict[str, WorkerGroup]) -> None:
     """Lets the engines end their child processes, then kills every worker."""
     if "rollout" in groups:
         closing = [worker.close.remote() for worker in groups["rollout"].workers]

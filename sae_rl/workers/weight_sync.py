@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 
 from sae_rl.config.schema import Config
 from sae_rl.types import Batch, Prompt, Scores
+from sae_rl.workers.engine_client import EngineClient
 from sae_rl.workers.group import WorkerError, WorkerGroup
 from sae_rl.workers.rollout_pool import RolloutPool
 
@@ -83,10 +84,9 @@ class WeightSync:
         engines = [self._rollout.engines.group.workers[rank] for rank in ranks]
         if engines != self._connected:
             self._connected = []
-            ((address, port),) = policy.run_on([0], lambda worker: worker.free_address.remote())
-            parallel = config.rollout.tensor_parallel_size
-            shares_gpus = config.cluster.colocate_rollout
-            transfer = (engines, parallel, shares_gpus, address, port, config.cluster.call_timeout_s)
+            ((address, port),) = policy.run(lambda worker: worker.free_address.remote(), [0])
+            client = EngineClient(engines, config.rollout.tensor_parallel_size, config.cluster.call_timeout_s)
+            transfer = (client, config.cluster.colocate_rollout, address, port)
             policy.run(lambda worker: worker.open_weight_transfer.remote(*transfer))
             self._connected = engines
         policy.run(lambda worker: worker.send_weights.remote(str(self.version)))
@@ -95,7 +95,7 @@ class WeightSync:
         """Samples the probe prompts on each engine and scores them with the policy."""
         rollout = self._config.rollout
         sampling = rollout.sampling(min(PROBE_TOKENS, rollout.max_response_tokens))
-        sampled = [r for engine in self._rollout.generate_on(ranks, self._probe_prompts, sampling) for r in engine]
+        sampled = self._rollout.generate_on(ranks, self._probe_prompts, sampling)
         batch = Batch.of(sampled, [0.0] * len(sampled))
         difference = (batch.rollout_logprobs - self._score(batch).old_logprobs).abs()
         worst = float(difference.max())

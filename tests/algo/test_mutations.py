@@ -36,10 +36,10 @@ def on_one_batch(property_test: Any, **arguments: Any) -> Callable[[Path], None]
 def recursion(mistake: Callable[..., tuple[Tensor, Tensor, Tensor | int]], caught_by: Callable[..., None]) -> Mutation:
     """The recursion on weights, offsets and final values that a mistake computes from (values, weights, offsets)."""
 
-    def run(rewards: Tensor, values: Tensor, weights: Tensor, offsets: Tensor, *others: Any) -> bool:
-        gamma, lams, value_lams, final_values, *rest = others
-        weights, offsets, more = mistake(values, weights, offsets)
-        return kernel(rewards, values, weights, offsets, gamma, lams, value_lams, final_values + more, *rest)
+    def run(inputs: recursion_cpu.Inputs, *others: Any) -> bool:
+        weights, offsets, more = mistake(inputs.values, inputs.weights, inputs.offsets)
+        final_values = inputs.final_values + more
+        return kernel(inputs._replace(weights=weights, offsets=offsets, final_values=final_values), *others)
 
     return Mutation(recursion_cpu, "run", run, caught_by)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sae_rl.config.schema import DynamicSamplingConfig
+from sae_rl.config.schema import Config, DynamicSamplingConfig
 from sae_rl.data.sampler import Sampler
 from sae_rl.driver import train
 from sae_rl.rewards.pool import Rewards
 from sae_rl.rewards.verdict import Verdict
-from sae_rl.rollouts.groups import FailedRule, StepSamples
+from sae_rl.rollouts.groups import StepSamples
 from sae_rl.rollouts.step import collect, is_useful
 from sae_rl.types import Prompt, Rollout
 from tests.driver.scripted import ScriptedWorkers, make_config, make_prompts, make_rollout, make_run
@@ -37,8 +38,18 @@ class Engines:
         return rollouts, Rewards([Verdict(r, "") for p in prompts for r in self.rewards[p.id]])
 
 
-RULE = FailedRule(leave_out=True, smallest_group=1)
 MIXED, RIGHT, WRONG = [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]
+
+
+@cache
+def base_config() -> Config:
+    return make_config(Path("unused"))
+
+
+def collected(sampler: Sampler, num_prompts: int, dynamic: DynamicSamplingConfig, engines: Engines) -> StepSamples:
+    config = base_config()
+    changed = {"prompts_per_step": num_prompts, "dynamic_sampling": dynamic}
+    return collect(config.model_copy(update={"rollout": config.rollout.model_copy(update=changed)}), sampler, engines)
 
 
 def in_order(sampler: Sampler) -> list[str]:
@@ -55,9 +66,9 @@ def test_useless_groups_are_left_out_or_sampled_again() -> None:
     sampler = Sampler(make_prompts(10), 0)
     order = in_order(sampler)
     table = {name: MIXED if i % 2 else RIGHT for i, name in enumerate(order)}
-    assert kept(collect(sampler, 4, 2, settings("none"), RULE, Engines(table))) == order[:4]
+    assert kept(collected(sampler, 4, settings("none"), Engines(table))) == order[:4]
     sampler = Sampler(make_prompts(10), 0)
-    filtered = collect(sampler, 4, 2, settings("filter"), RULE, Engines(table))
+    filtered = collected(sampler, 4, settings("filter"), Engines(table))
     assert kept(filtered) == [order[1], order[3]] and filtered.rewards == [1.0, 0.0] * 2
     assert filtered.metrics == {
         "reward/failed_fraction": 0.0,
@@ -66,7 +77,7 @@ def test_useless_groups_are_left_out_or_sampled_again() -> None:
         "sampling/num_rounds": 1.0,
     }
     sampler, engines = Sampler(make_prompts(10), 0), Engines(table)
-    resampled = collect(sampler, 4, 2, settings(), RULE, engines)
+    resampled = collected(sampler, 4, settings(), engines)
     assert kept(resampled) == [order[1], order[3], order[5], order[7]]
     assert engines.asked == [order[:4], order[4:6], [order[6]], [order[7]]]
     assert [p.id for p in sampler.next(1)] == [order[8]]
@@ -75,7 +86,7 @@ def test_useless_groups_are_left_out_or_sampled_again() -> None:
 def test_what_is_not_needed_goes_back_to_the_sampler() -> None:
     sampler = Sampler(make_prompts(10), 0)
     order, engines = in_order(sampler), Engines({p.id: MIXED for p in sampler.prompts})
-    found = collect(sampler, 3, 2, settings(oversampling=1.5), RULE, engines)
+    found = collected(sampler, 3, settings(oversampling=1.5), engines)
     assert engines.asked == [order[:5]] and kept(found) == order[:3]
     assert [p.id for p in sampler.next(4)] == order[3:7]
 
@@ -85,17 +96,17 @@ def test_rounds_end_and_no_prompt_is_asked_twice_in_a_step() -> None:
     order = in_order(sampler)
     table = {name: RIGHT for name in order} | {order[2]: MIXED}
     engines = Engines(table)
-    assert kept(collect(sampler, 2, 2, settings(max_rounds=9), RULE, engines)) == [order[2]]
+    assert kept(collected(sampler, 2, settings(max_rounds=9), engines)) == [order[2]]
     assert [name for names in engines.asked for name in names] == order, "nothing else is left to ask"
     assert sampler.epoch == 1 and len(sampler.next(4)) == 4
     capped = Engines(table)
-    assert kept(collect(Sampler(make_prompts(4), 0), 3, 2, settings(max_rounds=1), RULE, capped)) == [order[2]]
+    assert kept(collected(Sampler(make_prompts(4), 0), 3, settings(max_rounds=1), capped)) == [order[2]]
 
 
 def test_a_step_without_a_useful_group_ends_the_run_with_a_message() -> None:
     sampler = Sampler(make_prompts(6), 0)
     with pytest.raises(RuntimeError, match=r"none of 4 groups in 2 round\(s\).*the mean reward is 0:.*mode=none"):
-        collect(sampler, 2, 2, settings(max_rounds=2), RULE, Engines({p.id: WRONG for p in sampler.prompts}))
+        collected(sampler, 2, settings(max_rounds=2), Engines({p.id: WRONG for p in sampler.prompts}))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from sae_rl.driver import train
 from sae_rl.overlapped import train_overlapped
 from sae_rl.rewards.pool import Rewards
 from sae_rl.rewards.verdict import Failed, Verdict
-from sae_rl.rollouts.groups import FailedRule, groups_of
+from sae_rl.rollouts.groups import groups_of
 from sae_rl.run import Run
 from sae_rl.types import Batch, Rollout
 
@@ -96,14 +96,15 @@ def test_critic_pretraining_leaves_them_out(tmp_path: Path) -> None:
     assert f"on {len(kept)} responses ({len(sampled) - len(kept)} left out: their checks failed)" in note
 
 
-def test_groups_of() -> None:
+def test_groups_of(tmp_path: Path) -> None:
     rollouts = [make_rollout(prompt, i, 0, 1.0) for prompt in make_prompts(2) for i in range(2)]
     rewards = Rewards([Verdict(1.0, "right"), Failed("late"), Failed("late"), Failed("died")], failed_score=-1.0)
-    first, second = groups_of(rollouts, rewards, 2, FailedRule(leave_out=True, smallest_group=1))
+    first, second = groups_of(make_config(tmp_path), rollouts, rewards)
     assert (first.rollouts, first.rewards, first.reasons, second.rollouts) == (rollouts[:1], [1.0], ["right"], [])
-    first, second = groups_of(rollouts, rewards, 2, FailedRule(leave_out=True, smallest_group=2))
+    first, second = groups_of(make_config(tmp_path, "algorithm=grpo"), rollouts, rewards)
     assert first.rollouts == second.rollouts == []
-    first, second = groups_of(rollouts, rewards, 2, FailedRule(leave_out=False, smallest_group=2))
+    scored = make_config(tmp_path, "algorithm=grpo", "rewards.failed=score")
+    first, second = groups_of(scored, rollouts, rewards)
     assert (first.rewards, second.rewards, second.reasons) == ([1.0, -1.0], [-1.0, -1.0], ["late", "died"])
 
 

@@ -35,18 +35,9 @@ def make_batch(num_prompts: int = 8) -> Batch:
 def pretrained(
     tmp_path: Path, qualities: Sequence[float], *overrides: str
 ) -> tuple[ScriptedWorkers, float, list[dict[str, float]]]:
-    workers, logged = ScriptedWorkers(qualities=qualities), []
-    config = configured(tmp_path, *overrides)
-    best = pretrain_critic(
-        make_batch(),
-        workers,
-        config.algorithm,
-        config.learner.critic_pretraining,
-        scratch=tmp_path / "scratch",
-        seed=5,
-        log=lambda epoch, metrics: logged.append({"epoch": epoch, **metrics}),
-    )
-    return workers, best, logged
+    workers = ScriptedWorkers(qualities=qualities)
+    best = pretrain_critic(make_run(configured(tmp_path, *overrides), workers), make_batch(), seed=5)
+    return workers, best, [{"epoch": call.of["step"], **call.of["metrics"]} for call in workers.asked("log")]
 
 
 def explained(quality: float) -> float:
@@ -73,7 +64,7 @@ def test_it_stops_by_patience_and_keeps_the_best_critic(
     assert [row["epoch"] for row in logged] == list(range(1, epochs + 1))
     seen = [row["pretraining/explained_variance"] for row in logged]
     assert seen == pytest.approx([explained(q) for q in qualities[:epochs]], abs=1e-6)
-    assert not (tmp_path / "scratch").exists()
+    assert not (tmp_path / ".best_critic").exists()
 
 
 def test_the_learning_rate_decays_by_epoch(tmp_path: Path) -> None:
@@ -141,17 +132,8 @@ def test_one_prompt_cannot_be_split() -> None:
 def test_returns_that_do_not_vary_stop_it_and_leave_a_critic(tmp_path: Path) -> None:
     """All responses right or all wrong: explained variance is nan, which is never better than anything."""
     workers = ScriptedWorkers(qualities=[0.5] * 6)
-    config = configured(tmp_path)
     rollouts = [make_rollout(prompt, 0, 0, 1.0) for prompt in make_prompts(4)]
-    best = pretrain_critic(
-        Batch.of(rollouts, [1.0] * 4),
-        workers,
-        config.algorithm,
-        config.learner.critic_pretraining,
-        scratch=tmp_path / "scratch",
-        seed=0,
-        log=lambda epoch, metrics: None,
-    )
+    best = pretrain_critic(make_run(configured(tmp_path), workers), Batch.of(rollouts, [1.0] * 4), seed=0)
     assert (workers.passes, best) == (2, float("-inf"))
     assert not workers.asked("load_critic", "save_critic")
 

@@ -21,7 +21,7 @@ class Recording:
         self.asked: list[tuple[int, str]] = []
         self.workers = [Asked(self, rank) for rank in range(2)]
 
-    def run_on(self, ranks: list[int], call: Any) -> list[Any]:
+    def run(self, call: Any, ranks: list[int]) -> list[Any]:
         return [call(self.workers[rank]) for rank in ranks]
 
 
@@ -38,7 +38,7 @@ class Asked:
 
 def pool_of(config: Config) -> tuple[RolloutPool, Recording]:
     group = Recording()
-    return RolloutPool(Engines(cast(WorkerGroup, group), config, start=Any, refit=Any, note=print), config), group
+    return RolloutPool(Engines(cast(WorkerGroup, group), config, start=Any, sync_one=Any, note=print), config), group
 
 
 def test_engines_that_share_gpus_sleep_once_and_wake_for_work(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sae_rl import checkpoint
-from sae_rl.cli import COMMANDS, Command
+from sae_rl.cli import COMMANDS
 from sae_rl.config.compose import load_config
 from sae_rl.records.metrics import show
 from sae_rl.records.records import read_jsonl
@@ -215,7 +215,9 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(
         with ray_session(load_config(overrides(tiny_model, tmp_path))):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setitem(COMMANDS, "train", Command(terminated, ""))
+    monkeypatch.setitem(COMMANDS, "train", terminated)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the command line does not handle SIGTERM"))
     done = sae_rl("train")
-    assert done.code == 130 and "the same command goes on" in done.stderr and "Traceback" not in done.stderr
+    signal.signal(signal.SIGTERM, before)
+    assert done.code == 130 and "the same command continues" in done.stderr and "Traceback" not in done.stderr
     assert not ray.is_initialized()

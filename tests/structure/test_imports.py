@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "knobs": [],
     "sandbox": [],
     "algo": ["knobs", "types"],
-    "tasks": ["settings"],
+    "tasks": ["knobs", "settings"],
     "reasoning_gym": ["seeds", "settings", "tasks"],
     "rewards": ["knobs", "reasoning_gym", "sandbox", "types"],
     "data": ["reasoning_gym", "seeds", "settings", "tasks", "types"],
@@ -49,7 +49,7 @@ MAY_IMPORT = {
         *("protocols", "records", "rollouts", "run", "seeds", "types"),
     ],
     "overlapped": ["driver", "records", "rollouts", "run"],
-    "replay": ["driver", "rollouts", "run"],
+    "replay": ["driver", "records", "rollouts", "run"],
     "backends": ["algo", "config", "types"],
     "workers": ["algo", "backends", "config", "records", "seeds", "settings", "types"],
     "sft": ["data", "knobs", "tasks"],
@@ -58,7 +58,7 @@ MAY_IMPORT = {
 # Folder -> its layers from the bottom to the top. A file imports files of lower layers only; "*" is every other file.
 LAYERS = {
     "algo": [
-        *("jit kl recursion_gpu", "ragged recursion_cpu whitening_cpu"),
+        *("jit kl", "ragged recursion_cpu whitening_cpu", "recursion_gpu"),
         *("corrections recursion segmentation shaping stats", "*"),
     ],
     "analysis": ["*", "responses samples_page", "report"],

@@ -23,31 +23,28 @@ KINDS: dict[str, type[Source]] = {
 
 def union_of(kinds: Mapping[str, type[Source]]) -> Any:
     """The type of a field that takes a source of any of these kinds, chosen by its key ``name``."""
-    tags = {kind: union_tag(kind.__name__) for kind in kinds.values()}
 
     def check(node: Any) -> Any:
-        if isinstance(node, Source):
-            return node
         if not isinstance(node, Mapping):
             raise ValueError(f"found {node!r}, but it must be a mapping with a name")
         if "name" not in node:
             raise ValueError(f"name is missing, allowed: {', '.join(kinds)}")
         if node["name"] not in kinds:
             raise ValueError(f"name {node['name']!r} is unknown, allowed: {', '.join(kinds)}")
-        keys = kinds[node["name"]].model_fields
-        refuse_unknown_keys(node, keys, lambda key: hint(key, list(keys)))
+        fields = kinds[node["name"]].model_fields
+        refuse_unknown_keys(node, fields, lambda key: hint(key, fields))
         return node
 
-    def hint(key: str, allowed: list[str]) -> str:
-        owners = [name for name, kind in kinds.items() if key in kind.model_fields]
-        if owners:
-            return f"which is a key of name: {', '.join(owners)}; allowed: {', '.join(sorted(allowed))}"
-        return nearest(key, allowed)
+    def hint(key: str, fields: Mapping[str, object]) -> str:
+        if owners := [name for name, kind in kinds.items() if key in kind.model_fields]:
+            return f"which is a key of name: {', '.join(owners)}; allowed: {', '.join(sorted(fields))}"
+        return nearest(key, fields)
 
     def tag_of(node: Any) -> str:
-        return tags[type(node) if isinstance(node, Source) else kinds[node["name"]]]
+        kind = type(node) if isinstance(node, Source) else kinds[node["name"]]  # pydantic writes sources with it, too
+        return union_tag(kind.__name__)
 
-    members = tuple(Annotated[kind, Tag(tag)] for kind, tag in tags.items())
+    members = tuple(Annotated[kind, Tag(union_tag(kind.__name__))] for kind in dict.fromkeys(kinds.values()))
     return Annotated[Union[members], Discriminator(tag_of), BeforeValidator(check)]  # noqa: UP007 (made at run time)
 
 

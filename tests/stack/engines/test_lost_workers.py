@@ -15,7 +15,6 @@ import torch
 
 from sae_rl.types import Batch, Prompt, Rollout, Sampling, Targets
 from sae_rl.workers.group import WorkerError
-from sae_rl.workers.placement import Role
 from sae_rl.workers.run_workers import RunWorkers
 from tests.stack.conftest import sampled
 from tests.stack.engines.conftest import MAX_ENGINE_LOSSES, Shared
@@ -27,7 +26,7 @@ ASKED: dict[str, Any] = {"group_size": GROUP_SIZE, "sampling": Sampling(max_toke
 
 def engine_core(workers: RunWorkers, rank: int) -> int:
     """The process in which vLLM computes, a child of the Ray worker."""
-    place = workers._groups["rollout"].place(rank)
+    place = workers._groups["rollout"].places[rank]
     assert place is not None
     names = {pid: " ".join(psutil.Process(pid).cmdline()) for pid, _ in place.processes}
     (core,) = (pid for pid, name in names.items() if "EngineCore" in name + psutil.Process(pid).name())
@@ -35,7 +34,7 @@ def engine_core(workers: RunWorkers, rank: int) -> int:
 
 
 def ray_worker(workers: RunWorkers, rank: int) -> int:
-    place = workers._groups["rollout"].place(rank)
+    place = workers._groups["rollout"].places[rank]
     assert place is not None
     return place.pid
 
@@ -150,7 +149,7 @@ def test_the_run_ends_with_one_engine_too_many_and_with_any_learner(shared: Shar
     compare(workers, list(workers.rollout.generate(prompts, **ASKED)), straight)  # the replacement got the weights of 1
 
     pids = {role: place.pid for role in ("policy", "critic") for place in workers._groups[role].locate(60)}
-    deaths: list[tuple[Role, Callable[[], object]]] = [
+    deaths: list[tuple[str, Callable[[], object]]] = [
         ("critic", lambda: workers.score(batch)),
         ("policy", lambda: workers.sync_weights(2)),
     ]
