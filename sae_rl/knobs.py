@@ -49,9 +49,15 @@ def number(
     return _field(default, partial(check_number, low=low, high=high, above_low=above_low), optional)
 
 
-def integer(default: int | None = MISSING, *, low: int, optional: bool = False) -> Any:  # type: ignore[assignment]
-    """A field for an integer of at least ``low``. ``optional`` allows None."""
-    return _field(default, partial(check_integer, low=low), optional)
+def integer(
+    default: int | None = MISSING,  # type: ignore[assignment]
+    *,
+    low: int,
+    high: int | None = None,
+    optional: bool = False,
+) -> Any:
+    """A field for an integer of at least ``low`` and at most ``high``. ``optional`` allows None."""
+    return _field(default, partial(check_integer, low=low, high=high), optional)
 
 
 def flag(default: bool = MISSING) -> Any:  # type: ignore[assignment]
@@ -92,7 +98,8 @@ def check_number(key: str, value: object, low: float, high: float = math.inf, *,
         raise ValueError(f"{key} = {value!r}, but it must be a number in {left}{low:g}, {high:g}{right}")
 
 
-def check_integer(key: str, value: object, low: int) -> None:
-    """Raises ValueError unless ``value`` is an integer of at least ``low``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{key} = {value!r}, but it must be an integer of at least {low}")
+def check_integer(key: str, value: object, low: int, high: int | None = None) -> None:
+    """Raises ValueError unless ``value`` is an integer of at least ``low`` and at most ``high``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        allowed = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{key} = {value!r}, but it must be an integer {allowed}")

@@ -55,8 +55,7 @@ class ModelShape(Knobs):
     tie_word_embeddings: bool = False
     max_position_embeddings: int = integer(1024, low=1)
 
-    def __post_init__(self) -> None:
-        Knobs.__post_init__(self)
+    def check_together(self) -> None:
         if self.hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"ModelShape.hidden_size = {self.hidden_size}, but it must be a multiple of 2 * num_heads = "
@@ -118,12 +117,11 @@ def warm_start(
         model = build_model(shape or ModelShape(), tokenizer, settings.seed)
     examples: Sequence[Example]
     if isinstance(source, str):
-        examples = read_examples(source, tokenizer)
-        check_lengths(examples, model)
+        examples = read_examples(source, tokenizer, model.config.max_position_embeddings)
     else:
         examples = Demonstrations(source, tokenizer, settings.steps * settings.batch_size, settings.seed)
     losses = train(model, tokenizer, examples, settings, on_progress)
-    save(model.to(dtype=dtype), tokenizer, target)
+    save(model.to(dtype), tokenizer, target)  # type: ignore[arg-type]
     return losses
 
 
@@ -150,27 +148,23 @@ def example_of(prompt: str | list[dict[str, Any]], response: str, tokenizer: Pre
     return prompt_token_ids(prompt, tokenizer)[1], [*response_ids, tokenizer.eos_token_id]
 
 
-def read_examples(path: str, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def read_examples(path: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Example]:
     """Reads a file with the columns ``prompt`` (text or chat messages) and ``response``.
 
     Raises:
-        ValueError: rows are broken; the message lists them.
+        ValueError: rows are broken, and the message lists them; or examples are longer than ``max_tokens``.
     """
     rows, problems = parse_rows(path, lambda row, _: (prompt_at(row, "prompt"), text_at(row, "response")))
     if problems:
         raise ValueError("\n".join(problems))
-    return [example_of(prompt, response, tokenizer) for prompt, response in rows]
-
-
-def check_lengths(examples: Sequence[Example], model: PreTrainedModel) -> None:
-    """Raises ValueError if an example does not fit the model's context."""
-    limit = model.config.max_position_embeddings
+    examples = [example_of(prompt, response, tokenizer) for prompt, response in rows]
     lengths = [len(prompt) + len(response) for prompt, response in examples]
-    if num_longer := sum(length > limit for length in lengths):
+    if num_longer := sum(length > max_tokens for length in lengths):
         raise ValueError(
-            f"{num_longer} of {len(lengths)} examples exceed the model's context of {limit} tokens; the longest has "
+            f"{num_longer} of {len(lengths)} examples exceed the model's context of {max_tokens} tokens; the longest has "
             f"{max(lengths)}. Shorten or remove them"
         )
+    return examples
 
 
 def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -190,7 +184,8 @@ def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase, seed: int
         **_special_tokens(tokenizer),
     )
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -229,8 +224,6 @@ def train(
     on_progress: OnProgress | None = None,
 ) -> list[float]:
     """Minimizes -log pi(response | prompt) per response token, in place; returns the loss of each step."""
-    if not examples:
-        raise ValueError("supervised training needs at least one example, found none")
     num_threads_before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)  # for models with dropout
@@ -238,27 +231,23 @@ def train(
         model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
     )
 
-    def lr_factor(step: int) -> float:
-        warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
-        return warmup * min(1.0, (settings.steps - step) / max(1, settings.steps - settings.warmup_steps))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
     losses: list[float] = []
     model.train()
     stream = batches(examples, settings)
     for step in range(settings.steps):
         ids, labels = padded(next(stream), tokenizer.eos_token_id)
+        warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+        decay = min(1.0, (settings.steps - step) / max(1, settings.steps - settings.warmup_steps))
+        optimizer.param_groups[0]["lr"] = settings.lr * (warmup * decay)
         # No mask: under causal attention no token sees the padding to its right.
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         losses.append(loss.item())
         if on_progress:
             on_progress(step + 1, losses[-1])
-    model.eval()
     torch.set_num_threads(num_threads_before)
     return losses
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import ROUNDED
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from sae_rl.evaluation.files import PAGE, SAMPLES, SUMMARY
 from sae_rl.records.metrics import show
+from sae_rl.records.terminal import console
 
 Summary = Mapping[str, Any]  # of one data set, as in summary.json
 Cell = tuple[str, str]  # a value and its interval, which may be empty
@@ -63,15 +63,12 @@ def summaries_of(evaluation: Mapping[str, Any]) -> dict[str, Summary]:
 def print_evaluation(folder: Path, *, plain: bool) -> None:
     """Prints the evaluation of a folder; without colours and lines if ``plain``, or if the output is no terminal."""
     evaluation = json.loads((folder / SUMMARY).read_text())
-    console = Console(highlight=False, soft_wrap=True)
-    if plain or not console.is_terminal:
-        plain, console = True, Console(highlight=False, soft_wrap=True, no_color=True, force_terminal=False)
-    for table in console_tables(evaluation, plain=plain):
-        console.print(table)
+    output = console(plain=plain)
+    output.print(*console_tables(evaluation, plain=not output.is_terminal), sep="\n")
     if evaluation["segments_left_out"]:
-        console.print(f"segments are left out: {evaluation['segments_left_out']}", markup=False)
+        output.print(f"segments are left out: {evaluation['segments_left_out']}", markup=False)
     for file in (SUMMARY, SAMPLES, PAGE):
-        console.print(str(folder / file), markup=False)
+        output.print(str(folder / file), markup=False)
 
 
 def console_tables(evaluation: Mapping[str, Any], *, plain: bool) -> list[Table]:

@@ -78,12 +78,12 @@ class Learner:
             num_steps: steps of the run, for the learning-rate schedule; None if the network is not trained.
         """
         import deepspeed
+        from transformers import PreTrainedModel
         from transformers.integrations import HfDeepSpeedConfig
 
         self.config = config
         self.rank = rank
         self.device = torch.device(rank.device)
-        self.network: nn.Module
         self._num_skipped = 0  # consecutive skipped updates
         trainable = num_steps is not None
         self._clips_itself = trainable and config.zero_stage == 0 and model.precision == "float32"
@@ -96,11 +96,14 @@ class Learner:
         del sharded_load
         self._has_frozen = not all(parameter.requires_grad for parameter in network.parameters())
         if config.activation_checkpointing and trainable:
-            network.apply(_enable_activation_checkpointing)
+            for module in network.modules():
+                if isinstance(module, PreTrainedModel):
+                    module.gradient_checkpointing_enable()
+        optimizer = None
         if num_steps is not None:
             options = config.optimizer
             self.schedule = LrSchedule(options, num_steps * config.num_epochs * config.num_mini_batches)
-            self._optimizer = torch.optim.AdamW(
+            optimizer = torch.optim.AdamW(
                 [parameter for parameter in network.parameters() if parameter.requires_grad],
                 lr=options.lr,
                 betas=options.betas,
@@ -108,11 +111,10 @@ class Learner:
                 weight_decay=options.weight_decay,
             )
             if self._clips_itself:
-                self._optimizer.register_step_pre_hook(self._clip)
-            self.engine, *_ = deepspeed.initialize(model=network, optimizer=self._optimizer, config=ds_config)
+                optimizer.register_step_pre_hook(self._clip)
         else:
             network.requires_grad_(False)
-            self.engine, *_ = deepspeed.initialize(model=network, config=ds_config)
+        self.engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=ds_config)
         self.network = self.engine.module
 
     def _deepspeed_config(self, model: ModelConfig, trainable: bool) -> dict[str, Any]:
@@ -178,16 +180,15 @@ class Learner:
             token_index (n,), the indices of this rank's tokens among the batch's N, and their results (n,) by name.
         """
         self.engine.eval()
-        index: list[Tensor] = []
-        outputs: list[dict[str, Tensor]] = []
+        parts: list[dict[str, Tensor]] = []
         for micro, counts in self._micro_batches(batch, torch.arange(batch.num_responses)):
-            results = forward(micro)
+            results = forward(micro) | {"token_index": micro.token_index}
             if counts and self._reports:
-                index.append(micro.token_index.cpu())
-                outputs.append({name: numbers.cpu() for name, numbers in results.items()})
-        if not index:
+                parts.append({name: numbers.cpu() for name, numbers in results.items()})
+        if not parts:
             return torch.empty(0, dtype=torch.int64), {}
-        return torch.cat(index), {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return joined.pop("token_index"), joined
 
     def update(
         self, batch: Batch, rows: Tensor, loss: Callable[[MicroBatch], LossSum], total: float
@@ -259,7 +260,10 @@ class Learner:
         self.engine.save_checkpoint(
             str(folder), "state", progress, save_latest=False, exclude_frozen_parameters=self._has_frozen
         )
-        torch.save(_random_state(self.rank.device), folder / f"random_state_{self.rank.index}.pt")
+        random_state = {"cpu": torch.get_rng_state()}  # dropout continues after a resume as in an uninterrupted run
+        if self.rank.device == "cuda":
+            random_state["cuda"] = torch.cuda.get_rng_state()
+        torch.save(random_state, folder / f"random_state_{self.rank.index}.pt")
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote.
@@ -305,14 +309,3 @@ class Learner:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _enable_activation_checkpointing(module: nn.Module) -> None:
-    if hasattr(module, "gradient_checkpointing_enable"):
-        module.gradient_checkpointing_enable()
-
-
-def _random_state(device: Device) -> dict[str, Tensor]:
-    """The states of torch's generators, so that dropout continues after a resume as in an uninterrupted run."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state()} if device == "cuda" else state

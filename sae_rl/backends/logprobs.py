@@ -100,11 +100,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
         """``d logprob / d logit_j = [j = token] - p_j`` and ``d H / d logit_j = -p_j (log p_j + H)``, p = softmax."""
         hidden, weight, bias, token_ids, normalizers, entropies = ctx.saved_tensors
         logprob_gradients, entropy_gradients = gradients
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_hidden = torch.empty_like(hidden)
         # Summed in float32: in bfloat16 a chunk's gradient would be rounded away beside a large sum.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_bias else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(len(hidden), weight):
             logits = _logits(hidden[part], weight, bias, ctx.temperature)
             logits -= normalizers[part, None]  # log p
@@ -116,8 +115,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             gradient.scatter_add_(-1, token_ids[part, None], logprob_gradients[part, None])
             gradient = gradient.div_(ctx.temperature).to(weight.dtype)
             del logits, slope
-            if grad_hidden is not None:
-                grad_hidden[part] = gradient @ weight
+            grad_hidden[part] = gradient @ weight
             if grad_weight is not None:
                 grad_weight += gradient.T @ hidden[part]
             if grad_bias is not None:

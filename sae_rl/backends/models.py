@@ -18,6 +18,7 @@ from sae_rl.config.schema import ModelConfig
 
 ATTENTION = {"sdpa": PACKED_SDPA}  # other implementations support packed rows themselves
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Weights = Iterable[tuple[str, Tensor]]  # (name, full tensor); a tensor is only valid until the next one
 
 
 def load_causal_lm(model: ModelConfig, group: SequenceGroup | None = None) -> Any:
@@ -49,12 +50,21 @@ class PolicyNetwork(nn.Module):
         Returns:
             Logprobs (n,) and entropies (n,), float32; entropies are None unless ``with_entropies``.
         """
-        own = _own_shard(micro, self._group)
-        hidden = _hidden_states(self.causal_lm.base_model, own)
+        own, hidden = _hidden_states(self.causal_lm.base_model, micro, self._group)
         head = self.causal_lm.get_output_embeddings()
         logprobs, entropies = head(hidden[own.state_index], own.token_ids, temperature, with_entropies)
-        logprobs = _gather_states(logprobs, micro, self._group)
-        return logprobs, _gather_states(entropies, micro, self._group) if with_entropies else None
+        logprobs = _gather(logprobs, micro.state_index, micro, self._group)
+        return logprobs, _gather(entropies, micro.state_index, micro, self._group) if with_entropies else None
+
+    def export(self, weights: Weights, base: str, folder: Path) -> None:
+        """Writes a folder that transformers and vLLM load: weights, configuration and tokenizer.
+
+        Args:
+            weights: all parameters of the network.
+            base: folder or hub name of the tokenizer.
+            folder: target; an interrupted call leaves it incomplete.
+        """
+        _save(self.causal_lm, ((name.removeprefix("causal_lm."), tensor) for name, tensor in weights), base, folder)
 
 
 class CriticNetwork(nn.Module):
@@ -76,7 +86,7 @@ class CriticNetwork(nn.Module):
 
     @classmethod
     def load(cls, folder: str, model: ModelConfig, group: SequenceGroup | None = None) -> CriticNetwork:
-        """Loads a folder that `export_critic` wrote, or any other token classifier of transformers with one label."""
+        """Loads a folder that `export` wrote, or any other token classifier of transformers with one label."""
         classifier = _load(AutoModelForTokenClassification, folder, model, group, num_labels=1)
         return cls(classifier.base_model, classifier.score, group)
 
@@ -86,60 +96,39 @@ class CriticNetwork(nn.Module):
             Values (n,) and final values (n,), float32. The final value of a response is that of the state after its last
             token; it stands at that token, and other tokens have 0. Final values are None unless ``with_final``.
         """
-        own = _own_shard(micro, self._group)
-        hidden = _hidden_states(self.backbone, own)
+        own, hidden = _hidden_states(self.backbone, micro, self._group)
         index = torch.cat([own.state_index, own.final_index]) if with_final else own.state_index
-        own_values = self.value_head(hidden[index]).squeeze(-1).float()
-        num_states = own.state_index.numel()
-        values = _gather_states(own_values[:num_states], micro, self._group)
+        # The head is called once, so ZeRO 3 gathers its weights once.
+        own_values, own_final = self.value_head(hidden[index]).squeeze(-1).float().tensor_split([len(own.state_index)])
+        values = _gather(own_values, micro.state_index, micro, self._group)
         if not with_final:
             return values, None
-        final = own_values[num_states:]
-        if self._group is not None:
-            final = self._group.gather(final, micro.final_index, micro.input_ids.numel())
+        final = _gather(own_final, micro.final_index, micro, self._group)
         last_tokens = micro.counts.cumsum(0) - 1
         return values, torch.zeros_like(values).index_copy(0, last_tokens, final)
 
-
-def _own_shard(micro: MicroBatch, group: SequenceGroup | None) -> MicroBatch:
-    """The part of the row that this rank runs."""
-    return micro if group is None else group.shard(micro)
-
-
-def _gather_states(own: Tensor, micro: MicroBatch, group: SequenceGroup | None) -> Tensor:
-    """(n,) numbers of all states of the row, from the numbers of this rank's states."""
-    return own if group is None else group.gather(own, micro.state_index, micro.input_ids.numel())
-
-
-def _hidden_states(backbone: nn.Module, micro: MicroBatch) -> Tensor:
-    """(L, hidden) last hidden states; attention stays within each sequence."""
-    output = backbone(input_ids=micro.input_ids, position_ids=micro.position_ids, **micro.attention_arguments())
-    states: Tensor = output.last_hidden_state
-    return states[0]
+    def export(self, weights: Weights, base: str, folder: Path) -> None:
+        """Writes a token classifier of transformers with one label; the arguments are those of `PolicyNetwork.export`."""
+        config = AutoConfig.for_model(**{**self.backbone.config.to_dict(), "num_labels": 1})
+        with torch.device("meta"):
+            classifier = AutoModelForTokenClassification.from_config(config)
+        prefixes = {"backbone": classifier.base_model_prefix, "value_head": "score"}
+        renamed = ((name.partition("."), tensor) for name, tensor in weights)
+        _save(classifier, ((f"{prefixes[part]}.{rest}", tensor) for (part, _, rest), tensor in renamed), base, folder)
 
 
-def export_critic(network: CriticNetwork, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:
-    """Writes the critic as a token classifier of transformers with one label; for the arguments see `export_causal_lm`."""
-    config = AutoConfig.for_model(**{**network.backbone.config.to_dict(), "num_labels": 1})
-    with torch.device("meta"):
-        classifier = AutoModelForTokenClassification.from_config(config)
-    prefixes = {"backbone": classifier.base_model_prefix, "value_head": "score"}
-    renamed = ((name.partition("."), tensor) for name, tensor in weights)
-    _save(classifier, ((f"{prefixes[part]}.{rest}", tensor) for (part, _, rest), tensor in renamed), base, folder)
+def _hidden_states(backbone: nn.Module, micro: MicroBatch, group: SequenceGroup | None) -> tuple[MicroBatch, Tensor]:
+    """The part of the row that this rank runs, and its (L, hidden) last hidden states."""
+    own = micro if group is None else group.shard(micro)
+    output = backbone(input_ids=own.input_ids, position_ids=own.position_ids, **own.attention_arguments())
+    return own, output.last_hidden_state[0]
 
 
-def export_causal_lm(causal_lm: Any, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:
-    """Writes a folder that transformers and vLLM load: weights, configuration and tokenizer.
-
-    Args:
-        causal_lm: model with the architecture and configuration to write.
-        weights: (name, full tensor) of each parameter of `PolicyNetwork`; a tensor is only valid until the next one.
-        base: folder or hub name of the tokenizer.
-        folder: target; an interrupted call leaves it incomplete.
-    """
-    _save(causal_lm, ((name.removeprefix("causal_lm."), tensor) for name, tensor in weights), base, folder)
+def _gather(own: Tensor, index: Tensor, micro: MicroBatch, group: SequenceGroup | None) -> Tensor:
+    """The numbers at the positions ``index`` of the row, from this rank's numbers."""
+    return own if group is None else group.gather(own, index, micro.input_ids.numel())
 
 
-def _save(model: Any, weights: Iterable[tuple[str, Tensor]], base: str, folder: Path) -> None:
+def _save(model: Any, weights: Weights, base: str, folder: Path) -> None:
     model.save_pretrained(folder, state_dict={name: tensor.detach().cpu().clone() for name, tensor in weights})
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)

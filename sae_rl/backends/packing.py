@@ -8,11 +8,12 @@ A micro-batch is one packed row: sequences of prompt and response back to back, 
 
 from __future__ import annotations
 
-import heapq
 import math
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,48 +93,41 @@ def _fill(tokens: list[int], num_parts: int, max_tokens: int, attention_tokens: 
         The parts in descending order of cost, or None if a sequence fits in no part.
     """
     parts: list[list[int]] = [[] for _ in range(num_parts)]
-    room, costs = [max_tokens] * num_parts, [0.0] * num_parts
-    heap = [(0.0, part) for part in range(num_parts)]
+    used, costs = np.zeros(num_parts, dtype=np.int64), np.zeros(num_parts)
     for i, length in enumerate(tokens):
-        full: list[tuple[float, int]] = []
-        while heap and (parts[heap[0][1]] and room[heap[0][1]] < length):
-            full.append(heapq.heappop(heap))
-        if not heap:
+        has_room = (used + length <= max_tokens) | (used == 0)
+        if not has_room.any():
             return None
-        cost, part = heapq.heappop(heap)
+        part = np.where(has_room, costs, np.inf).argmin()
         parts[part].append(i)
-        room[part] -= length
-        costs[part] = cost + length + length**2 / attention_tokens
-        for entry in (*full, (costs[part], part)):
-            heapq.heappush(heap, entry)
-    return [parts[part] for part in sorted(range(num_parts), key=lambda part: -costs[part])]
+        used[part] += length
+        costs[part] = costs[part] + length + length**2 / attention_tokens
+    return [parts[part] for part in np.argsort(-costs, kind="stable")]
 
 
 def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
     """Packs the given responses, each after its prompt, into one row."""
-    ids, positions, states, tokens, ends, lengths = [], [], [], [], [], []
-    begin = 0  # position in the row where the sequence begins
-    for row in rows.tolist():
-        prompt = batch.prompt_token_ids[batch.prompt_offsets[row] : batch.prompt_offsets[row + 1]]
+    lengths = tuple((batch.prompt_lengths + batch.lengths)[rows].tolist())
+    ends = list(accumulate(lengths))
+    ids, states, tokens = [], [], []
+    for row, row_end in zip(rows.tolist(), ends, strict=True):
         start, end = int(batch.offsets[row]), int(batch.offsets[row + 1])
-        p, t = prompt.numel(), end - start
+        prompt = batch.prompt_token_ids[batch.prompt_offsets[row] : batch.prompt_offsets[row + 1]]
         ids += [prompt, batch.token_ids[start:end]]
-        positions.append(torch.arange(p + t))
-        own = torch.arange(t) if batch.action_mask is None else batch.action_mask[start:end].nonzero().flatten()
-        states.append(begin + p - 1 + own)  # s_t is the prompt and t response tokens; its last token is at p + t - 1
-        tokens.append(start + own)
-        begin += p + t
-        ends.append(begin - 1)
-        lengths.append(p + t)
+        own = torch.arange(start, end)
+        if batch.action_mask is not None:
+            own = own[batch.action_mask[start:end]]
+        tokens.append(own)
+        states.append(own - end + row_end - 1)  # the position before each token
     token_index = torch.cat(tokens)
     return MicroBatch(
         rows=rows,
         input_ids=torch.cat(ids)[None],
-        position_ids=torch.cat(positions)[None],
-        lengths=tuple(lengths),
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        lengths=lengths,
         state_index=torch.cat(states),
         token_ids=batch.token_ids[token_index],
         token_index=token_index,
-        final_index=torch.tensor(ends),
-        counts=torch.tensor([own.numel() for own in tokens]),
+        final_index=torch.tensor(ends) - 1,
+        counts=batch.num_sampled[rows],
     )

@@ -69,7 +69,15 @@ class SequenceGroup:
 
         If ``size`` does not divide the row's tokens, a short sequence of padding is appended.
         """
-        micro = self._padded(micro)
+        missing = -micro.input_ids.shape[1] % self.size
+        if missing:
+            positions = torch.arange(missing, device=micro.input_ids.device)[None]
+            micro = replace(
+                micro,
+                input_ids=torch.cat([micro.input_ids, torch.zeros_like(positions)], 1),
+                position_ids=torch.cat([micro.position_ids, positions], 1),
+                lengths=(*micro.lengths, missing),
+            )
         length = micro.input_ids.shape[1] // self.size
         begin, end = self.index * length, (self.index + 1) * length
         states = (micro.state_index >= begin) & (micro.state_index < end)
@@ -81,18 +89,6 @@ class SequenceGroup:
             state_index=micro.state_index[states] - begin,
             token_ids=micro.token_ids[states],
             final_index=micro.final_index[finals] - begin,
-        )
-
-    def _padded(self, micro: MicroBatch) -> MicroBatch:
-        missing = -micro.input_ids.shape[1] % self.size
-        if not missing:
-            return micro
-        positions = torch.arange(missing, device=micro.input_ids.device)[None]
-        return replace(
-            micro,
-            input_ids=torch.cat([micro.input_ids, torch.zeros_like(positions)], 1),
-            position_ids=torch.cat([micro.position_ids, positions], 1),
-            lengths=(*micro.lengths, missing),
         )
 
     def gather(self, own: Tensor, index: Tensor, row_tokens: int) -> Tensor:

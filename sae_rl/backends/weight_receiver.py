@@ -16,56 +16,30 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 from torch.distributed import BroadcastOptions, ProcessGroupGloo, TCPStore
-from vllm.distributed.weight_transfer.base import (
-    ParamMeta,
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import ParamMeta
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
+    NCCLWeightTransferUpdateInfo,
+)
 
 GLOO = "gloo"
 BUCKET_BYTES = 64 * 2**20
 
 
-@dataclass
-class GlooInitInfo(WeightTransferInitInfo):
+@dataclass(kw_only=True)
+class GlooInitInfo(NCCLWeightTransferInitInfo):
     """Where to join the process group: the sender has rank 0, an engine's worker k has rank ``rank_offset + k``."""
 
-    master_address: str
-    master_port: int
-    rank_offset: int
-    world_size: int
     timeout_s: float
 
 
-@dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """The parameters of one transfer, in the order in which they are sent."""
-
-    names: list[str]
-    dtype_names: list[str]
-    shapes: list[list[int]]
-
-    @classmethod
-    def of(cls, metadata: list[ParamMeta]) -> GlooUpdateInfo:
-        """From vLLM's metadata of parameters; `metadata` is the inverse."""
-        return cls(
-            names=[meta.name for meta in metadata],
-            dtype_names=[str(meta.dtype).removeprefix("torch.") for meta in metadata],
-            shapes=[list(meta.shape) for meta in metadata],
-        )
-
-    def metadata(self) -> list[ParamMeta]:
-        columns = zip(self.names, self.dtype_names, self.shapes, strict=True)
-        return [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in columns]
-
-
-def join(address: str, port: int, rank: int, world_size: int, timeout_s: float) -> ProcessGroupGloo:
+def join(info: GlooInitInfo, rank: int) -> ProcessGroupGloo:
     """Joins the transfer's process group. It is separate from torch's default group, which both sides use otherwise."""
-    timeout = timedelta(seconds=timeout_s)
-    store = TCPStore(address, port, world_size, is_master=rank == 0, timeout=timeout)
-    return ProcessGroupGloo(store, rank, world_size, timeout)
+    timeout = timedelta(seconds=info.timeout_s)
+    store = TCPStore(info.master_address, info.master_port, info.world_size, is_master=rank == 0, timeout=timeout)
+    return ProcessGroupGloo(store, rank, info.world_size, timeout)
 
 
 def broadcast(group: ProcessGroupGloo, tensor: Tensor) -> None:
@@ -90,49 +64,29 @@ def buckets(metadata: list[ParamMeta]) -> Iterator[list[ParamMeta]]:
         yield bucket
 
 
-class GlooReceiver(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """vLLM's side of the transfer, in each worker process of an engine.
+class GlooReceiver(NCCLWeightTransferEngine):
+    """vLLM's NCCL engine in each worker process, with gloo in place of NCCL.
 
     On a CPU vLLM packs linear weights when it loads them, so copying into the parameters would fail; the weights go
-    through vLLM's layerwise reload instead.
+    through vLLM's layerwise reload instead, which the NCCL engine starts and finishes.
     """
 
     init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
-    _group: ProcessGroupGloo | None = None
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
         """Joins the process group."""
-        rank = init_info.rank_offset + self.parallel_config.rank
-        self._group = join(
-            init_info.master_address, init_info.master_port, rank, init_info.world_size, init_info.timeout_s
-        )
+        self._group = join(init_info, init_info.rank_offset + self.parallel_config.rank)
 
-    def start_weight_update(self) -> None:
-        """Begins the layerwise reload."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         """Receives bucket after bucket and loads each into the model."""
-        assert self._group is not None, "init_transfer_engine comes first"
-        for bucket in buckets(update_info.metadata()):
+        columns = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
+        metadata = [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in columns]
+        for bucket in buckets(metadata):
             sizes = [torch.Size(meta.shape).numel() for meta in bucket]
             buffer = torch.empty(sum(sizes), dtype=bucket[0].dtype)
             broadcast(self._group, buffer)
             parts = zip(bucket, buffer.split(sizes), strict=True)
             self.model.load_weights([(meta.name, part.view(meta.shape)) for meta, part in parts])
-
-    def finish_weight_update(self) -> None:
-        """Ends the layerwise reload."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        finalize_layerwise_reload(self.model, self.model_config)
-
-    def shutdown(self) -> None:
-        """Leaves the process group."""
-        self._group = None
 
 
 class WorkerExtension:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sae_rl.settings import ConfigError, Section, nearest
 from sae_rl.sft import ModelShape, WarmStart, warm_start
-from sae_rl.tasks.table import TASKS
+from sae_rl.tasks.table import TASKS, make_task
 from sae_rl.tasks.task import Task
+
+
+def _known(task: str) -> str:
+    if task not in TASKS:
+        raise ValueError(f"found {task!r}, {nearest(task, TASKS)}")
+    return task
 
 
 class DemonstrationsConfig(Section):
     """What to imitate: a task's demonstrations or the responses in a file."""
 
-    task: str
+    task: Annotated[str, AfterValidator(_known)]
     knobs: dict[str, Any]
     file: str | None
 
@@ -37,16 +44,14 @@ def source_of(config: DemonstrationsConfig) -> Task | str:
     """The task, or the path of the file.
 
     Raises:
-        ConfigError: the task is unknown or its knobs are wrong.
+        ConfigError: the task's knobs are wrong.
     """
     if config.file is not None:
         return config.file
-    if config.task not in TASKS:
-        raise ConfigError([f"demonstrations.task = {config.task!r} is unknown, {nearest(config.task, list(TASKS))}"])
     try:
-        return TASKS[config.task](**config.knobs)
-    except (TypeError, ValueError) as error:
-        raise ConfigError([f"demonstrations.knobs = {config.knobs}: {error}"]) from error
+        return make_task(config.task, config.knobs)
+    except ValueError as error:
+        raise ConfigError([f"demonstrations.knobs: {error}"]) from error
 
 
 def run_warm_start(config: WarmStartConfig) -> None:

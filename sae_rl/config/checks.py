@@ -1,4 +1,4 @@
-"""Rules between the fields of a configuration. A rule is whether it is broken, and the message that says what to change."""
+"""Rules between the fields of a configuration. A rule that is broken yields the message that says what to change."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from sae_rl.config.schema import Config, LearnerConfig
 from sae_rl.data.task import misplaced_keys
 
-Rule = tuple[bool, str]  # (whether it is broken, the message)
-
 
 def check(config: Config) -> list[str]:
     """The messages of all rules that a training run breaks."""
-    rules = [
+    return [
+        *misplaced_keys(config.task),
         *_source_rules(config),
         *_batch_rules(config),
         *_engine_rules(config),
@@ -23,17 +22,14 @@ def check(config: Config) -> list[str]:
         *_colocation_rules(config),
         *_context_rules(config, _learners(config)),
     ]
-    return misplaced_keys(config.task) + [message for broken, message in rules if broken]
 
 
 def check_evaluation(config: Config) -> list[str]:
     """The messages of all rules that an evaluation breaks. It has no learners."""
-    rules = [
-        *_engine_rules(config),
-        *_context_rules(config, {}),
-        (config.task.evaluation is None, "task.evaluation = null: it says what is evaluated"),
-    ]
-    return misplaced_keys(config.task) + [message for broken, message in rules if broken]
+    problems = [*misplaced_keys(config.task), *_engine_rules(config), *_context_rules(config, {})]
+    if config.task.evaluation is None:
+        problems.append("task.evaluation = null: it says what is evaluated")
+    return problems
 
 
 def _learners(config: Config) -> dict[str, LearnerConfig]:
@@ -41,148 +37,129 @@ def _learners(config: Config) -> dict[str, LearnerConfig]:
     return {"policy": config.learner.policy} | critic
 
 
-def _source_rules(config: Config) -> Iterator[Rule]:
-    yield config.task.train is None, "task.train = null: a run needs prompts to train on"
+def _source_rules(config: Config) -> Iterator[str]:
+    if config.task.train is None:
+        yield "task.train = null: a run needs prompts to train on"
     every_steps = config.evaluation.every_steps
-    yield (
-        config.task.evaluation is None and every_steps > 0,
-        f"task.evaluation = null, but evaluation.every_steps = {every_steps}: set it to 0, or say what is evaluated",
-    )
+    if config.task.evaluation is None and every_steps > 0:
+        yield f"task.evaluation = null, but evaluation.every_steps = {every_steps}: set it to 0, or say what is evaluated"
 
 
-def _batch_rules(config: Config) -> Iterator[Rule]:
+def _batch_rules(config: Config) -> Iterator[str]:
     total, sharing = config.responses_per_step, config.learner.sequence_parallel_size
     size = f"rollout.prompts_per_step x rollout.group_size = {total} responses"
     for role, learner in _learners(config).items():
-        updates = learner.num_mini_batches
+        num_batches = learner.num_mini_batches
         ranks = getattr(config.cluster, role).num_workers // sharing
-        yield total % updates > 0, f"{size} cannot be divided by learner.{role}.num_mini_batches = {updates}"
-        yield (
-            total % updates == 0 and ranks > 0 and total // updates % ranks > 0,
-            f"a mini-batch of {total // updates} responses ({size} / learner.{role}.num_mini_batches = {updates}) "
-            f"cannot be divided by cluster.{role}.num_workers = {ranks}"
-            + (" (over learner.sequence_parallel_size)" if sharing > 1 else ""),
-        )
+        if total % num_batches > 0:
+            yield f"{size} cannot be divided by learner.{role}.num_mini_batches = {num_batches}"
+        elif ranks > 0 and total // num_batches % ranks > 0:
+            yield (
+                f"a mini-batch of {total // num_batches} responses ({size} / learner.{role}.num_mini_batches = "
+                f"{num_batches}) cannot be divided by cluster.{role}.num_workers = {ranks}"
+                + (" (over learner.sequence_parallel_size)" if sharing > 1 else "")
+            )
     if config.algorithm.needs_critic:
-        yield (
-            config.learner.critic_pretraining.num_prompts == 1,
-            "learner.critic_pretraining.num_prompts = 1: some prompts are held out, so use 0 or at least 2",
-        )
+        if config.learner.critic_pretraining.num_prompts == 1:
+            yield "learner.critic_pretraining.num_prompts = 1: some prompts are held out, so use 0 or at least 2"
         return
-    yield (
-        config.algorithm.bootstrap_truncated,
-        "algorithm.bootstrap_truncated = true, but a critic-free estimator has no values: set it to false",
-    )
-    yield (
-        config.rollout.group_size < 2,
-        "rollout.group_size is 1, but a critic-free estimator compares responses of a group: at least 2",
-    )
+    if config.algorithm.bootstrap_truncated:
+        yield "algorithm.bootstrap_truncated = true, but a critic-free estimator has no values: set it to false"
+    if config.rollout.group_size < 2:
+        yield "rollout.group_size is 1, but a critic-free estimator compares responses of a group: at least 2"
 
 
-def _engine_rules(config: Config) -> Iterator[Rule]:
+def _engine_rules(config: Config) -> Iterator[str]:
     on_cpu, parallel = config.cluster.device == "cpu", config.rollout.tensor_parallel_size
-    yield (
-        config.cluster.rollout.num_workers < 1,
-        "cluster.rollout.num_workers = 0, but at least one engine must sample",
-    )
-    yield on_cpu and parallel > 1, f"rollout.tensor_parallel_size = {parallel}: on cluster.device=cpu use 1"
-    yield (
-        on_cpu and config.rollout.kv_cache_gb is None,
-        "rollout.kv_cache_gb = null: on cluster.device=cpu state the size of the KV cache, for example 1",
-    )
+    if config.cluster.rollout.num_workers < 1:
+        yield "cluster.rollout.num_workers = 0, but at least one engine must sample"
+    if on_cpu and parallel > 1:
+        yield f"rollout.tensor_parallel_size = {parallel}: on cluster.device=cpu use 1"
+    if on_cpu and config.rollout.kv_cache_gb is None:
+        yield "rollout.kv_cache_gb = null: on cluster.device=cpu state the size of the KV cache, for example 1"
 
 
-def _learner_rules(config: Config) -> Iterator[Rule]:
-    sharing, model = config.learner.sequence_parallel_size, config.model
+def _learner_rules(config: Config) -> Iterator[str]:
+    sharing, model, device = config.learner.sequence_parallel_size, config.model, config.cluster.device
     needed = {"policy": True, "critic": config.algorithm.needs_critic, "reference": config.needs_reference_workers}
     for role in (role for role, is_needed in needed.items() if is_needed):
         count = getattr(config.cluster, role).num_workers
-        yield count < 1, f"cluster.{role}.num_workers = 0, but this algorithm needs at least one {role} worker"
-        yield (
-            count % sharing > 0,
-            f"cluster.{role}.num_workers = {count} cannot be divided by learner.sequence_parallel_size = {sharing}",
-        )
+        if count < 1:
+            yield f"cluster.{role}.num_workers = 0, but this algorithm needs at least one {role} worker"
+        if count % sharing > 0:
+            yield f"cluster.{role}.num_workers = {count} cannot be divided by learner.sequence_parallel_size = {sharing}"
     for role, learner in _learners(config).items():
         for key, stage in (("offload_optimizer", 1), ("offload_parameters", 3)):
-            yield (
-                getattr(learner, key) and learner.zero_stage < stage,
-                f"learner.{role}.{key} = true needs learner.{role}.zero_stage of at least {stage}, found "
-                f"{learner.zero_stage}",
-            )
-    device = config.cluster.device
-    yield (
-        model.logprobs == "cut_cross_entropy" and (device, model.precision) != ("cuda", "bfloat16"),
-        "model.logprobs = cut_cross_entropy is a kernel for cluster.device=cuda and model.precision=bfloat16, found "
-        f"{device} and {model.precision}: use chunked",
-    )
-    yield (
-        sharing > 1 and model.attention == "eager",
-        f"learner.sequence_parallel_size = {sharing}: model.attention=eager cannot share rows; use sdpa or "
-        "flash_attention_2",
-    )
+            if getattr(learner, key) and learner.zero_stage < stage:
+                needs = f"learner.{role}.zero_stage of at least {stage}, found {learner.zero_stage}"
+                yield f"learner.{role}.{key} = true needs {needs}"
+    if model.logprobs == "cut_cross_entropy" and (device, model.precision) != ("cuda", "bfloat16"):
+        yield (
+            "model.logprobs = cut_cross_entropy is a kernel for cluster.device=cuda and model.precision=bfloat16, found "
+            f"{device} and {model.precision}: use chunked"
+        )
+    if sharing > 1 and model.attention == "eager":
+        yield (
+            f"learner.sequence_parallel_size = {sharing}: model.attention=eager cannot share rows; use sdpa or "
+            "flash_attention_2"
+        )
 
 
-def _dynamic_sampling_rules(config: Config) -> Iterator[Rule]:
+def _dynamic_sampling_rules(config: Config) -> Iterator[str]:
     wanted = config.rollout.dynamic_sampling
     if wanted.mode == "none":
         return
-    yield (
-        wanted.by == "variance" and config.rollout.group_size < 2,
-        "rollout.dynamic_sampling.by = variance, but with rollout.group_size = 1 no group's rewards differ: use "
-        "success_rate, or a larger group",
-    )
-    yield (
-        wanted.by == "success_rate" and wanted.success_low > wanted.success_high,
-        f"rollout.dynamic_sampling.success_low = {wanted.success_low:g} is above success_high = {wanted.success_high:g}",
-    )
+    if wanted.by == "variance" and config.rollout.group_size < 2:
+        yield (
+            "rollout.dynamic_sampling.by = variance, but with rollout.group_size = 1 no group's rewards differ: use "
+            "success_rate, or a larger group"
+        )
+    low, high = wanted.success_low, wanted.success_high
+    if wanted.by == "success_rate" and low > high:
+        yield f"rollout.dynamic_sampling.success_low = {low:g} is above success_high = {high:g}"
 
 
-def _schedule_rules(config: Config) -> Iterator[Rule]:
+def _schedule_rules(config: Config) -> Iterator[str]:
     schedule, is_overlapped = config.schedule, config.schedule.mode == "overlapped"
-    yield (
-        is_overlapped != (schedule.max_staleness > 0),
-        f"schedule.max_staleness = {schedule.max_staleness}: with schedule.mode = {schedule.mode} it is "
-        + ("at least 1" if is_overlapped else "0"),
-    )
-    yield (
-        not is_overlapped and schedule.weight_updates == "in_flight",
-        "schedule.weight_updates = in_flight: with schedule.mode = synchronous no response is running when weights are "
-        "sent; use drained, or schedule=overlapped",
-    )
-    if config.replay is not None:
+    if is_overlapped != (schedule.max_staleness > 0):
+        allowed = "at least 1" if is_overlapped else "0"
         yield (
-            config.replay.resolve() == config.output_dir.resolve(),
-            f"replay = output_dir = {config.replay}: a run records anew; choose another output_dir",
+            f"schedule.max_staleness = {schedule.max_staleness}: with schedule.mode = {schedule.mode} it is {allowed}"
         )
+    if not is_overlapped and schedule.weight_updates == "in_flight":
         yield (
-            is_overlapped,
-            "replay and schedule.mode = overlapped: recorded rollouts need no sampling; use schedule=synchronous",
+            "schedule.weight_updates = in_flight: with schedule.mode = synchronous no response is running when weights are "
+            "sent; use drained, or schedule=overlapped"
         )
+    if config.replay is not None and config.replay.resolve() == config.output_dir.resolve():
+        yield f"replay = output_dir = {config.replay}: a run records anew; choose another output_dir"
+    if config.replay is not None and is_overlapped:
+        yield "replay and schedule.mode = overlapped: recorded rollouts need no sampling; use schedule=synchronous"
 
 
-def _partial_rollout_rules(config: Config) -> Iterator[Rule]:
+def _partial_rollout_rules(config: Config) -> Iterator[str]:
     running, wanted = config.rollout.prompts_under_way, config.rollout.prompts_per_step
+    mode = config.rollout.dynamic_sampling.mode
     if running is None:
         return
-    yield (
-        not wanted < running <= 2 * wanted,
-        f"rollout.prompts_under_way = {running}: more than rollout.prompts_per_step = {wanted} and at most twice as many, "
-        "or null",
-    )
-    yield (
-        config.schedule.max_staleness < 2 or config.schedule.weight_updates != "in_flight",
-        "rollout.prompts_under_way leaves responses for the next step, a step older: it needs schedule=overlapped with "
-        "schedule.max_staleness of at least 2 and schedule.weight_updates=in_flight",
-    )
-    mode = config.rollout.dynamic_sampling.mode
-    yield (
-        mode != "none",
-        f"rollout.prompts_under_way and rollout.dynamic_sampling.mode = {mode}: only one of them; set prompts_under_way to "
-        "null or the mode to none",
-    )
+    if not wanted < running <= 2 * wanted:
+        yield (
+            f"rollout.prompts_under_way = {running}: more than rollout.prompts_per_step = {wanted} and at most twice as "
+            "many, or null"
+        )
+    if config.schedule.max_staleness < 2 or config.schedule.weight_updates != "in_flight":
+        yield (
+            "rollout.prompts_under_way leaves responses for the next step, a step older: it needs schedule=overlapped with "
+            "schedule.max_staleness of at least 2 and schedule.weight_updates=in_flight"
+        )
+    if mode != "none":
+        yield (
+            f"rollout.prompts_under_way and rollout.dynamic_sampling.mode = {mode}: only one of them; set prompts_under_way "
+            "to null or the mode to none"
+        )
 
 
-def _colocation_rules(config: Config) -> Iterator[Rule]:
+def _colocation_rules(config: Config) -> Iterator[str]:
     """CUDA IPC needs a policy rank on each engine's GPU. An engine that sleeps cannot sample while learners work."""
     needed: dict[str, tuple[object, object]] = {
         "cluster.device": (config.cluster.device, "cuda"),
@@ -194,31 +171,26 @@ def _colocation_rules(config: Config) -> Iterator[Rule]:
         "schedule.mode": (config.schedule.mode, "synchronous"),
     }
     for key, (found, allowed) in needed.items():
-        yield (
-            config.cluster.colocate_rollout and found != allowed,
-            f"cluster.colocate_rollout = true needs {key} = {allowed}, found {found}",
-        )
+        if config.cluster.colocate_rollout and found != allowed:
+            yield f"cluster.colocate_rollout = true needs {key} = {allowed}, found {found}"
 
 
-def _context_rules(config: Config, learners: dict[str, LearnerConfig]) -> Iterator[Rule]:
+def _context_rules(config: Config, learners: dict[str, LearnerConfig]) -> Iterator[str]:
     """Whether prompt and response fit into the model's context and into a learner's micro-batch."""
     try:
         context = config.model.read_context_tokens()
     except ValueError as error:
-        yield True, str(error)
+        yield str(error)
         return
     prompt, response = config.task.max_prompt_tokens, config.rollout.max_response_tokens
-    yield (
-        prompt + response > context,
-        f"task.max_prompt_tokens ({prompt}) + rollout.max_response_tokens ({response}) = {prompt + response} tokens, but "
-        f"the model at {config.model.path} takes {context}; shorten one of them",
-    )
-    sharing = config.learner.sequence_parallel_size
-    for role, learner in learners.items():
-        budget = learner.micro_batch_tokens
-        shared = f" x learner.sequence_parallel_size ({sharing})" if sharing > 1 else ""
+    total, sharing = prompt + response, config.learner.sequence_parallel_size
+    if total > context:
         yield (
-            budget * sharing < prompt + response,
-            f"learner.{role}.micro_batch_tokens ({budget}){shared} is below one full prompt + response "
-            f"({prompt + response} tokens)",
+            f"task.max_prompt_tokens ({prompt}) + rollout.max_response_tokens ({response}) = {total} tokens, but "
+            f"the model at {config.model.path} takes {context}; shorten one of them"
         )
+    shared = f" x learner.sequence_parallel_size ({sharing})" if sharing > 1 else ""
+    for role, learner in learners.items():
+        if learner.micro_batch_tokens * sharing < total:
+            budget = f"learner.{role}.micro_batch_tokens ({learner.micro_batch_tokens}){shared}"
+            yield f"{budget} is below one full prompt + response ({total} tokens)"

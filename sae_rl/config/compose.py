@@ -7,7 +7,6 @@ refuses unknown keys, and its message names the nearest key that exists.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -27,9 +26,11 @@ from sae_rl.settings import ConfigError, Section, describe, nearest
 
 T = TypeVar("T", bound=Section)
 
-PACKAGE = Path(__file__).parents[1]
 # A wheel has conf/ inside the package, a checkout has it beside the package.
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+CONF = next(folder / "conf" for folder in Path(__file__).parents[1:3] if (folder / "conf").is_dir())
+# A folder named base holds what the options of its group share, and is no group.
+GROUPS = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir() and folder.name != "base"}
+HYDRAS_OWN = ("hydra/", "hydra.")  # overrides of Hydra itself, such as hydra/launcher=joblib
 
 
 def load_config(overrides: Sequence[str]) -> Config:
@@ -83,16 +84,9 @@ def _alternatives(override: Override) -> list[str]:
     """The overrides that stand for this one in the runs of a sweep."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
-    chosen = override.value()
-    if isinstance(chosen, Glob):
-        values = chosen.filter(options_of(override.key_or_group))
-    else:
-        values = list(override.sweep_string_iterator())
+    chosen, options = override.value(), _options_of(override.key_or_group)
+    values = chosen.filter(options) if isinstance(chosen, Glob) else list(override.sweep_string_iterator())
     return [f"{override.get_key_element()}={value}" for value in values]
-
-
-def options_of(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
@@ -101,36 +95,33 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
     Raises:
         ConfigError: an override that Hydra cannot read or apply, or an unknown group or option.
     """
-    parsed = _parse(overrides)
-    groups, file = _groups(), OmegaConf.load(CONF / f"{name}.yaml")
-    known = sorted({*map(str, file), *(groups if "defaults" in file else ())} - {"defaults", "hydra"})
-    if problems := [problem for override in parsed if (problem := _misspelt(override, groups, known))]:
+    file = OmegaConf.load(CONF / f"{name}.yaml")
+    known = {*map(str, file), *(GROUPS if "defaults" in file else ())} - {"defaults", "hydra"}
+    if problems := [problem for override in _parse(overrides) if (problem := _misspelt(override, known))]:
         raise ConfigError(problems)
-    with _hydra():
-        try:
+    before = GlobalHydra.instance().hydra  # a caller may use Hydra, too
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
             return compose(name, overrides=forced(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError([_first_line(error.__cause__ or error)]) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([_first_line(error.__cause__ or error)]) from error
+    finally:
+        GlobalHydra.instance().hydra = before
 
 
 def forced(overrides: Sequence[str]) -> list[str]:
     """The overrides with Hydra's ``++`` before every value, so that pydantic judges keys that ``conf/`` does not have."""
-    return [
-        f"++{override.input_line}"
-        if override.type is OverrideType.CHANGE and override.key_or_group not in _groups() and not _is_hydras(override)
-        else str(override.input_line)
-        for override in _parse(overrides)
-    ]
+    lines = []
+    for override in _parse(overrides):
+        key = override.key_or_group
+        is_value = override.type is OverrideType.CHANGE and key not in GROUPS and not key.startswith(HYDRAS_OWN)
+        lines.append(f"++{override.input_line}" if is_value else str(override.input_line))
+    return lines
 
 
-def _groups() -> set[str]:
-    """The groups of ``conf/``. A folder named base holds what the options of its group share, and is no group."""
-    return {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir() and folder.name != "base"}
-
-
-def _is_hydras(override: Override) -> bool:
-    """Whether an override sets Hydra itself, such as ``hydra/launcher=joblib``."""
-    return re.match(r"hydra[./]", override.key_or_group) is not None
+def _options_of(group: str) -> list[str]:
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -140,17 +131,17 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         raise ConfigError([f"cannot read an override: {_first_line(error)}"]) from error
 
 
-def _misspelt(override: Override, groups: set[str], known: list[str]) -> str | None:
-    """What is wrong with a group, its option or a key at the top. Deeper keys are the typed tree's to judge."""
+def _misspelt(override: Override, known: set[str]) -> str | None:
+    """What is wrong with a group, its option or a key at the top. The typed tree judges deeper keys."""
     key, option = override.key_or_group, override.value()
-    if _is_hydras(override):
+    if key.startswith(HYDRAS_OWN):
         return None
-    if key not in groups:
+    if key not in GROUPS:
         top = key.split(".")[0]
         return None if top in known else f"{key}: the configuration has no {top!r}, {nearest(top, known)}"
-    if override.is_delete() or override.is_sweep_override() or str(option) in options_of(key):
+    if override.is_delete() or override.is_sweep_override() or str(option) in _options_of(key):
         return None
-    return f"{override.input_line}: no such option, {nearest(str(option), options_of(key))}"
+    return f"{override.input_line}: no such option, {nearest(str(option), _options_of(key))}"
 
 
 def build(kind: type[T], tree: DictConfig) -> T:
@@ -187,20 +178,6 @@ def _checked(tree: DictConfig, checks: Callable[[Config], list[str]]) -> Config:
     if problems := checks(config):
         raise ConfigError(problems)
     return config
-
-
-class _hydra:
-    """Initializes Hydra for one composition, and restores the caller's Hydra afterwards."""
-
-    def __enter__(self) -> None:
-        self._before = GlobalHydra.instance().hydra
-        GlobalHydra.instance().clear()
-        initialize_config_dir(str(CONF), version_base="1.3")
-
-    def __exit__(self, *_: object) -> None:
-        GlobalHydra.instance().clear()
-        if self._before is not None:
-            GlobalHydra.instance().initialize(self._before)
 
 
 def _first_line(error: BaseException) -> str:

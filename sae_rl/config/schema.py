@@ -6,7 +6,6 @@ Defaults live in ``conf/``. A field has a default here only if leaving it out ha
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +17,7 @@ from sae_rl.algo.losses import PolicyLoss, ValueLoss
 from sae_rl.algo.segmentation import Segmenter
 from sae_rl.algo.segmenters import SEGMENTERS
 from sae_rl.algo.shaping import TokenRewards, Whitening
+from sae_rl.data.rows import HUB_NAME
 from sae_rl.data.task import TaskConfig
 from sae_rl.rewards.table import VERIFIERS
 from sae_rl.rewards.verdict import Verifier
@@ -36,7 +36,7 @@ class AlgorithmConfig(Section):
     policy_loss: PolicyLoss
     value_loss: ValueLoss
     whitening: Whitening
-    bootstrap_truncated: bool  # true: the return of a response cut at the length limit goes on with V
+    bootstrap_truncated: bool  # true: responses cut at the length limit are bootstrapped with the critic's value
 
     @property
     def needs_critic(self) -> bool:
@@ -69,10 +69,6 @@ class ModelConfig(Section):
         inside = Path(path) / "hf"
         return str(inside) if inside.is_dir() else path
 
-    @property
-    def is_hub_name(self) -> bool:
-        return not Path(self.path).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", self.path) is not None
-
     def read_context_tokens(self) -> int:
         """The most tokens of prompt and response together that the model takes.
 
@@ -81,15 +77,11 @@ class ModelConfig(Section):
         """
         if self.context_tokens is not None:
             return self.context_tokens
-        if self.is_hub_name:
-            raise ValueError(
-                f"model.path: no folder {self.path!r} here; to load that name from the hub, state its context length "
-                "in model.context_tokens"
-            )
         if not Path(self.path).is_dir():
-            raise ValueError(
-                f"model.path: no folder {self.path!r}; make one with `sae-rl warm-start`, or correct the path"
-            )
+            advice = "make one with `sae-rl warm-start`, or correct the path"
+            if HUB_NAME.fullmatch(self.path):
+                advice = "to load that name from the hub, state its context length in model.context_tokens"
+            raise ValueError(f"model.path: no folder {self.path!r} here; {advice}")
         file = Path(self.path) / "config.json"
         try:
             return int(json.loads(file.read_text())["max_position_embeddings"])
@@ -114,13 +106,13 @@ class ClusterConfig(Section):
     share_learner_gpus: bool  # rank i of policy, critic and reference share one GPU
     colocate_rollout: bool  # engines run on the learners' GPUs and sleep while the learners work
     start_timeout_s: PositiveFloat
-    call_timeout_s: PositiveFloat  # of one remote call
+    call_timeout_s: PositiveFloat  # limit of one remote call
 
 
 class DynamicSamplingConfig(Section):
-    """Which groups a step trains on. DAPO (arXiv 2503.14476) replaces groups whose responses all have the same reward."""
+    """The choice of a step's groups. DAPO (arXiv 2503.14476) replaces groups whose responses all have the same reward."""
 
-    mode: Literal["none", "filter", "resample"]  # filter: drop useless groups; resample: and sample others instead
+    mode: Literal["none", "filter", "resample"]  # filter: drop useless groups; resample: replace them by others
     by: Literal["variance", "success_rate"]  # a useful group's rewards differ, or its mean reward is in the window
     success_low: float  # lower end of the window, inclusive
     success_high: float  # upper end of the window, inclusive
@@ -130,9 +122,7 @@ class DynamicSamplingConfig(Section):
 
 class RolloutConfig(Section):
     prompts_per_step: Positive
-    prompts_under_way: (
-        Positive | None
-    )  # above prompts_per_step: partial rollouts; null: a step waits for all its groups
+    prompts_under_way: Positive | None  # above prompts_per_step: partial rollouts; null: a step waits for all groups
     group_size: Positive  # responses per prompt
     max_response_tokens: Positive
     temperature: PositiveFloat
@@ -143,7 +133,7 @@ class RolloutConfig(Section):
     enforce_eager: bool
     dynamic_sampling: DynamicSamplingConfig
     health_timeout_s: PositiveFloat  # an engine that does not answer a health check for so long is replaced
-    max_engine_losses: NonNegative  # engines that die or stop answering in one run; one more ends the run
+    max_engine_losses: NonNegative  # engines that may die or stop answering in one run; one more ends the run
     logprob_tolerance: PositiveFloat  # nats between vLLM and the trainer after a weight sync
 
     @classmethod
@@ -173,7 +163,7 @@ class OptimizerConfig(Section):
     eps: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_updates: NonNegative  # updates over which lr rises linearly
-    schedule: Literal["constant", "linear", "cosine"]  # of lr, from the end of the warm-up to the run's last update
+    schedule: Literal["constant", "linear", "cosine"]  # lr from the end of the warm-up to the run's last update
     min_lr_fraction: Fraction  # final lr / lr of a linear or cosine schedule
     max_grad_norm: PositiveFloat
     max_skipped_updates: NonNegative  # consecutive updates with a non-finite gradient; one more ends the run
@@ -203,7 +193,7 @@ class CriticPretrainingConfig(Section):
 
     checkpoint: str | None  # start from this critic instead: a folder that `sae-rl pretrain-critic` wrote
     num_prompts: NonNegative  # 0: no pre-training
-    heldout_fraction: Annotated[float, Field(gt=0, lt=1)]  # of the prompts: they measure explained variance
+    heldout_fraction: Annotated[float, Field(gt=0, lt=1)]  # share of prompts that measure explained variance
     responses_per_update: Positive
     lr: PositiveFloat
     max_epochs: Positive

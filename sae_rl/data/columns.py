@@ -28,41 +28,6 @@ class Columns(Section):
     reward: str | None = None
     task: str | None = None
 
-    def named(self) -> dict[str, str]:
-        """The columns that are not null."""
-        return {name: column for name, column in self if column is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a published data set lays out its rows."""
-
-    columns: Columns = field(default_factory=Columns)  # null: the column has our own name for it
-    gold: Callable[[str], str] | None = None  # extracts the gold answer from the column; None: the whole column
-
-    def names(self, columns: Columns) -> dict[str, str]:
-        """Our name of every column -> its name in the file, where ``columns`` go before those of the layout."""
-        return {name: name for name in Columns.model_fields} | self.columns.named() | columns.named()
-
-
-def gsm8k_gold(answer: str) -> str:
-    """The number behind ``####``, without the commas between thousands. Raises BrokenRow if there is none."""
-    solution, mark, gold = answer.rpartition(GSM8K_MARK)
-    if not mark or not gold.strip():
-        end = solution if mark else gold
-        raise BrokenRow(f"nothing is behind '{GSM8K_MARK}', where GSM8K has its result: it ends in {shown(end[-40:])}")
-    return gold.strip().replace(",", "")
-
-
-_VERL = Layout(Columns(answer="reward_model.ground_truth", id="extra_info.index", task="data_source"))
-
-LAYOUTS = {
-    "own": Layout(),
-    "verl": _VERL,
-    "dapo_math": _VERL,  # as published it repeats every problem many times: read it with duplicates: drop
-    "gsm8k": Layout(Columns(prompt="question"), gold=gsm8k_gold),
-}
-
 
 def value_at(row: Row, column: str) -> Any:
     """The value in a column. The full name of a column comes before its parts as a path.
@@ -92,16 +57,12 @@ def text_at(row: Row, column: str) -> str:
 
 
 def prompt_at(row: Row, column: str) -> str | Messages:
-    """The text or the chat messages in a column.
-
-    Raises:
-        BrokenRow: there is no such column, or it holds something else.
-    """
+    """The text or the chat messages in a column. Raises BrokenRow as `text_at`."""
     value = value_at(row, column)
     if not isinstance(value, list):
-        if not text_at(row, column).strip():
+        if not (text := text_at(row, column)).strip():
             raise BrokenRow(f"{column!r} is empty")
-        return str(value)
+        return text
     good = [isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value]
     if not value or not all(good):
         bad = shown(value[good.index(False)]) if value else "none"
@@ -122,6 +83,15 @@ def answer_at(row: Row, column: str) -> str:
         raise BrokenRow(f"{column!r} must be text, or fit into JSON: {error}") from error
 
 
+def gsm8k_answer_at(row: Row, column: str) -> str:
+    """The number behind ``####``, without the commas between thousands. Raises BrokenRow if there is none."""
+    solution, mark, gold = text_at(row, column).rpartition(GSM8K_MARK)
+    if not mark or not gold.strip():
+        end = solution if mark else gold
+        raise BrokenRow(f"nothing is behind '{GSM8K_MARK}', where GSM8K has its result: it ends in {shown(end[-40:])}")
+    return gold.strip().replace(",", "")
+
+
 def checked_text(text: str, column: str) -> str:
     """The text itself. Raises BrokenRow if it holds a lone surrogate, which has no UTF-8."""
     try:
@@ -131,3 +101,21 @@ def checked_text(text: str, column: str) -> str:
             f"{column!r} holds half a character (U+{ord(text[error.start]):04X}), which neither tokenizers nor files take"
         ) from error
     return text
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a published data set lays out its rows."""
+
+    names: dict[str, str] = field(default_factory=dict)  # our name of a column -> its name, where they differ
+    answer_at: Callable[[Row, str], str] = answer_at
+
+
+_VERL = Layout({"answer": "reward_model.ground_truth", "id": "extra_info.index", "task": "data_source"})
+
+LAYOUTS = {
+    "own": Layout(),
+    "verl": _VERL,
+    "dapo_math": _VERL,  # as published it repeats every problem many times: read it with duplicates: drop
+    "gsm8k": Layout({"prompt": "question"}, gsm8k_answer_at),
+}

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import cast
 
-from sae_rl.data.sampler import Sampler, SamplerState, ShuffleState, check_kind
+from sae_rl.data.sampler import Sampler, SamplerState, check_kind, check_num_prompts
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Prompt
-
-
-class CurriculumState(SamplerState):
-    window: list[float]  # scores of the last prompts of this level
-    samplers: list[ShuffleState]  # one of each level
 
 
 class CurriculumSampler:
@@ -29,83 +24,73 @@ class CurriculumSampler:
     def __init__(
         self, levels: Mapping[int, Sequence[Prompt]], seed: int, *, promote_at: float, window_prompts: int
     ) -> None:
-        if not levels or window_prompts < 1:
-            raise ValueError(
-                f"a curriculum needs levels and window_prompts >= 1, found {list(levels)}, {window_prompts}"
-            )
-        self._levels = {level: tuple(prompts) for level, prompts in levels.items()}
-        self._names = list(levels)
+        assert levels and window_prompts >= 1, "checked with the configuration"
+        self._samplers = {level: Sampler(prompts, derive_seed(seed, level)) for level, prompts in levels.items()}
+        self._level_of = {prompt.id: level for level, prompts in levels.items() for prompt in prompts}
         self._promote_at, self._window_prompts = promote_at, window_prompts
-        self._samplers = [Sampler(prompts, derive_seed(seed, level)) for level, prompts in levels.items()]
-        self._level_of = {prompt.id: i for i, prompts in enumerate(levels.values()) for prompt in prompts}
-        self._at = 0  # index into _names
-        self._window: list[float] = []
+        self._window: deque[float] = deque(maxlen=window_prompts)  # scores of the last prompts of this level
+        self.level = min(levels)
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
         """The prompts of the current level."""
-        return self._samplers[self._at].prompts
+        return self._samplers[self.level].prompts
 
     @property
     def epoch(self) -> int:
-        return self._samplers[self._at].epoch
-
-    @property
-    def level(self) -> int:
-        return self._names[self._at]
+        return self._samplers[self.level].epoch
 
     def anew(self, seed: int) -> CurriculumSampler:
-        return CurriculumSampler(self._levels, seed, promote_at=self._promote_at, window_prompts=self._window_prompts)
+        levels = {level: sampler.prompts for level, sampler in self._samplers.items()}
+        return CurriculumSampler(levels, seed, promote_at=self._promote_at, window_prompts=self._window_prompts)
 
     def next(self, num_prompts: int) -> list[Prompt]:
-        if not 1 <= num_prompts <= len(self.prompts):
-            return self._samplers[self._at].next(num_prompts)  # raises
+        check_num_prompts(num_prompts, len(self.prompts), "the data set")
         drawn: list[Prompt] = []
-        for sampler in self._samplers[: self._at]:
-            if left := min(sampler.num_pending, num_prompts - len(drawn)):
-                drawn += sampler.next(left)
-        if left := num_prompts - len(drawn):
-            drawn += self._samplers[self._at].next(left)
+        for level, sampler in self._samplers.items():
+            missing = num_prompts - len(drawn)
+            # An earlier level gives what was put back. Nothing was drawn from a later one, so nothing is pending there.
+            if count := missing if level == self.level else min(sampler.num_pending, missing):
+                drawn += sampler.next(count)
         return drawn
 
     def put_back(self, prompts: Sequence[Prompt]) -> None:
-        for i, own in self._by_level(prompts).items():
-            self._samplers[i].put_back(own)
+        for level, sampler in self._samplers.items():
+            sampler.put_back(self._at_level(level, prompts))
 
     def observe(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
         for prompt, score in zip(prompts, scores, strict=True):
-            if self._level_of[prompt.id] != self._at:
+            if self._level_of[prompt.id] != self.level:
                 continue
-            self._window = [*self._window, score][-self._window_prompts :]
-            full = len(self._window) == self._window_prompts
-            if full and sum(self._window) / len(self._window) >= self._promote_at and self._at + 1 < len(self._names):
-                self._at += 1
-                self._window = []
+            self._window.append(score)
+            is_full = len(self._window) == self._window_prompts
+            later = [level for level in self._samplers if level > self.level]
+            if later and is_full and sum(self._window) / len(self._window) >= self._promote_at:
+                self.level = later[0]
+                self._window.clear()
 
-    def state(self, unused: Sequence[Prompt] = ()) -> CurriculumState:
-        own = self._by_level(unused)
-        return CurriculumState(
-            kind="curriculum",
-            epoch=self.epoch,
-            levels=[self.level],
-            window=list(self._window),
-            samplers=[sampler.state(own.get(i, ())) for i, sampler in enumerate(self._samplers)],
-        )
+    def state(self, unused: Sequence[Prompt] = ()) -> SamplerState:
+        return {
+            "kind": "curriculum",
+            "epoch": self.epoch,
+            "levels": [self.level],
+            "window": list(self._window),
+            "samplers": [sampler.state(self._at_level(level, unused)) for level, sampler in self._samplers.items()],
+        }
 
     def load_state(self, state: SamplerState) -> None:
         check_kind(state, "curriculum")
-        saved = cast(CurriculumState, state)
-        if len(saved["samplers"]) != len(self._samplers) or saved["levels"][0] not in self._names:
+        (level,), levels = state["levels"], list(self._samplers)
+        if len(state["samplers"]) != len(levels) or level not in levels:
             raise ValueError(
-                f"the saved sampler has {len(saved['samplers'])} levels and is at {saved['levels'][0]}, this one has levels "
-                f"{self._names}; resume with the same levels, or start anew"
+                f"the saved sampler has {len(state['samplers'])} levels and is at {level}, this one has levels {levels}; "
+                "resume with the same levels, or start anew"
             )
-        for sampler, own in zip(self._samplers, saved["samplers"], strict=True):
+        for sampler, own in zip(self._samplers.values(), state["samplers"], strict=True):
             sampler.load_state(own)
-        self._at, self._window = self._names.index(saved["levels"][0]), list(saved["window"])
+        self.level = level
+        self._window.clear()
+        self._window.extend(state["window"])
 
-    def _by_level(self, prompts: Sequence[Prompt]) -> dict[int, list[Prompt]]:
-        own: dict[int, list[Prompt]] = {}
-        for prompt in prompts:
-            own.setdefault(self._level_of[prompt.id], []).append(prompt)
-        return own
+    def _at_level(self, level: int, prompts: Sequence[Prompt]) -> list[Prompt]:
+        return [prompt for prompt in prompts if self._level_of[prompt.id] == level]

@@ -28,9 +28,9 @@ class Loader:
     overlong: Overlong  # what happens to longer prompts
     check_reward: Callable[[str], object]  # raises ValueError if a verifier of this name does not exist
     prompts_at_once: Mapping[str, int] = field(default_factory=dict)  # key -> prompts that a run takes at once
-    key: str = "task"  # of the source
+    key: str = "task"  # where the source is in the configuration
     part: str | None = None  # the name of the source in a mixture
-    share: float = 1.0  # of the prompts that a run takes
+    share: float = 1.0  # the source's share of the prompts that a run takes
     problems: list[str] = field(default_factory=list)
     puzzles: PuzzleProcess = field(default_factory=PuzzleProcess)
 
@@ -51,17 +51,13 @@ class Loader:
         return replace(self, key=f"{self.key}.parts.{name}", part=name, share=share)
 
     def load(
-        self,
-        name: str,
-        reward: str | None,
-        read: Callable[[], tuple[list[Record], list[str]]],
-        num_prompts: int | None,
+        self, name: str, reward: str | None, read: Callable[[], tuple[list[Record], list[str]]], num_prompts: int | None
     ) -> list[Prompt]:
         """The prompts of one source; none if something is wrong.
 
         Args:
-            name: of the source in messages.
-            reward: of the source; None: its records have a reward that exists.
+            name: what messages call the source.
+            reward: the source's reward, which is checked here; None: the records' own rewards need no check.
             read: returns the records, and a line for each problem. It may raise ValueError, or BadKeys for wrong keys.
             num_prompts: the most prompts to return; None: all.
         """
@@ -72,11 +68,9 @@ class Loader:
                 self.problems.append(f"{self.key}.{error}")  # the message begins with "reward"
         try:
             records, problems = read()
-        except BadKeys as error:
-            self.problems.extend(f"{self.key}.{line}" for line in str(error).splitlines())
-            return []
         except ValueError as error:
-            self.problems.extend(f"{self.key}: {line}" for line in str(error).splitlines())
+            between = "." if isinstance(error, BadKeys) else ": "
+            self.problems.extend(f"{self.key}{between}{line}" for line in str(error).splitlines())
             return []
         prompts, more = tokenized(name, records, self.tokenizer, self.max_prompt_tokens, self.overlong)
         if problems := problems + more:
@@ -91,11 +85,9 @@ class Loader:
 
     def is_enough(self, num_prompts: int) -> bool:
         """Whether the source has as many prompts as a run takes from it at once. If not, that is a problem."""
-        problems = [
-            f"{name} = {count}, but {self.key} has {num_prompts} prompts"
-            + (f" for its share of {self.share:.0%}" if self.share < 1 else "")
-            for name, count in self.prompts_at_once.items()
-            if int(count * self.share) > num_prompts
-        ]
-        self.problems.extend(problems)
-        return not problems
+        too_many = {key: count for key, count in self.prompts_at_once.items() if int(count * self.share) > num_prompts}
+        share = f" for its share of {self.share:.0%}" if self.share < 1 else ""
+        self.problems.extend(
+            f"{key} = {count}, but {self.key} has {num_prompts} prompts{share}" for key, count in too_many.items()
+        )
+        return not too_many

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import cast
 
-from sae_rl.data.sampler import PromptSampler, SamplerState, check_kind
+from sae_rl.data.sampler import PromptSampler, SamplerState, check_kind, check_num_prompts
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Prompt
-
-
-class MixtureState(SamplerState):
-    counts: dict[str, int]  # part -> prompts drawn from it and not put back
-    weights: dict[str, float]
-    samplers: dict[str, SamplerState]
 
 
 class MixtureSampler:
@@ -29,14 +22,11 @@ class MixtureSampler:
     """
 
     def __init__(self, parts: Mapping[str, PromptSampler], weights: Mapping[str, float]) -> None:
-        if not parts or parts.keys() != weights.keys() or min(weights.values()) <= 0:
-            raise ValueError(
-                f"a mixture needs parts with a weight above 0 each, found {list(parts)} and {dict(weights)}"
-            )
+        assert parts and parts.keys() == weights.keys() and min(weights.values()) > 0, "each part has a weight above 0"
         self._parts, self._weights = dict(parts), dict(weights)
         total = sum(map(Fraction, weights.values()))
         self._shares = {name: Fraction(weight) / total for name, weight in weights.items()}
-        self._counts = dict.fromkeys(parts, 0)
+        self._counts = dict.fromkeys(parts, 0)  # prompts drawn from each part and not put back
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -48,70 +38,60 @@ class MixtureSampler:
         return min(part.epoch for part in self._parts.values())
 
     def anew(self, seed: int) -> MixtureSampler:
-        return MixtureSampler(
-            {name: part.anew(derive_seed(seed, name)) for name, part in self._parts.items()}, self._weights
-        )
+        parts = {name: part.anew(derive_seed(seed, name)) for name, part in self._parts.items()}
+        return MixtureSampler(parts, self._weights)
 
     def next(self, num_prompts: int) -> list[Prompt]:
-        sizes = {name: len(part.prompts) for name, part in self._parts.items()}
-        if not 1 <= num_prompts <= sum(sizes.values()):
-            raise ValueError(
-                f"a step asks for {num_prompts} prompts, allowed: 1 to {sum(sizes.values())}, the size of all parts; ask for "
-                "fewer prompts per step or give more data"
-            )
+        left = {name: len(part.prompts) for name, part in self._parts.items()}
+        check_num_prompts(num_prompts, sum(left.values()), "all parts")
         order: list[str] = []
-        taken = dict.fromkeys(self._parts, 0)
-        for done in range(sum(self._counts.values()) + 1, sum(self._counts.values()) + num_prompts + 1):
-            name = self._furthest_behind([name for name in self._parts if taken[name] < sizes[name]], done)
+        for _ in range(num_prompts):
+            total = sum(self._counts.values()) + 1
+            behind = {name: self._shares[name] * total - self._counts[name] for name in left if left[name]}
+            name = max(behind, key=behind.__getitem__)  # the first of equals
             self._counts[name] += 1
-            taken[name] += 1
+            left[name] -= 1
             order.append(name)
-        drawn = {name: iter(self._parts[name].next(count)) for name, count in taken.items() if count}
+        drawn = {name: iter(self._parts[name].next(order.count(name))) for name in dict.fromkeys(order)}
         return [next(drawn[name]) for name in order]
 
-    def _furthest_behind(self, names: Sequence[str], done: int) -> str:
-        """The part whose count is furthest below its share of ``done`` prompts; the first of equals."""
-        return max(names, key=lambda name: self._shares[name] * done - self._counts[name])
-
     def put_back(self, prompts: Sequence[Prompt]) -> None:
-        for name, own in self._by_part(prompts).items():
-            self._parts[name].put_back(own)
+        for name, part in self._parts.items():
+            own = _of_part(name, prompts)
+            part.put_back(own)
             self._counts[name] -= len(own)
 
     def observe(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
         score_of = {prompt.id: score for prompt, score in zip(prompts, scores, strict=True)}
-        for name, own in self._by_part(prompts).items():
-            self._parts[name].observe(own, [score_of[prompt.id] for prompt in own])
+        for name, part in self._parts.items():
+            own = _of_part(name, prompts)
+            part.observe(own, [score_of[prompt.id] for prompt in own])
 
-    def state(self, unused: Sequence[Prompt] = ()) -> MixtureState:
-        own = self._by_part(unused)
-        samplers = {name: part.state(own[name]) for name, part in self._parts.items()}
-        return MixtureState(
-            kind="mixture",
-            epoch=self.epoch,
-            levels=[level for state in samplers.values() for level in state["levels"]],
-            counts={name: count - len(own[name]) for name, count in self._counts.items()},
-            weights=dict(self._weights),
-            samplers=samplers,
-        )
+    def state(self, unused: Sequence[Prompt] = ()) -> SamplerState:
+        samplers = {name: part.state(_of_part(name, unused)) for name, part in self._parts.items()}
+        return {
+            "kind": "mixture",
+            "epoch": self.epoch,
+            "levels": [level for state in samplers.values() for level in state["levels"]],
+            "counts": {name: count - len(_of_part(name, unused)) for name, count in self._counts.items()},
+            "weights": self._weights,
+            "samplers": samplers,
+        }
 
     def load_state(self, state: SamplerState) -> None:
         check_kind(state, "mixture")
-        saved = cast(MixtureState, state)
-        if saved["weights"] != self._weights:
+        if state["weights"] != self._weights:
             raise ValueError(
-                f"the saved mixture has the weights {saved['weights']}, this one {self._weights}; resume with the same parts "
+                f"the saved mixture has the weights {state['weights']}, this one {self._weights}; resume with the same parts "
                 "and weights, or start anew"
             )
         for name, part in self._parts.items():
             try:
-                part.load_state(saved["samplers"][name])
+                part.load_state(state["samplers"][name])
             except ValueError as error:
                 raise ValueError(f"part {name!r}: {error}") from error
-        self._counts = dict(saved["counts"])
+        self._counts = dict(state["counts"])
 
-    def _by_part(self, prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-        own: dict[str, list[Prompt]] = {name: [] for name in self._parts}
-        for prompt in prompts:
-            own[prompt.task].append(prompt)
-        return own
+
+def _of_part(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+    return [prompt for prompt in prompts if prompt.task == name]

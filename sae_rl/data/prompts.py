@@ -40,23 +40,17 @@ def tokenized(
     name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_tokens: int, overlong: Overlong
 ) -> tuple[list[Prompt], list[str]]:
     """The prompts of the source ``name``, in order, and lines about everything that is wrong with them."""
-    prompts, unreadable = _with_token_ids(records, tokenizer)
-    fitting, too_long = _within(name, prompts, max_tokens, overlong, tokenizer)
-    return fitting, listed(f"{name}: {len(unreadable)} of {len(records)} prompts cannot be read", unreadable) + too_long
-
-
-def _with_token_ids(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Located], list[str]]:
-    """Prompts, and a line for each record that the tokenizer refuses."""
     prompts: list[Located] = []
-    problems: list[str] = []
+    unreadable: list[str] = []
     for record in records:
         try:
             text, token_ids = prompt_token_ids(record.prompt, tokenizer)
         except NoChatTemplateError as error:
-            return [], [f"{record.where}: {error}"]  # every other record would say the same
+            prompts, unreadable = [], [f"{record.where}: {error}"]
+            break  # every other record would say the same
         except Exception as error:  # a chat template is a program that came with the model
             said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
-            problems.append(f"{record.where}: the tokenizer's chat template refuses the messages: {said}")
+            unreadable.append(f"{record.where}: the tokenizer's chat template refuses the messages: {said}")
             continue
         prompt = Prompt(
             id=record.id,
@@ -67,7 +61,8 @@ def _with_token_ids(records: Sequence[Record], tokenizer: PreTrainedTokenizerBas
             reward=record.reward,
         )
         prompts.append((record.where, prompt))
-    return prompts, problems
+    fitting, too_long = _within(name, prompts, max_tokens, overlong, tokenizer)
+    return fitting, listed(f"{name}: {len(unreadable)} of {len(records)} prompts cannot be read", unreadable) + too_long
 
 
 def _within(

@@ -68,29 +68,22 @@ def listed(title: str, problems: Sequence[str]) -> list[str]:
 def _rows(path: str, split: str | None, subset: str | None) -> Rows:
     kinds = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     file = Path(path)
+    if not file.exists() and file.suffix not in kinds and HUB_NAME.fullmatch(path):
+        return _hub_rows(path, split, subset)
+    if not file.exists():
+        raise ValueError(f"{path}: there is no such file{'' if file.suffix in kinds else ' or folder'}")
+    if subset is not None:
+        raise ValueError(f"{path}: subset = {subset!r}, but it holds one data set; set subset to null")
     if file.is_dir():
-        _refuse(path, subset=subset)
         return _saved_rows(path, split)
-    if file.is_file() or file.suffix in kinds:
-        if file.suffix not in kinds:
-            raise ValueError(
-                f"{path}: found a file ending in {file.suffix!r}, allowed: {', '.join(kinds)}, a folder of "
-                "datasets.save_to_disk, or the name of a data set on the hub"
-            )
-        if not file.is_file():
-            raise ValueError(f"{path}: there is no such file")
-        _refuse(path, split=split, subset=subset)
-        return kinds[file.suffix](file)
-    if not HUB_NAME.fullmatch(path):
-        raise ValueError(f"{path}: there is no such file or folder")
-    return _hub_rows(path, split, subset)
-
-
-def _refuse(path: str, **given: str | None) -> None:
-    """Raises ValueError if a key is given that a file without splits or subsets cannot have."""
-    for key, value in given.items():
-        if value is not None:
-            raise ValueError(f"{path}: {key} = {value!r}, but it holds one data set; set {key} to null")
+    if file.suffix not in kinds:
+        raise ValueError(
+            f"{path}: found a file ending in {file.suffix!r}, allowed: {', '.join(kinds)}, a folder of "
+            "datasets.save_to_disk, or the name of a data set on the hub"
+        )
+    if split is not None:
+        raise ValueError(f"{path}: split = {split!r}, but it holds one data set; set split to null")
+    return kinds[file.suffix](file)
 
 
 def _jsonl_rows(file: Path) -> Rows:
@@ -125,22 +118,15 @@ def _parquet_rows(file: Path) -> Rows:
         raise ValueError(f"{file}: not a parquet file, or one that was cut: {error}") from error
     try:
         for chunk in table.iter_batches():
-            for row in _python_rows(chunk):
+            for struct in chunk.to_struct_array():
                 number += 1
+                try:
+                    row = struct.as_py()
+                except UnicodeDecodeError as error:
+                    row = BrokenRow(f"not UTF-8: {error.object[:60]!r}")
                 yield f"row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: cannot be read behind row {number}; it may have been cut: {error}") from error
-
-
-def _python_rows(chunk: Any) -> Iterator[Row | BrokenRow]:
-    try:
-        yield from chunk.to_pylist()
-    except UnicodeDecodeError:  # it does not say in which row
-        for index in range(chunk.num_rows):
-            try:
-                yield chunk.slice(index, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield BrokenRow(f"not UTF-8: {error.object[:60]!r}")
 
 
 def _saved_rows(folder: str, split: str | None) -> Rows:

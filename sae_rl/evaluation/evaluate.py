@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_rl.algo.segmentation import Segmenter
 from sae_rl.config.schema import EvaluationConfig
 from sae_rl.evaluation.segments import Segments, cut
-from sae_rl.evaluation.summary import Samples, Summary, summarize
+from sae_rl.evaluation.summary import Summary, summarize
 from sae_rl.protocols import RolloutEngines
 from sae_rl.records.clock import Clock
 from sae_rl.rewards.pool import RewardPool, Rewards
@@ -55,20 +55,11 @@ def evaluate(
     Args:
         segmenter: the run's, to report how it cuts these responses.
     """
-    sampling = config.sampling(max_tokens)
+    n, sampling = config.samples_per_prompt, config.sampling(max_tokens)
     rollouts, checked = sample(
-        prompts,
-        engines,
-        rewards,
-        clock,
-        group_size=config.samples_per_prompt,
-        sampling=sampling,
-        seed_name="evaluation",
+        prompts, engines, rewards, clock, group_size=n, sampling=sampling, seed_name="evaluation"
     )
     segments = cut(rollouts, segmenter, sampling)
-    overall, by_data_set = summarize(
-        Samples.of(rollouts, checked, config.samples_per_prompt),
-        config.pass_score,
-        None if isinstance(segments, str) else segments,
-    )
+    known_segments = None if isinstance(segments, str) else segments
+    overall, by_data_set = summarize(rollouts, checked, n, config.pass_score, known_segments)
     return Evaluation(rollouts=rollouts, rewards=checked, overall=overall, by_data_set=by_data_set, segments=segments)

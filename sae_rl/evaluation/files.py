@@ -8,18 +8,15 @@ output_dir/evaluation/001_step_000020/summary.json     every number, the model, 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import platform
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+
+from pydantic_core import to_json
 
 from sae_rl.config.schema import Config, as_tree
 from sae_rl.evaluation.evaluate import Evaluation
@@ -38,12 +35,12 @@ def write_evaluation(folder: Path, config: Config, result: Evaluation, seconds: 
         "samples_per_prompt": config.evaluation.samples_per_prompt,
         "pass_score": config.evaluation.pass_score,
         "segments_left_out": result.segments if isinstance(result.segments, str) else None,
-        "all": asdict(result.overall),
-        "data_sets": {name: asdict(summary) for name, summary in result.by_data_set.items()},
+        "all": result.overall,
+        "data_sets": result.by_data_set,
         "versions": versions(),
         "config": as_tree(config),
     }
-    (folder / SUMMARY).write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
+    (folder / SUMMARY).write_bytes(to_json(summary, indent=2, inf_nan_mode="null") + b"\n")  # JSON has no NaN
     write_samples(folder / SAMPLES, result.rollouts, result.rewards, result.opens)
 
 
@@ -56,25 +53,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _finite(tree: Any) -> Any:
-    """Replaces NaN and infinity, which JSON lacks, with null."""
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
 @contextlib.contextmanager
 def unpublished(output_dir: Path) -> Iterator[Path]:
     """A temporary folder, removed at the end unless `publish` has renamed it."""
     parent = output_dir / FOLDER
     parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".partial_", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".partial_", dir=parent, ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def publish(folder: Path, model_path: str) -> Path:

@@ -11,31 +11,12 @@ import torch
 
 from sae_rl.algo.stats import segment_stats
 from sae_rl.evaluation.segments import Segments
-from sae_rl.evaluation.statistics import (
-    NO_ANSWER,
-    Estimate,
-    Floats,
-    Integers,
-    estimates,
-    majority,
-    pass_at,
-    powers_up_to,
-    quantile,
-)
+from sae_rl.evaluation.statistics import NO_ANSWER, Estimate, estimates, majority, pass_at, powers_up_to, quantile
 from sae_rl.rewards.pool import Rewards
-from sae_rl.rewards.verdict import Failed, Verdict
+from sae_rl.rewards.verdict import Failed
 from sae_rl.types import Rollout, gather_ragged, select
 
 Rows = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentSummary:
-    """How the run's segmenter cuts the responses; see `segment_stats`."""
-
-    per_response_mean: float
-    tokens_mean: float
-    opens_fraction: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +37,7 @@ class Summary:
     response_tokens_p50: float
     response_tokens_p95: float
     response_tokens_max: float
-    segments: SegmentSummary | None  # None: unknown, see `cut`
+    segments: Mapping[str, float] | None  # see `segment_stats`; None: unknown, see `cut`
 
     def metrics(self) -> dict[str, float]:
         """By the part of the metric's name after ``evaluation/``, or after the name of the data set."""
@@ -81,40 +62,11 @@ class Summary:
         }
         if self.segments is not None:
             found |= {
-                "segments_per_response_mean": self.segments.per_response_mean,
-                "segment_tokens_mean": self.segments.tokens_mean,
-                "opens_fraction": self.segments.opens_fraction,
+                "segments_per_response_mean": self.segments["per_response_mean"],
+                "segment_tokens_mean": self.segments["tokens_mean"],
+                "opens_fraction": self.segments["opens_fraction"],
             }
         return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
-    """The outcomes of n samples of each of P prompts."""
-
-    data_sets: list[str]  # (P,)
-    scores: Floats  # (P, n)
-    answers: Integers  # (P, n), see `numbered`
-    failed: Rows  # (P, n)
-    truncated: Rows  # (P, n)
-    lengths: Integers  # (P, n)
-
-    @staticmethod
-    def of(rollouts: Sequence[Rollout], rewards: Rewards, samples_per_prompt: int) -> Samples:
-        """``rollouts`` are prompt after prompt."""
-        shape = (-1, samples_per_prompt)
-        outcomes = rewards.outcomes
-        found = [outcome.answer if isinstance(outcome, Verdict) else None for outcome in outcomes]
-        return Samples(
-            data_sets=[rollout.prompt.task for rollout in rollouts[::samples_per_prompt]],
-            scores=np.array(rewards.scores, dtype=float).reshape(shape),
-            answers=np.array(
-                [numbered(found[i : i + samples_per_prompt]) for i in range(0, len(found), samples_per_prompt)]
-            ),
-            failed=np.array([isinstance(outcome, Failed) for outcome in outcomes]).reshape(shape),
-            truncated=np.array([rollout.finish_reason == "length" for rollout in rollouts]).reshape(shape),
-            lengths=np.array([rollout.token_ids.numel() for rollout in rollouts]).reshape(shape),
-        )
 
 
 def numbered(answers: Sequence[str | None]) -> list[int]:
@@ -123,41 +75,49 @@ def numbered(answers: Sequence[str | None]) -> list[int]:
     return [NO_ANSWER if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers]
 
 
-def summarize(samples: Samples, pass_score: float, segments: Segments | None) -> tuple[Summary, dict[str, Summary]]:
+def summarize(
+    rollouts: Sequence[Rollout], rewards: Rewards, n: int, pass_score: float, segments: Segments | None
+) -> tuple[Summary, dict[str, Summary]]:
     """The summary of all prompts together, each counted alike, and those of the data sets, in their order.
 
     maj@n of all prompts is over the data sets that have answers.
+
+    Args:
+        rollouts: n of each of P prompts, prompt after prompt.
     """
-    n = samples.scores.shape[1]
-    member = {
-        name: np.array([name == other for other in samples.data_sets]) for name in dict.fromkeys(samples.data_sets)
-    }
-    right, answered = samples.scores >= pass_score, samples.answers != NO_ANSWER
+    data_sets = np.array([rollout.prompt.task for rollout in rollouts[::n]])
+    member = {str(name): data_sets == name for name in dict.fromkeys(data_sets)}
+    scores = np.array(rewards.scores, dtype=float).reshape(-1, n)
+    failed = np.array([isinstance(outcome, Failed) for outcome in rewards.outcomes]).reshape(-1, n)
+    truncated = np.array([rollout.finish_reason == "length" for rollout in rollouts]).reshape(-1, n)
+    lengths = np.array([rollout.token_ids.numel() for rollout in rollouts]).reshape(-1, n)
+    answers = np.array([numbered(rewards.answers[i : i + n]) for i in range(0, len(rollouts), n)])
+    right, answered = scores >= pass_score, answers != NO_ANSWER
     every = np.ones(len(right), dtype=bool)
     votes = np.any([rows & answered[rows].any() for rows in member.values()], axis=0)
     ratios = {f"pass@{k}": (pass_at(right.sum(axis=1), n, k), every) for k in powers_up_to(n)} | {
-        "success": (samples.scores.mean(axis=1), every),
-        "maj_at_n": (majority(samples.answers, samples.scores) * votes, votes),
-        "truncated": (samples.truncated.mean(axis=1), every),
-        "failed": (samples.failed.mean(axis=1), every),
+        "success": (scores.mean(axis=1), every),
+        "maj_at_n": (majority(answers, scores) * votes, votes),
+        "truncated": (truncated.mean(axis=1), every),
+        "failed": (failed.mean(axis=1), every),
         "answered": (answered.mean(axis=1), every),
-        "response_tokens": (samples.lengths.mean(axis=1), every),
-        "right_tokens": ((samples.lengths * right).sum(axis=1), right.sum(axis=1)),
-        "wrong_tokens": ((samples.lengths * ~right).sum(axis=1), (~right).sum(axis=1)),
+        "response_tokens": (lengths.mean(axis=1), every),
+        "right_tokens": ((lengths * right).sum(axis=1), right.sum(axis=1)),
+        "wrong_tokens": ((lengths * ~right).sum(axis=1), (~right).sum(axis=1)),
     }
     columns = [np.stack([pair[side] for pair in ratios.values()], axis=1).astype(float) for side in (0, 1)]
 
     def summary_of(rows: Rows) -> Summary:
         found = dict(zip(ratios, estimates(columns[0][rows], columns[1][rows]), strict=True))
-        maj_at_n, lengths = found.pop("maj_at_n"), samples.lengths[rows]
+        maj_at_n = found.pop("maj_at_n")
         return Summary(
-            num_prompts=len(lengths),
+            num_prompts=int(rows.sum()),
             samples_per_prompt=n,
             pass_at={k: found.pop(f"pass@{k}") for k in powers_up_to(n)},
             maj_at_n=maj_at_n if votes[rows].any() else None,
-            response_tokens_p50=quantile(lengths, 0.5),
-            response_tokens_p95=quantile(lengths, 0.95),
-            response_tokens_max=float(lengths.max()),
+            response_tokens_p50=quantile(lengths[rows], 0.5),
+            response_tokens_p95=quantile(lengths[rows], 0.95),
+            response_tokens_max=float(lengths[rows].max()),
             segments=None if segments is None else _segment_summary(segments, rows, n),
             **found,
         )
@@ -165,13 +125,9 @@ def summarize(samples: Samples, pass_score: float, segments: Segments | None) ->
     return summary_of(every), {name: summary_of(rows) for name, rows in member.items()}
 
 
-def _segment_summary(segments: Segments, rows: Rows, n: int) -> SegmentSummary:
+def _segment_summary(segments: Segments, rows: Rows, n: int) -> dict[str, float]:
     """The segments of the responses to the prompts ``rows`` (P,)."""
     responses = torch.from_numpy(np.flatnonzero(rows.repeat(n)))
     opens = gather_ragged(segments.opens, segments.batch.offsets, responses)
     stats = segment_stats(select(segments.batch, responses), opens)
-    return SegmentSummary(
-        per_response_mean=stats["segment/per_response_mean"],
-        tokens_mean=stats["segment/tokens_mean"],
-        opens_fraction=stats["segment/opens_fraction"],
-    )
+    return {name: stats[f"segment/{name}"] for name in ("per_response_mean", "tokens_mean", "opens_fraction")}

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import decimal
-import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, TextIO
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, cast
 
-import sae_rl
 from sae_rl.reasoning_gym import lossless_json
 from sae_rl.reasoning_gym.tasks import knobs_at, make_dataset
 from sae_rl.seeds import derive_seed
@@ -122,14 +119,12 @@ class PuzzleProcess:
     """Draws problems of reasoning-gym in another process, which starts with the first call of `draw`."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._process: multiprocessing.process.BaseProcess | None = None
 
     def close(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.communicate()
-        if self._folder is not None:
+            self._process.join()
             self._folder.cleanup()
 
     def draw(self, source: Puzzles) -> list[Problem]:
@@ -139,44 +134,41 @@ class PuzzleProcess:
             BadKeys: as `draw_problems`.
             RuntimeError: the process ended.
         """
-        process = self._process = self._process or self._started()
-        assert process.stdin is not None and process.stdout is not None
-        print(json.dumps(asdict(source)), file=process.stdin, flush=True)
-        line = process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process that draws problems of {source.task} ended with {process.wait()}")
-        answer = json.loads(line)
-        if "bad_keys" in answer:
-            raise BadKeys(*answer["bad_keys"])
-        return [Problem(**problem) for problem in answer["problems"]]
+        if self._process is None:
+            self._process = self._started()
+        try:
+            self._connection.send(source)
+            drawn = self._connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            ended = f"the process that draws problems of {source.task} ended with {self._process.exitcode}"
+            raise RuntimeError(ended) from None
+        if isinstance(drawn, BadKeys):
+            raise drawn
+        return cast(list[Problem], drawn)
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _started(self) -> multiprocessing.process.BaseProcess:
         # codeio runs a program to draw a problem, and some of these programs write files.
         self._folder = tempfile.TemporaryDirectory(prefix="puzzles_", ignore_cleanup_errors=True)
-        path = os.pathsep.join([str(Path(sae_rl.__file__).parents[1]), *filter(None, sys.path)])
-        return subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=self._folder.name,
-            env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": path},
-        )
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, self._folder.name), daemon=True)
+        hashes = os.environ.get("PYTHONHASHSEED", "random")
+        os.environ["PYTHONHASHSEED"] = "0"  # read by the new interpreter
+        process.start()
+        os.environ["PYTHONHASHSEED"] = hashes
+        theirs.close()
+        return process
 
 
-def serve(requests: TextIO, answers: TextIO) -> None:
-    """Answers each request, a `Puzzles` as a line of JSON, with a line of JSON."""
-    for line in requests:
-        answer: dict[str, Any]
-        try:
-            answer = {"problems": [asdict(problem) for problem in draw_problems(Puzzles(**json.loads(line)))]}
-        except BadKeys as error:
-            answer = {"bad_keys": str(error).splitlines()}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    # Some tasks print while they draw. Their output must not reach the answers.
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as channel, open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        serve(sys.stdin, channel)
+def _serve(requests: Connection, folder: str) -> None:
+    """Answers each request, a `Puzzles`, with its problems or with BadKeys, until the other side closes."""
+    os.chdir(folder)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # some tasks print while they draw
+    with contextlib.suppress(EOFError):
+        while True:
+            source = requests.recv()
+            try:
+                requests.send(draw_problems(source))
+            except BadKeys as error:
+                requests.send(error)

@@ -87,10 +87,6 @@ METRICS: dict[str, Metric] = {
     "policy/positive_nll": Metric("nats", "sum of -log pi_theta over tokens of rewarded responses / all tokens"),
     "correction/weight_mean": Metric("", "mean importance weight pi_old / pi_rollout, after the cap"),
     "correction/capped_fraction": Metric("fraction", "tokens whose importance weight was truncated or masked"),
-    "policy/grad_norm": Metric("", "gradient norm before clipping, mean over updates"),
-    "policy/lr": Metric("", "learning rate of the last update"),
-    "policy/num_updates": Metric("", "optimizer updates of the step, skipped ones included"),
-    "policy/skipped_updates": Metric("", "optimizer updates skipped because of a non-finite gradient"),
     # the critic's update
     "critic/loss": Metric("", "critic loss per token"),
     "critic/clip_fraction": Metric("fraction", "tokens whose clipped error is the larger one"),
@@ -106,10 +102,6 @@ METRICS: dict[str, Metric] = {
         )
         for k in range(10)
     },
-    "critic/grad_norm": Metric("", "gradient norm before clipping, mean over updates"),
-    "critic/lr": Metric("", "learning rate of the last update"),
-    "critic/num_updates": Metric("", "optimizer updates of the step, skipped ones included"),
-    "critic/skipped_updates": Metric("", "optimizer updates skipped because of a non-finite gradient"),
     # critic pre-training; its step is the epoch
     "pretraining/epoch": Metric("", "passes over the rollouts of the initial policy"),
     "pretraining/loss": Metric("", "critic loss per token of the epoch"),
@@ -147,8 +139,6 @@ METRICS: dict[str, Metric] = {
     "time/score_s": Metric("s", "computing values and logprobs before the update", "score"),
     "time/advantage_s": Metric("s", "computing segments, advantages and returns", "advantage"),
     "time/update_s": Metric("s", "optimizer updates of policy and critic", "update"),
-    "time/policy_update_s": Metric("s", "the slowest rank's optimizer updates of the policy, a part of time/update_s"),
-    "time/critic_update_s": Metric("s", "the slowest rank's optimizer updates of the critic, a part of time/update_s"),
     "time/sync_s": Metric("s", "sending weights to the rollout engines and probing them", "sync"),
     "time/evaluate_s": Metric("s", "sampling and checking held-out prompts", "evaluate"),
     "time/checkpoint_s": Metric(
@@ -174,23 +164,26 @@ METRICS: dict[str, Metric] = {
         )
         for phase in ("", "generate_", "score_", "update_")
     },
-    **{
-        name: metric
-        for role in ("policy", "critic")
-        for name, metric in {
-            f"throughput/{role}_update_tflops": Metric(
-                "TFLOP/s", f"model FLOPs of a rank's forward and backward passes / time/{role}_update_s"
-            ),
-            f"throughput/{role}_mfu": Metric("fraction", f"throughput/{role}_update_tflops / cluster.peak_tflops"),
-            f"throughput/{role}_padding_fraction": Metric(
-                "fraction",
-                "positions of the update's passes without a sequence, or with one repeated to keep ranks in step",
-            ),
-        }.items()
-    },
-    "memory/policy_peak_gb": Metric("GiB", "peak memory of the policy's largest rank"),
-    "memory/critic_peak_gb": Metric("GiB", "peak memory of the critic's largest rank"),
 }
+for role in ("policy", "critic"):
+    METRICS |= {
+        f"{role}/grad_norm": Metric("", "gradient norm before clipping, mean over updates"),
+        f"{role}/lr": Metric("", "learning rate of the last update"),
+        f"{role}/num_updates": Metric("", "optimizer updates of the step, skipped ones included"),
+        f"{role}/skipped_updates": Metric("", "optimizer updates skipped because of a non-finite gradient"),
+        f"time/{role}_update_s": Metric(
+            "s", f"the slowest rank's optimizer updates of the {role}, a part of time/update_s"
+        ),
+        f"throughput/{role}_update_tflops": Metric(
+            "TFLOP/s", f"model FLOPs of a rank's forward and backward passes / time/{role}_update_s"
+        ),
+        f"throughput/{role}_mfu": Metric("fraction", f"throughput/{role}_update_tflops / cluster.peak_tflops"),
+        f"throughput/{role}_padding_fraction": Metric(
+            "fraction",
+            "positions of the update's passes without a sequence, or with one repeated to keep ranks in step",
+        ),
+        f"memory/{role}_peak_gb": Metric("GiB", f"peak memory of the {role}'s largest rank"),
+    }
 
 # The phases of a step in the order of the loop. They do not overlap, and add up to time/step_s.
 PHASES = tuple(n for n, m in METRICS.items() if n.startswith("time/") and m.title and n != "time/step_s")
@@ -223,12 +216,9 @@ def check_names(names: Iterable[str]) -> None:
 
 def markdown_table() -> str:
     """The table for the docs."""
-    rows = [f"| `{name}` | {m.unit or '-'} | {_escape(m.meaning)} |" for name, m in METRICS.items()]
+    escaped = {name: metric.meaning.replace("|", "\\|") for name, metric in METRICS.items()}
+    rows = [f"| `{name}` | {METRICS[name].unit or '-'} | {meaning} |" for name, meaning in escaped.items()]
     return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows]) + "\n"
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def show(value: float, unit: str = "") -> str:
@@ -238,12 +228,7 @@ def show(value: float, unit: str = "") -> str:
     if unit == "fraction":
         return f"{100 * value:.1f} %"
     size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size >= 100:
-        return f"{value:.0f}"
-    if size >= 10:
-        return f"{value:.1f}"
-    if size >= 0.01 or size == 0:
-        return f"{value:.3f}" if size < 1 else f"{value:.2f}"
-    return f"{value:.1e}"
+    if 0 < size < 0.01:
+        return f"{value:.1e}"
+    decimals = 3 if size < 1 else max(0, 3 - len(str(int(size))))
+    return f"{value:,.{decimals}f}"

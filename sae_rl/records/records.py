@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import netrc
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
-from urllib.parse import urlsplit
 
 from torch import Tensor
 
@@ -63,35 +60,29 @@ class Records:
         self._config, self._run_dir = config, run_dir
         starts = first_steps(first_step, resumed or first_step > 0)
         run_dir.mkdir(parents=True, exist_ok=True)
-        for step, file in rollout_files(run_dir):
-            if step >= first_step:
-                file.unlink()
-        for step, file in step_samples(run_dir):
-            if step >= starts["evaluation"]:
-                file.unlink()
-        with ExitStack() as stack:
-            self._terminal = Terminal(config, first_step)
-            stack.callback(self._terminal.close)
-            self._sinks: list[Sink] = [self._terminal]
-            logger = config.logger
-            if logger.jsonl:
-                self._add(stack, Jsonl(run_dir / "metrics.jsonl", starts))
-            if logger.tensorboard:
-                self._add(stack, TensorBoard(run_dir / "tensorboard", starts))
-            if logger.wandb != "off":
-                self._add(stack, Wandb(config, run_dir, self.note))
+        repeated = [file for step, file in rollout_files(run_dir) if step >= starts["train"]]
+        repeated += [file for step, file in step_samples(run_dir) if step >= starts["evaluation"]]
+        for file in repeated:
+            file.unlink()
+        self._terminal = Terminal(config, first_step)
+        with ExitStack() as stack:  # closes the sinks that were opened before one that fails
+            self._sinks = [stack.enter_context(closing(sink)) for sink in self._open(starts)]
             self._stack = stack.pop_all()
 
-    def _add(self, stack: ExitStack, sink: Sink) -> None:
-        stack.callback(sink.close)
-        self._sinks.append(sink)
+    def _open(self, starts: Mapping[Phase, float]) -> Iterator[Sink]:
+        yield self._terminal
+        logger = self._config.logger
+        if logger.jsonl:
+            yield Jsonl(self._run_dir / "metrics.jsonl", starts)
+        if logger.tensorboard:
+            yield TensorBoard(self._run_dir / "tensorboard", starts)
+        if logger.wandb != "off":
+            yield Wandb(self._config, self._run_dir, self.note)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def log(self, step: int, metrics: Mapping[str, float], phase: Phase = "train") -> None:
@@ -147,14 +138,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().split("\n")
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            rows.append(json.loads(line))
+            rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline behind it: the writer was killed
-                break
-            raise ValueError(f"{path}, line {number} is no JSON ({error}); remove that line") from error
+            if number < len(lines):  # the last line has no newline behind it
+                raise ValueError(f"{path}, line {number} is no JSON ({error}); remove that line") from error
     return rows
 
 
@@ -200,7 +188,7 @@ class Wandb:
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
-        try:
+        with self._off_after_a_failure():
             self._run = wandb.init(
                 project=config.logger.wandb_project,
                 name=config.name,
@@ -214,43 +202,34 @@ class Wandb:
             # wandb's own step cannot decrease, as it would on resuming and after pre-training
             self._run.define_metric("*", step_metric="step")
             self._run.define_metric("pretraining/*", step_metric="pretraining/epoch")
-        except self._errors as error:
-            self._give_up(error)
 
     def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
         axis = {} if phase == "pretraining" else {"step": step}
-        self._try(lambda run: run.log({**metrics, **axis}))
+        with self._off_after_a_failure():
+            if self._run is not None:
+                self._run.log({**metrics, **axis})
 
     def close(self) -> None:
-        self._try(lambda run: run.finish())
+        with self._off_after_a_failure():
+            if self._run is not None:
+                self._run.finish()
 
-    def _try(self, call: Callable[[wandb.Run], None]) -> None:
-        if self._run is None:
-            return
+    @contextmanager
+    def _off_after_a_failure(self) -> Iterator[None]:
         try:
-            call(self._run)
+            yield
         except self._errors as error:
-            self._give_up(error)
-
-    def _give_up(self, error: BaseException) -> None:
-        self._run = None
-        self._warn(f"wandb failed and is off from here on; the run goes on: {type(error).__name__}: {error}")
+            self._run = None
+            self._warn(f"wandb failed and is off from here on; the run goes on: {type(error).__name__}: {error}")
 
 
 def _wandb_mode(choice: Literal["auto", "offline", "off"]) -> Literal["online", "offline"] | None:
-    """wandb's mode; None leaves the choice to the environment variable WANDB_MODE."""
-    if choice == "auto" and os.environ.get("WANDB_MODE"):
+    """wandb's mode: online if wandb finds an API key. None leaves the choice to the environment variable WANDB_MODE."""
+    from wandb.sdk.lib.wbauth.wbnetrc import read_netrc_auth
+
+    if choice != "auto":
+        return "offline"
+    if os.environ.get("WANDB_MODE"):
         return None
-    return "online" if choice == "auto" and _has_wandb_key() else "offline"
-
-
-def _has_wandb_key() -> bool:
-    """Whether wandb would find an API key. The key is not read."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(file).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return "online" if os.environ.get("WANDB_API_KEY") or read_netrc_auth(host=host) else "offline"

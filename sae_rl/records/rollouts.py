@@ -6,7 +6,7 @@ A file holds everything that a training step learns from, so that `read_step` re
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,34 +34,44 @@ def step_files(folder: Path) -> list[tuple[int, Path]]:
 
 def write_rollouts(run_dir: Path, record: StepRecord) -> Path:
     """Writes the responses of one step and returns the file."""
-    rollouts, scores, opens = record.rollouts, record.scores, record.opens
-    offsets = offsets_of([r.token_ids.numel() for r in rollouts])
+    rollouts, scores = record.rollouts, record.scores
     flat = {
-        "token_ids": torch.cat([r.token_ids for r in rollouts]).int(),
-        "rollout_logprobs": torch.cat([r.rollout_logprobs for r in rollouts]).float(),
-        "policy_versions": torch.cat([r.policy_versions for r in rollouts]).int(),
-        "action_mask": torch.cat([r.dense_action_mask for r in rollouts]),
-        "old_logprobs": scores.old_logprobs.float(),
-        "values": None if scores.values is None else scores.values.float(),  # None: the estimator needs no critic
-        "advantages": record.targets.advantages.float(),
-        "opens": opens if opens.dtype == torch.bool else opens.float(),  # a soft segmenter gives weights
+        "rollout_logprobs": torch.cat([r.rollout_logprobs for r in rollouts]),
+        "policy_versions": torch.cat([r.policy_versions for r in rollouts]),
+        "old_logprobs": scores.old_logprobs,
+        "values": scores.values,  # None: the estimator needs no critic
+        "advantages": record.targets.advantages,
+        "opens": record.opens,
     }
     columns = {
         "step": pa.array([record.step] * len(rollouts), pa.int32()),
-        "prompt_id": pa.array([r.prompt.id for r in rollouts]),
-        "prompt": pa.array([r.prompt.text for r in rollouts]),
         "prompt_token_ids": pa.array([list(r.prompt.token_ids) for r in rollouts], pa.list_(pa.int32())),
-        "answer": pa.array([r.prompt.answer for r in rollouts]),
         "task": pa.array([r.prompt.task for r in rollouts]),
-        "verifier": pa.array([r.prompt.reward for r in rollouts]),
-        "sample": pa.array([r.sample for r in rollouts], pa.int32()),
         "text": pa.array([r.text for r in rollouts]),
         "reward": pa.array(record.rewards, pa.float32()),
         "why": pa.array(record.reasons, pa.string()),
+    }
+    columns |= response_columns(rollouts, flat)
+    return write_table(run_dir / FOLDER / f"step_{record.step:06d}.parquet", columns)
+
+
+def response_columns(rollouts: Sequence[Rollout], flat: Mapping[str, Tensor | None]) -> dict[str, pa.Array]:
+    """The columns of every recording of responses, and ``flat`` (N,) values of their tokens."""
+    offsets = offsets_of([r.token_ids.numel() for r in rollouts])
+    tokens = {
+        "token_ids": torch.cat([r.token_ids for r in rollouts]),
+        "action_mask": torch.cat([r.dense_action_mask for r in rollouts]),
+    }
+    return {
+        "prompt_id": pa.array([r.prompt.id for r in rollouts]),
+        "prompt": pa.array([r.prompt.text for r in rollouts]),
+        "answer": pa.array([r.prompt.answer for r in rollouts]),
+        "verifier": pa.array([r.prompt.reward for r in rollouts]),
+        "sample": pa.array([r.sample for r in rollouts], pa.int32()),
         "finish_reason": pa.array([r.finish_reason for r in rollouts]),
         "temperature": pa.array([r.temperature for r in rollouts], pa.float32()),
-    } | {name: ragged(values, offsets) for name, values in flat.items()}
-    return write_table(run_dir / FOLDER / f"step_{record.step:06d}.parquet", columns)
+        **{name: ragged(values, offsets) for name, values in (tokens | {**flat}).items()},
+    }
 
 
 def write_table(file: Path, columns: Mapping[str, pa.Array]) -> Path:
@@ -115,9 +125,10 @@ def _rollout(row: dict[str, Any]) -> Rollout:
 
 
 def ragged(values: Tensor | None, offsets: Tensor) -> pa.Array:
-    """Flat (N,) and offsets (B+1,) -> B lists, without a copy per response; 64-bit, since N may exceed 2^31."""
-    num_rows = offsets.numel() - 1
+    """Flat (N,) and offsets (B+1,) -> B lists of 32-bit numbers or booleans, with 64-bit offsets, since N may exceed 2^31."""
     if values is None:
-        return pa.nulls(num_rows, pa.large_list(pa.float32()))
+        return pa.nulls(offsets.numel() - 1, pa.large_list(pa.float32()))
     assert values.shape == (int(offsets[-1]),), f"{tuple(values.shape)} values for {int(offsets[-1])} tokens"
+    if values.dtype != torch.bool:
+        values = values.float() if values.is_floating_point() else values.int()
     return pa.LargeListArray.from_arrays(offsets.numpy(), values.detach().cpu().numpy())

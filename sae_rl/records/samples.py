@@ -13,10 +13,10 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from sae_rl.records.rollouts import ragged, step_files, write_table
+from sae_rl.records.rollouts import response_columns, step_files, write_table
 from sae_rl.rewards.pool import Rewards
-from sae_rl.rewards.verdict import Failed, Verdict
-from sae_rl.types import Rollout, offsets_of
+from sae_rl.rewards.verdict import Failed
+from sae_rl.types import Rollout
 
 FOLDER = "evaluation"
 
@@ -36,33 +36,20 @@ def write_samples(file: Path, rollouts: Sequence[Rollout], rewards: Rewards, ope
     Args:
         opens: (T,) for each response; None: unknown, and null in the file.
     """
-    offsets = offsets_of([r.token_ids.numel() for r in rollouts])
-    outcomes = rewards.outcomes
-    split = None if opens is None else torch.cat(list(opens))
+    flat = {
+        "logprobs": torch.cat([r.rollout_logprobs for r in rollouts]),
+        "opens": None if opens is None else torch.cat(list(opens)),
+    }
     columns = {
         "data_set": pa.array([r.prompt.task for r in rollouts]),
-        "prompt_id": pa.array([r.prompt.id for r in rollouts]),
-        "prompt": pa.array([r.prompt.text for r in rollouts]),
-        "answer": pa.array([r.prompt.answer for r in rollouts]),
-        "verifier": pa.array([r.prompt.reward for r in rollouts]),
-        "sample": pa.array([r.sample for r in rollouts], pa.int32()),
         "response": pa.array([r.text for r in rollouts]),
         "score": pa.array(rewards.scores, pa.float64()),
         "why": pa.array(rewards.reasons, pa.string()),
-        "extracted_answer": pa.array(
-            [outcome.answer if isinstance(outcome, Verdict) else None for outcome in outcomes], pa.string()
-        ),
-        "failed": pa.array([isinstance(outcome, Failed) for outcome in outcomes]),
-        "finish_reason": pa.array([r.finish_reason for r in rollouts]),
+        "extracted_answer": pa.array(rewards.answers, pa.string()),
+        "failed": pa.array([isinstance(outcome, Failed) for outcome in rewards.outcomes]),
         "num_tokens": pa.array([r.token_ids.numel() for r in rollouts], pa.int32()),
-        "temperature": pa.array([r.temperature for r in rollouts], pa.float32()),
-        "token_ids": ragged(torch.cat([r.token_ids for r in rollouts]).int(), offsets),
-        "logprobs": ragged(torch.cat([r.rollout_logprobs for r in rollouts]).float(), offsets),
-        "action_mask": ragged(torch.cat([r.dense_action_mask for r in rollouts]), offsets),
-        # a soft segmenter gives weights
-        "opens": ragged(split if split is None or split.dtype == torch.bool else split.float(), offsets),
     }
-    return write_table(file, columns)
+    return write_table(file, columns | response_columns(rollouts, flat))
 
 
 def read_samples(file: Path, columns: Sequence[str] | None = None) -> pa.Table:

@@ -13,8 +13,7 @@ from rich.text import Text
 from sae_rl.config.schema import Config
 from sae_rl.records.metrics import METRICS, PHASES, Phase, data_set_of, show
 
-# label: (metric, width)
-COLUMNS = {
+COLUMNS = {  # label: (metric, width)
     "reward": ("rollout/reward_mean", 6),
     "tokens": ("rollout/tokens_mean", 5),
     "segments": ("segment/per_response_mean", 5),
@@ -22,18 +21,27 @@ COLUMNS = {
     "kl": ("policy/approx_kl", 7),
     "clipped": ("policy/clip_fraction", 6),
 }
+PRETRAINING_COLUMNS = {
+    "loss": ("pretraining/loss", 0),
+    "explained variance": ("pretraining/train_explained_variance", 0),
+    "held out": ("pretraining/explained_variance", 0),
+}
+
+
+def console(*, plain: bool, quiet: bool = False) -> Console:
+    """A console. It writes no control codes if ``plain``, or if the output is a file or a pipe."""
+    colourful = Console(highlight=False, soft_wrap=True, quiet=quiet)
+    if colourful.is_terminal and not plain:
+        return colourful
+    return Console(highlight=False, soft_wrap=True, quiet=quiet, no_color=True, force_terminal=False)
 
 
 class Terminal:
-    """The console: for each step a line of metrics and a line of times, above a progress bar."""
+    """The console of a run: for each step a line of metrics and a line of times, above a progress bar."""
 
     def __init__(self, config: Config, first_step: int) -> None:
-        self._mode = config.logger.console
-        self._console = Console(highlight=False, soft_wrap=True)
-        if self._mode == "rich" and not self._console.is_terminal:
-            self._mode = "plain"  # a file or a pipe: no control codes
-        if self._mode == "plain":
-            self._console = Console(highlight=False, soft_wrap=True, no_color=True, force_terminal=False)
+        mode = config.logger.console
+        self._console = console(plain=mode != "rich", quiet=mode == "off")
         self._width = len(str(max(config.steps - 1, 0)))
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -48,55 +56,45 @@ class Terminal:
             refresh_per_second=2,
             speed_estimate_period=3600.0,  # rich's 30 s may hold less than one step
             expand=True,
+            disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task(config.name, total=config.steps, completed=first_step)
-        if self._mode == "rich":
-            self._progress.start()
+        self._progress.start()
 
     def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
         first, *rest = lines_of(metrics, phase)
         title = f"step {step:>{self._width}}" if phase != "pretraining" else f"critic pre-training, epoch {step}"
-        self._print(Text.assemble((title, "bold cyan"), "  ", first))
+        self._console.print(Text.assemble((title, "bold cyan"), "  ", first))
         if phase == "train":
             self._progress.update(self._task, completed=step + 1)
-            rest = [*rest, *self._remaining()]
+            left_s = self._progress.tasks[0].time_remaining
+            if self._progress.disable and left_s is not None:
+                rest.append(f"{timedelta(seconds=round(left_s))} left")
         if rest:
-            self._print(Text(" " * len(title) + "  " + ", ".join(rest), style="dim"))
-
-    def _remaining(self) -> list[str]:
-        """The time left, as plain text; the progress bar of the rich console shows it itself."""
-        seconds = self._progress.tasks[0].time_remaining
-        if self._mode != "plain" or seconds is None:
-            return []
-        return [f"{timedelta(seconds=round(seconds))} left"]
+            self._console.print(Text(" " * len(title) + "  " + ", ".join(rest), style="dim"))
 
     def note(self, text: str) -> None:
-        self._print(Text(text))
-
-    def _print(self, text: Text) -> None:
-        if self._mode != "off":
-            self._console.print(text)
+        self._console.print(Text(text))
 
     def close(self) -> None:
-        if self._mode == "rich":
-            self._progress.stop()
+        self._progress.stop()
 
 
 def lines_of(metrics: Mapping[str, float], phase: Phase) -> list[str]:
     """The lines for one call of `Records.log`; there is always a first one."""
     if phase == "train":
-        return [summary(metrics), *filter(None, [timing(metrics)])]
+        return [columns(metrics, COLUMNS), *filter(None, [timing(metrics)])]
     if phase == "evaluation":
         data_sets = dict.fromkeys(filter(None, map(data_set_of, metrics)))
         return [evaluation(metrics), *(f"{name} {success(metrics, f'{name}/')}" for name in data_sets)]
-    return [pretraining(metrics)]
+    return [columns(metrics, PRETRAINING_COLUMNS)]
 
 
-def summary(metrics: Mapping[str, float]) -> str:
-    """The main metrics of a step, in columns of fixed width so that steps line up. Missing metrics are left out."""
+def columns(metrics: Mapping[str, float], shown: Mapping[str, tuple[str, int]]) -> str:
+    """Metrics in columns of fixed width, so that steps line up. Missing metrics are left out."""
     return "  ".join(
-        f"{label} {show(metrics[name], METRICS[name].unit):>{width}}"
-        for label, (name, width) in COLUMNS.items()
+        f"{label} {show(metrics[name], METRICS[name].unit).rjust(width)}"
+        for label, (name, width) in shown.items()
         if name in metrics
     )
 
@@ -130,12 +128,3 @@ def success(metrics: Mapping[str, float], data_set: str = "") -> str:
     """avg@n and its interval; ``data_set`` is empty or ends with a slash."""
     mean, low, high = (metrics.get(f"evaluation/{data_set}success_{end}", math.nan) for end in ("mean", "low", "high"))
     return f"{show(mean)} [{show(low)}, {show(high)}]"
-
-
-def pretraining(metrics: Mapping[str, float]) -> str:
-    shown = {
-        "loss": "pretraining/loss",
-        "explained variance": "pretraining/train_explained_variance",
-        "held out": "pretraining/explained_variance",
-    }
-    return "  ".join(f"{label} {show(metrics[name])}" for label, name in shown.items() if name in metrics)

@@ -37,6 +37,11 @@ class Rewards:
         return [each.why for each in self.outcomes]
 
     @property
+    def answers(self) -> list[str | None]:
+        """The answer that each verifier found in its response."""
+        return [each.answer if isinstance(each, Verdict) else None for each in self.outcomes]
+
+    @property
     def failures(self) -> list[str]:
         """The reason of each failed check."""
         return [each.why for each in self.outcomes if isinstance(each, Failed)]

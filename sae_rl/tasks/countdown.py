@@ -13,7 +13,8 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import permutations, product
 
-from sae_rl.tasks.task import Problem, Split, draw_from_split
+from sae_rl.knobs import Knobs, integer, number
+from sae_rl.tasks.task import Problem, Split, check_at_most, draw_from_split
 
 OPERATIONS = ("+", "-", "*")
 LARGEST = 99  # results outside 0..LARGEST have no word
@@ -22,33 +23,22 @@ ATTEMPT_WORDS = 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Countdown:
+class Countdown(Knobs):
     """The task with its knobs. ``greedy_fraction`` sets how good its demonstrations are."""
 
-    num_numbers: int = 5
-    max_number: int = 9
-    min_target: int = 10
-    max_target: int = 60
-    near: int = 2  # the largest rewarded distance
-    max_attempts: int = 5
-    greedy_fraction: float = 0.0  # share of demonstrated attempts that are the best possible; the others are random
+    num_numbers: int = integer(5, low=3, high=8)
+    max_number: int = integer(9, low=1, high=LARGEST)
+    min_target: int = integer(10, low=0)
+    max_target: int = integer(60, low=0, high=LARGEST)
+    near: int = integer(2, low=0)  # the largest rewarded distance
+    max_attempts: int = integer(5, low=1)
+    # The share of demonstrated attempts that are the best possible; the others are random.
+    greedy_fraction: float = number(0.0, low=0, high=1)
 
     name = "countdown"
-    reward = "countdown"
 
-    def __post_init__(self) -> None:
-        checks = {
-            "num_numbers": (3 <= self.num_numbers <= 8, "3 to 8"),
-            "max_number": (1 <= self.max_number <= LARGEST, f"1 to {LARGEST}"),
-            "min_target": (0 <= self.min_target <= self.max_target, f"0 to max_target = {self.max_target}"),
-            "max_target": (self.max_target <= LARGEST, f"at most {LARGEST}"),
-            "near": (self.near >= 0, "at least 0"),
-            "max_attempts": (self.max_attempts >= 1, "at least 1"),
-            "greedy_fraction": (0 <= self.greedy_fraction <= 1, "0 to 1"),
-        }
-        for knob, (ok, allowed) in checks.items():
-            if not ok:
-                raise ValueError(f"countdown.{knob}: found {getattr(self, knob)}, allowed: {allowed}")
+    def check_together(self) -> None:
+        check_at_most(self, min_target="max_target")
 
     def words(self) -> tuple[str, ...]:
         return (*NUMBERS, *OPERATIONS, "=", ",", ":", ";", "to")

@@ -18,44 +18,31 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sae_rl.tasks.task import Problem, Split, draw_from_split
+from sae_rl.knobs import Knobs, integer, number
+from sae_rl.tasks.task import Problem, Split, check_at_most, draw_from_split
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
+class Level(Knobs):
     """The task with its knobs. ``random_fraction`` and ``temperature`` set how good its demonstrations are."""
 
-    num_steps: int = 12
-    need: int = 6  # steps that must end inside the band for a reward
-    band: int = 2
-    limit: int = 12
-    min_drift: int = 2
-    max_drift: int = 7
+    num_steps: int = integer(12, low=1)
+    need: int = integer(6, low=0)  # steps that must end inside the band for a reward
+    band: int = integer(2, low=0)
+    limit: int = integer(12, low=1)
+    min_drift: int = integer(2, low=1)
+    max_drift: int = integer(7, low=1)
     actions: tuple[int, ...] = (-8, -5, -3, -1, 1, 3, 5, 8)
-    random_fraction: float = 0.4  # share of demonstrated actions that are uniform
-    temperature: float = 4.0  # the other actions follow softmax(-|level after| / temperature)
+    random_fraction: float = number(0.4, low=0, high=1)  # share of demonstrated actions that are uniform
+    # The other demonstrated actions follow softmax(-|level after| / temperature).
+    temperature: float = number(4.0, low=0, above_low=True)
 
     name = "level"
-    reward = "level"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "actions", tuple(self.actions))
-        checks = {
-            "num_steps": (self.num_steps >= 1, "at least 1"),
-            "need": (0 <= self.need <= self.num_steps, f"0 to num_steps = {self.num_steps}"),
-            "band": (0 <= self.band <= self.limit, f"0 to limit = {self.limit}"),
-            "limit": (self.limit >= 1, "at least 1"),
-            "min_drift": (1 <= self.min_drift <= self.max_drift, f"1 to max_drift = {self.max_drift}"),
-            "actions": (
-                0 < len(self.actions) == len(set(self.actions)) and 0 not in self.actions,
-                "distinct numbers other than 0",
-            ),
-            "random_fraction": (0 <= self.random_fraction <= 1, "0 to 1"),
-            "temperature": (self.temperature > 0, "above 0"),
-        }
-        for knob, (ok, allowed) in checks.items():
-            if not ok:
-                raise ValueError(f"level.{knob}: found {getattr(self, knob)}, allowed: {allowed}")
+    def check_together(self) -> None:
+        check_at_most(self, need="num_steps", band="limit", min_drift="max_drift")
+        if not 0 < len(self.actions) == len(set(self.actions)) or 0 in self.actions:
+            raise ValueError(f"Level.actions = {self.actions}, but it must be distinct numbers other than 0")
 
     def words(self) -> tuple[str, ...]:
         sizes = range(self.min_drift, self.max_drift + 1)

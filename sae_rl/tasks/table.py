@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from sae_rl.settings import describe
+from sae_rl.settings import describe, nearest
 from sae_rl.tasks.countdown import Countdown
 from sae_rl.tasks.level import Level
 from sae_rl.tasks.task import Task
@@ -22,8 +22,9 @@ def knobs_of(name: str) -> list[str]:
 
 
 def make_task(name: str, knobs: Mapping[str, Any]) -> Task:
-    """The task with these knobs, which must be in `knobs_of`. Raises ValueError for a wrong type or range."""
-    assert knobs.keys() <= set(knobs_of(name)), "pydantic would ignore unknown knobs"
+    """The task with these knobs. Raises ValueError for an unknown knob, a wrong type or a wrong range."""
+    for unknown in knobs.keys() - set(knobs_of(name)):  # pydantic would ignore them
+        raise ValueError(f"{name} has no knob {unknown!r}, {nearest(unknown, knobs_of(name))}")
     try:
         task: Task = TypeAdapter(TASKS[name]).validate_python(dict(knobs))
     except ValidationError as error:

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from sae_rl.settings import BadKeys
 
@@ -28,16 +28,12 @@ class Problem:
 class Task(Protocol):
     """Problems that a program writes and a program checks.
 
-    Prompts and responses are words separated by single spaces.
+    Prompts and responses are words separated by single spaces. The verifier is that of the same name in
+    `sae_rl.rewards.table.READY`.
     """
 
     @property
     def name(self) -> str: ...
-
-    @property
-    def reward(self) -> str:
-        """The name of its verifier in `sae_rl.rewards.table.READY`."""
-        ...
 
     def words(self) -> tuple[str, ...]:
         """The vocabulary of prompts and responses, in the order of token ids."""
@@ -50,6 +46,14 @@ class Task(Protocol):
     def demonstration(self, problem: Problem, rng: random.Random) -> str:
         """A response in the right format, as good as a base policy should be."""
         ...
+
+
+def check_at_most(task: Any, **limits: str) -> None:
+    """Raises ValueError if a knob, ``knob="limit"``, is above the knob that limits it."""
+    for knob, limit in limits.items():
+        found, allowed = getattr(task, knob), getattr(task, limit)
+        if found > allowed:
+            raise ValueError(f"{type(task).__name__}.{knob} = {found}, but it must be at most {limit} = {allowed}")
 
 
 def split_of(key: str) -> Split:

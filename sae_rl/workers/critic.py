@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import Tensor
 
 from sae_rl.algo.losses import LossSum, ValueLoss
 from sae_rl.backends.deepspeed import Rank
-from sae_rl.backends.models import CriticNetwork, export_critic, load_causal_lm
+from sae_rl.backends.models import CriticNetwork, load_causal_lm
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import Config, LearnerConfig, ModelConfig
@@ -99,7 +97,3 @@ class CriticWorker(LearnerWorker):
             self._learner.schedule.restart()
         else:
             self._learner.schedule.hold(lr)
-
-    def export(self, folder: Path) -> None:
-        """Writes the critic as a Hugging Face folder."""
-        self._export(export_critic, self._learner.network, folder)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,8 +14,6 @@ from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import LearnerConfig, ModelConfig
 from sae_rl.types import Batch
 from sae_rl.workers.group import Process
-
-Write = Callable[[Any, Iterable[tuple[str, Tensor]], str, Path], None]
 
 
 class LearnerWorker(Process):
@@ -66,11 +63,11 @@ class LearnerWorker(Process):
     def load(self, folder: Path) -> None:
         self._learner.load(folder)
 
-    def _export(self, write: Write, network: Any, folder: Path) -> None:
+    def export(self, folder: Path) -> None:
         """Writes a Hugging Face folder: all ranks gather the weights, rank 0 writes."""
         weights = self._learner.full_weights()
         if self._learner.rank.index == 0:
-            write(network, weights, self._model.path, folder)
+            self._learner.network.export(weights, self._model.path, folder)
         else:
             for _ in weights:
                 pass

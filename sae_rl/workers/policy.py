@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from sae_rl.algo.losses import LossSum, PolicyLoss, PolicyTokens
 from sae_rl.backends.deepspeed import Rank
 from sae_rl.backends.lora import add_adapters, without_adapters
-from sae_rl.backends.models import PolicyNetwork, export_causal_lm, load_causal_lm
+from sae_rl.backends.models import PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import Config, LearnerConfig, LoraConfig, ModelConfig
@@ -107,26 +106,21 @@ class PolicyWorker(LearnerWorker):
 
     def open_weight_transfer(self, engines: EngineClient, shares_gpus: bool, address: str, port: int) -> None:
         """Connects rank 0 with vLLM's worker processes; ``shares_gpus``: each rank with the engine on its GPU."""
-        from sae_rl.backends.weight_sender import Sender, trainer_init_info
+        from sae_rl.backends.weight_sender import Sender
 
-        self._engines, rank = engines, self._learner.rank
-        info = trainer_init_info(
-            rank.device,
+        self._engines = engines
+        self._sender = Sender(
+            self._learner,
+            engines,
             shares_gpus=shares_gpus,
-            rank=rank.index,
             address=address,
             port=port,
             world_size=1 + engines.num_processes,
             timeout_s=engines.timeout_s,
         )
-        self._sender = Sender(info, engines, self._learner)
 
     def send_weights(self, version: str) -> None:
         """Sends the weights to the connected engines. All ranks take part, since ZeRO-3 shards are gathered."""
         assert self._sender is not None, "open_weight_transfer comes first"
         self._engines.version = version
         self._sender.send()
-
-    def export(self, folder: Path) -> None:
-        """Writes the policy as a Hugging Face folder."""
-        self._export(export_causal_lm, self._learner.network.causal_lm, folder)

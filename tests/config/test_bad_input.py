@@ -280,7 +280,7 @@ def test_an_unknown_name_in_a_free_mapping(key: str, train: Callable[..., Outcom
 
 
 def test_a_bad_value_of_a_tasks_knob(train: Callable[..., Outcome]) -> None:
-    assert_refused(train("++task.train.knobs.need=99"), "task.train", "level.need", "99", "0 to num_steps = 12")
+    assert_refused(train("++task.train.knobs.need=99"), "task.train", "Level.need", "99", "at most num_steps = 12")
 
 
 def test_an_unknown_task(train: Callable[..., Outcome]) -> None:

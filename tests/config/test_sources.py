@@ -60,7 +60,7 @@ GYM = {"name": "reasoning_gym", "task": "chain_sum", "num_prompts": 5}
         ({**FILE, "knobs": {}}, "task.train has no 'knobs', which is a key of name: reasoning_gym, countdown, level;"),
         ({**LEVEL, "num_promts": 3}, "task.train has no 'num_promts', did you mean 'num_prompts'?"),
         ({**LEVEL, "knobs": {"nede": 3}}, "task.train.knobs has no 'nede', did you mean 'need'?"),
-        ({**LEVEL, "knobs": {"need": 99}}, "task.train.knobs: level.need: found 99, allowed: 0 to num_steps = 12"),
+        ({**LEVEL, "knobs": {"need": 99}}, "task.train.knobs: Level.need = 99, but it must be at most num_steps = 12"),
         ({"name": "level"}, "task.train.num_prompts is missing"),
         ({"name": "file", "path": "a"}, "task.train.reward is missing"),
         (

@@ -95,7 +95,7 @@ def test_splits_are_disjoint_and_reproducible() -> None:
 
 
 def test_knobs_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"countdown\.num_numbers: found 2, allowed: 3 to 8"):
+    with pytest.raises(ValueError, match=r"Countdown\.num_numbers = 2, but it must be an integer from 3 to 8"):
         Countdown(num_numbers=2)
     with pytest.raises(ValueError, match="no target from 97 to 97 can be reached"):
         Countdown(max_number=1, min_target=97, max_target=97).problem(0, "train", 0)

@@ -132,14 +132,14 @@ def test_splits_are_disjoint_whatever_the_seed() -> None:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"num_steps": 0}, "level.num_steps: found 0"),
-        ({"need": 13}, "level.need: found 13, allowed: 0 to num_steps = 12"),
-        ({"band": -1}, "level.band"),
-        ({"min_drift": 9}, "level.min_drift"),
-        ({"actions": (1, 0)}, "level.actions"),
-        ({"actions": ()}, "level.actions"),
-        ({"random_fraction": 1.5}, "level.random_fraction"),
-        ({"temperature": 0.0}, "level.temperature"),
+        ({"num_steps": 0}, "Level.num_steps = 0, but it must be an integer of at least 1"),
+        ({"need": 13}, "Level.need = 13, but it must be at most num_steps = 12"),
+        ({"band": -1}, "Level.band"),
+        ({"min_drift": 9}, "Level.min_drift"),
+        ({"actions": (1, 0)}, "Level.actions"),
+        ({"actions": ()}, "Level.actions"),
+        ({"random_fraction": 1.5}, "Level.random_fraction"),
+        ({"temperature": 0.0}, "Level.temperature"),
     ],
 )
 def test_knobs_are_checked(knobs: dict, message: str) -> None:

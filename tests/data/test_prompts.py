@@ -157,7 +157,7 @@ def test_an_overlong_prompt_is_cut_to_its_end(tmp_path: Path, caplog: pytest.Log
 def test_every_task_keeps_the_contract(make: type[Task]) -> None:
     task = make()
     assert TASKS[task.name] is make
-    assert task.reward in READY
+    assert task.name in READY
     tokenizer = build_tokenizer(task.words())
     prompts = load_prompts(procedural(task.name, num_prompts=50), tokenizer, 100)
     assert len({prompt.id for prompt in prompts}) == 50

@@ -175,7 +175,7 @@ def test_a_part_that_is_used_up_by_a_batch_catches_up_later() -> None:
 
 def test_a_mixture_needs_parts_with_weights() -> None:
     for weights in ({}, {"a": 0.0}, {"b": 1.0}):
-        with pytest.raises(ValueError, match="needs parts with a weight above 0 each"):
+        with pytest.raises(AssertionError, match="each part has a weight above 0"):
             MixtureSampler({"a": Sampler(prompts(2, "a"), 0)}, weights)
 
 
@@ -221,5 +221,5 @@ def test_a_mixture_tells_its_parts_their_own_scores() -> None:
     assert sampler.state()["levels"] == [3]
     with pytest.raises(ValueError, match="allowed: 1 to"):
         curriculum().next(8)
-    with pytest.raises(ValueError, match="needs levels and window_prompts >= 1"):
+    with pytest.raises(AssertionError):
         CurriculumSampler({}, 0, promote_at=0.5, window_prompts=1)

@@ -16,7 +16,7 @@ from sae_rl.algo import Segmenter
 from sae_rl.algo.segmenters import Entropy, FixedLength, LowProbability, Surprisal, Union
 from sae_rl.evaluation.evaluate import Evaluation
 from sae_rl.evaluation.segments import Segments, cut
-from sae_rl.evaluation.summary import Samples, Summary, summarize
+from sae_rl.evaluation.summary import Summary, summarize
 from sae_rl.records.metrics import check_names, data_set_of, metric_of
 from sae_rl.rewards.verdict import Failed, Verdict
 from sae_rl.types import Batch, Rollout, Sampling, Scores
@@ -79,16 +79,15 @@ def test_the_majority_is_of_data_sets_with_answers(evaluation: Evaluation) -> No
     assert elected(evaluation.by_data_set["sums"]) == pytest.approx(mean(expected))
     assert evaluation.by_data_set["hub/tales"].maj_at_n is None
     assert elected(evaluation.overall) == pytest.approx(mean(expected)), "prompts without answers do not count"
-    silent = Samples.of(evaluation.rollouts, without_answers(evaluation.rewards), N)
-    overall, by_data_set = summarize(silent, 1.0, None)
+    overall, by_data_set = summarize(evaluation.rollouts, without_answers(evaluation.rewards), N, 1.0, None)
     assert overall.maj_at_n is by_data_set["sums"].maj_at_n is None and "maj_at_n_mean" not in overall.metrics()
 
 
 def test_a_sample_passes_from_the_threshold_on(evaluation: Evaluation) -> None:
     scores = [0.0, 0.5, 0.5, 1.0]
     outcomes = [Verdict(scores[i % N], "", None) for i in range(len(evaluation.rollouts))]
-    samples = Samples.of(evaluation.rollouts, replace(evaluation.rewards, outcomes=list(outcomes)), N)
-    strict, lenient = (summarize(samples, threshold, None)[0] for threshold in (1.0, 0.5))
+    rewards = replace(evaluation.rewards, outcomes=list(outcomes))
+    strict, lenient = (summarize(evaluation.rollouts, rewards, N, threshold, None)[0] for threshold in (1.0, 0.5))
     assert (strict.pass_at[1].value, lenient.pass_at[1].value) == (0.25, 0.75)
     assert strict.success == lenient.success
 
@@ -133,9 +132,9 @@ def test_segments_are_those_of_the_runs_segmenter(evaluation: Evaluation, name: 
     found = evaluation.overall if name is None else evaluation.by_data_set[name]
     assert found.segments is not None and evaluation.opens is not None
     num_tokens, num_opens = sum(r.token_ids.numel() for r in rollouts), sum(sum(opened(r)) for r in rollouts)
-    assert found.segments.per_response_mean == pytest.approx(num_opens / len(rollouts))
-    assert found.segments.tokens_mean == pytest.approx(num_tokens / num_opens)
-    assert found.segments.opens_fraction == pytest.approx((num_opens - len(rollouts)) / (num_tokens - len(rollouts)))
+    assert found.segments["per_response_mean"] == pytest.approx(num_opens / len(rollouts))
+    assert found.segments["tokens_mean"] == pytest.approx(num_tokens / num_opens)
+    assert found.segments["opens_fraction"] == pytest.approx((num_opens - len(rollouts)) / (num_tokens - len(rollouts)))
     for rollout, opens in zip(evaluation.rollouts, evaluation.opens, strict=True):
         assert opens.tolist() == opened(rollout)
 
@@ -188,7 +187,7 @@ def test_soft_segments_keep_their_weights(tmp_path: Path) -> None:
     assert found.opens is not None and found.overall.segments is not None
     weights = [w for r in found.rollouts for w in [1.0, *(-r.rollout_logprobs[1:] / 1.6).clamp(0, 1).tolist()]]
     assert torch.cat(found.opens).tolist() == pytest.approx(weights)
-    assert found.overall.segments.per_response_mean == pytest.approx(sum(weights) / len(found.rollouts))
+    assert found.overall.segments["per_response_mean"] == pytest.approx(sum(weights) / len(found.rollouts))
 
 
 def test_tokens_that_nobody_sampled_open_nothing(evaluation: Evaluation) -> None:
@@ -209,11 +208,8 @@ def test_tokens_that_nobody_sampled_open_nothing(evaluation: Evaluation) -> None
 def test_the_order_of_prompts_and_samples_does_not_matter(evaluation: Evaluation) -> None:
     rollouts, outcomes = evaluation.rollouts, evaluation.rewards.outcomes
     order = [first + i for first in reversed(range(0, len(rollouts), N)) for i in (2, 0, 3, 1)]
-    other, _ = summarize(
-        Samples.of([rollouts[i] for i in order], replace(evaluation.rewards, outcomes=[outcomes[i] for i in order]), N),
-        1.0,
-        None,
-    )
+    rewards = replace(evaluation.rewards, outcomes=[outcomes[i] for i in order])
+    other, _ = summarize([rollouts[i] for i in order], rewards, N, 1.0, None)
 
     def values(summary: Summary) -> list[float]:
         means = [summary.success, *summary.pass_at.values(), summary.right_tokens]

@@ -239,7 +239,7 @@ def test_wandb_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert _wandb_mode("auto") == "offline"
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password none\n")
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {40 * 'k'}\n")
     (tmp_path / "netrc").chmod(0o600)
     assert _wandb_mode("auto") == "online" and _wandb_mode("offline") == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")

@@ -387,6 +387,12 @@ NEIGHBOURS: dict[str, list[Pair]] = {
         (r"\boxed{f'(x)}", "f(x)", False),
         (r"\boxed{x_{1}+1}", "x_1+1", True),
     ],
+    "domains": [
+        (r"\boxed{\sqrt{(x-3)(x-5)}}", r"\sqrt{x-3}\sqrt{x-5}", False),
+        (r"\boxed{\frac{\ln x}{\ln 2}}", r"\log_2 x", True),
+        (r"\boxed{\sqrt{x}\sqrt{x}}", "x", True),
+        (r"\boxed{-\sqrt{x}\sqrt{x}}", "x", False),
+    ],
     "alone": [  # a response that is only a formula, and real domains
         ("-1 + sqrt(3)", r"\sqrt{3}-1", True),
         ("(3*sqrt(5))/7", r"\frac{3\sqrt5}{7}", True),

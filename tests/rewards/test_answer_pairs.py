@@ -40,6 +40,7 @@ DELIBERATE = {
     ("test_open_thoughts", r"\boxed{1} papers and \boxed{2} bins", "$"): LAST_BOX,
     ("test_string_extraction", r"$1 - \frac{1}{\mathrm{e}}$", r"$1 + \frac{1}"): "1 - 1/e is not 1 + 1/e",
     ("test_boxed", r"$\\boxed{35 cm} ++++++ \\boxed{4}$", "$"): LAST_BOX,
+    ("test_math_extraction_additional_cases", "$(1,3)$", "${1,3}$"): "braces make a set, which is no tuple",
     ("test_latex_notation", "$10/9$", r"Answer $ \frac{1}{2} \$ ="): CONTRADICTION,
     ("test_relations_math", "$x = 11$", "$x = 5+5+1 = 7 =11$"): CONTRADICTION,
     ("test_relations_math", "$x = 1/3$", r"$x = 5+5+1 = 1/3"): CONTRADICTION,
@@ -147,7 +148,8 @@ def test_it_works_in_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == dict.fromkeys(range(4), [float(expected) for *_, expected in pairs])
+    scores = [float(expected) for *_, expected in pairs]
+    assert [found[thread] for thread in range(4)] == [scores] * 4
 
 
 BOMBS = {

@@ -36,7 +36,7 @@ def interrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> K
 def test_ctrl_c_ends_the_sampling_thread_and_every_process(interrupted: Killed) -> None:
     assert not interrupted.alive and interrupted.seconds < 10, [child.cmdline()[:3] for child in interrupted.alive]
     assert interrupted.returncode == 130
-    assert "the same command goes on" in interrupted.stderr and "Traceback" not in interrupted.stderr
+    assert "the same command continues" in interrupted.stderr and "Traceback" not in interrupted.stderr
     newest = checkpoint.newest(interrupted.output / "checkpoints")
     assert newest is not None and checkpoint.read_state(newest).step % STEPS == 0
 

@@ -216,6 +216,8 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setitem(COMMANDS, "train", terminated)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the command line does not handle SIGTERM"))
     done = sae_rl("train")
-    assert done.code == 130 and "the same command goes on" in done.stderr and "Traceback" not in done.stderr
+    signal.signal(signal.SIGTERM, before)
+    assert done.code == 130 and "the same command continues" in done.stderr and "Traceback" not in done.stderr
     assert not ray.is_initialized()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator
+from pydantic import field_validator
 
-from sae_rl.data.columns import LAYOUTS, Columns, answer_at, checked_text, prompt_at, text_at, value_at
+from sae_rl.data.columns import LAYOUTS, Columns, checked_text, prompt_at, value_at
 from sae_rl.data.loader import Loader
 from sae_rl.data.prompts import Record
 from sae_rl.data.rows import BrokenRow, Row, parse_rows, shown
 from sae_rl.data.sources.source import ShapedSource
-from sae_rl.settings import Positive, key_of
+from sae_rl.settings import Positive, nearest
 from sae_rl.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -23,13 +23,20 @@ logger = logging.getLogger(__name__)
 class FileSource(ShapedSource):
     name: Literal["file"]
     path: str
-    split: str | None = None  # of a Hugging Face data set with several splits
-    subset: str | None = None  # of a data set on the hub with several subsets, such as main of openai/gsm8k
-    layout: Annotated[str, AfterValidator(key_of(LAYOUTS))] = "own"
+    split: str | None = None  # needed for a Hugging Face data set with several splits
+    subset: str | None = None  # needed for a data set on the hub with several, such as main of openai/gsm8k
+    layout: str = "own"
     columns: Columns = Columns()
-    reward: str  # of rows that name none: a verifier of sae_rl.rewards.table, or package.module:function
+    reward: str  # for rows that name none: a verifier of sae_rl.rewards.table, or package.module:function
     duplicates: Literal["error", "drop"] = "error"  # rows that repeat the id, the prompt and the answer of another row
     num_prompts: Positive | None = None  # only the first so many; null: all
+
+    @field_validator("layout")
+    @classmethod
+    def _exists(cls, layout: str) -> str:
+        if layout not in LAYOUTS:
+            raise ValueError(f"found {layout!r}, {nearest(layout, LAYOUTS)}")
+        return layout
 
     def prompts(self, loader: Loader) -> list[Prompt]:
         return loader.load(self.path, self.reward, lambda: self._records(loader), self.num_prompts)
@@ -49,44 +56,39 @@ class _Reader:
     """Turns rows into records. It remembers ids, and the columns that no row had."""
 
     def __init__(self, source: FileSource, check_reward: Callable[[str], object]) -> None:
-        self._source, self._check_reward = source, check_reward
-        self._gold = LAYOUTS[source.layout].gold
-        self._columns = LAYOUTS[source.layout].names(source.columns)
-        self._task = Path(source.path).stem
+        self._source, self._check_reward, self._layout = source, check_reward, LAYOUTS[source.layout]
+        self._named: dict[str, str] = source.columns.model_dump(exclude_none=True)
+        self._columns = {name: name for name in Columns.model_fields} | self._layout.names | self._named
         self._first: dict[str, Record] = {}  # by id
         self._found: set[str] = set()  # optional columns that at least one row had
-        self._last: Row = {}
+        self._missing: dict[str, str] = {}  # optional column that some row lacks -> the line about it
         self.num_dropped = 0
 
     def __call__(self, row: Row, where: str) -> Record | None:
         """The record of a row, or None if the row is a duplicate to drop. Raises BrokenRow."""
-        self._last = row
-        columns, answer = self._columns, self._columns["answer"]
         record = Record(
             id=self._optional_text(row, "id", where),
-            prompt=self._source.shaped(prompt_at(row, columns["prompt"])),
-            answer=answer_at(row, answer) if self._gold is None else self._gold(text_at(row, answer)),
             reward=self._optional_text(row, "reward", self._source.reward),
-            task=self._optional_text(row, "task", self._task),
+            task=self._optional_text(row, "task", Path(self._source.path).stem),
+            prompt=self._source.shaped(prompt_at(row, self._columns["prompt"])),
+            answer=self._layout.answer_at(row, self._columns["answer"]),
             where=where,
         )
         if record.reward != self._source.reward:
             try:
                 self._check_reward(record.reward)
             except ValueError as error:
-                raise BrokenRow(f"{columns['reward']!r}: {str(error).removeprefix('reward: ')}") from error
+                raise BrokenRow(f"{self._columns['reward']!r}: {str(error).removeprefix('reward: ')}") from error
         first = self._first.setdefault(record.id, record)
         if first is record:
             return record
+        used = f"id {record.id!r} was used in {first.where} already"
         if (first.prompt, first.answer) != (record.prompt, record.answer):
             raise BrokenRow(
-                f"id {record.id!r} was used in {first.where} already, with another prompt or answer; make ids differ, or "
-                "name another column in columns.id"
+                f"{used}, with another prompt or answer; make ids differ, or name another column in columns.id"
             )
         if self._source.duplicates == "error":
-            raise BrokenRow(
-                f"id {record.id!r} was used in {first.where} already; make ids differ, or set duplicates to 'drop'"
-            )
+            raise BrokenRow(f"{used}; make ids differ, or set duplicates to 'drop'")
         self.num_dropped += 1
         return None
 
@@ -94,7 +96,8 @@ class _Reader:
         column = self._columns[name]
         try:
             value = value_at(row, column)
-        except BrokenRow:
+        except BrokenRow as error:
+            self._missing[name] = f"columns.{name}: {error}"
             return default
         self._found.add(name)
         if value is None:
@@ -105,11 +108,4 @@ class _Reader:
 
     def missing_columns(self) -> list[str]:
         """A line for each optional column that the source names and that no row has."""
-        problems = []
-        for name, column in self._source.columns.named().items():
-            if self._last and name in ("id", "reward", "task") and name not in self._found:
-                try:
-                    value_at(self._last, column)
-                except BrokenRow as error:
-                    problems.append(f"columns.{name}: {error}")
-        return problems
+        return [line for name, line in self._missing.items() if name in self._named and name not in self._found]

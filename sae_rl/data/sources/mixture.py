@@ -23,9 +23,11 @@ class MixtureSource(Source):
     @field_validator("parts", mode="before")
     @classmethod
     def _parts_have_names(cls, parts: Any) -> Any:
-        if isinstance(parts, Mapping) and not parts:
+        if not isinstance(parts, Mapping):
+            return parts  # pydantic refuses it
+        if not parts:
             raise ValueError("a mixture needs at least one part")
-        for name, part in parts.items() if isinstance(parts, Mapping) else ():
+        for name, part in parts.items():
             if "/" in str(name):
                 raise ValueError(
                     f"the name {name!r} of a part may not hold '/', which separates it from ids of prompts"
@@ -35,15 +37,13 @@ class MixtureSource(Source):
         return parts
 
     def prompts(self, loader: Loader) -> list[Prompt]:
-        loaders = {name: loader.of_part(name) for name in self.parts}
-        return [prompt for name, part in self.parts.items() for prompt in part.prompts(loaders[name])]
+        return [prompt for name, part in self.parts.items() for prompt in part.prompts(loader.of_part(name))]
 
     def sampler(self, loader: Loader, seed: int) -> PromptSampler | None:
         weights = {name: 1.0 if part.weight is None else part.weight for name, part in self.parts.items()}
-        total = sum(weights.values())
-        parts = {
-            name: part.sampler(loader.of_part(name, weights[name] / total), derive_seed(seed, name))
-            for name, part in self.parts.items()
-        }
-        loaded = {name: part for name, part in parts.items() if part is not None}
-        return MixtureSampler(loaded, weights) if len(loaded) == len(parts) else None
+        samplers: dict[str, PromptSampler] = {}
+        for name, part in self.parts.items():
+            of_part = loader.of_part(name, weights[name] / sum(weights.values()))
+            if sampler := part.sampler(of_part, derive_seed(seed, name)):
+                samplers[name] = sampler
+        return MixtureSampler(samplers, weights) if len(samplers) == len(weights) else None

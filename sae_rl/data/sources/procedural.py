@@ -38,18 +38,14 @@ class ProceduralSource(Source):
 
     def _records(self) -> tuple[list[Record], list[str]]:
         task = make_task(self.name, self.knobs)
+        reward = self.reward or task.name
         found: dict[str, Record] = {}  # by prompt
         index = barren = 0
         while len(found) < self.num_prompts:
             problem = task.problem(self.seed, self.split, index)
             id_ = f"{task.name}/{self.split}/{self.seed}/{index}"
             record = Record(
-                id=id_,
-                prompt=problem.prompt,
-                answer=problem.answer,
-                reward=self.reward or task.reward,
-                task=task.name,
-                where=id_,
+                id=id_, prompt=problem.prompt, answer=problem.answer, reward=reward, task=task.name, where=id_
             )
             barren = 0 if found.setdefault(problem.prompt, record) is record else barren + 1
             if barren == MAX_BARREN_DRAWS:

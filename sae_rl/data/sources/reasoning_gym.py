@@ -38,11 +38,11 @@ class CurriculumConfig(Section):
 
 class ReasoningGymSource(ShapedSource):
     name: Literal["reasoning_gym"]
-    task: str  # of reasoning-gym, such as chain_sum
+    task: str  # a name of reasoning-gym, such as chain_sum
     split: Split = "train"
     seed: NonNegative = 0
     num_prompts: Positive  # with a curriculum: of each level
-    knobs: dict[str, Any] = Field(default_factory=dict)  # of the task's configuration in reasoning-gym
+    knobs: dict[str, Any] = Field(default_factory=dict)  # fields of the task's configuration in reasoning-gym
     levels: dict[str, NonNegative] | None = None  # attribute of the task's curriculum -> level; it sets their knobs
     curriculum: CurriculumConfig | None = None
     reward: str = "reasoning_gym"
@@ -70,23 +70,13 @@ class ReasoningGymSource(ShapedSource):
         return loader.load(self.task, self.reward, lambda: (self._records(levels, loader), []), self.num_prompts)
 
     def _records(self, levels: dict[str, int] | int | None, loader: Loader) -> list[Record]:
-        puzzles = Puzzles(
-            task=self.task,
-            num_prompts=self.num_prompts,
-            knobs=self.knobs,
-            levels=levels,
-            split=self.split,
-            seed=self.seed,
-        )
+        task, num_prompts, split, seed = self.task, self.num_prompts, self.split, self.seed
+        puzzles = Puzzles(task=task, num_prompts=num_prompts, knobs=self.knobs, levels=levels, split=split, seed=seed)
         level = f"/level_{levels}" if isinstance(levels, int) else ""
-        return [
-            Record(
-                id=(id_ := f"{self.task}{level}/{self.split}/{self.seed}/{index}"),
-                prompt=self.shaped(problem.prompt),
-                answer=problem.answer,
-                reward=self.reward,
-                task=self.task,
-                where=id_,
+        records = []
+        for index, problem in enumerate(loader.puzzles.draw(puzzles)):
+            id_, prompt = f"{task}{level}/{split}/{seed}/{index}", self.shaped(problem.prompt)
+            records.append(
+                Record(id=id_, prompt=prompt, answer=problem.answer, reward=self.reward, task=task, where=id_)
             )
-            for index, problem in enumerate(loader.puzzles.draw(puzzles))
-        ]
+        return records

@@ -55,23 +55,19 @@ class ShapedSource(Source):
         Raises:
             BrokenRow: messages have a system prompt already, or do not end with a user's message for the template.
         """
-        if isinstance(prompt, str):
-            text = self._filled(prompt)
-            return [*self._system(), {"role": "user", "content": text}] if self.chat else text
-        messages = list(prompt)
-        if self.template is not None:
-            if messages[-1]["role"] != "user":
-                raise BrokenRow(
-                    f"the template goes around a user's message, but the last is from {messages[-1]['role']!r}"
-                )
-            messages[-1] = {**messages[-1], "content": self._filled(messages[-1]["content"])}
-        if self.system_prompt is not None and any(message["role"] == "system" for message in messages):
+        if isinstance(prompt, str) and not self.chat:
+            return self._filled(prompt)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        last = messages[-1]
+        if self.template is not None and last["role"] != "user":
+            raise BrokenRow(f"the template goes around a user's message, but the last is from {last['role']!r}")
+        messages[-1] = {**last, "content": self._filled(last["content"])}
+        if self.system_prompt is None:
+            return messages
+        if any(message["role"] == "system" for message in messages):
             raise BrokenRow("the messages hold a system prompt already; set system_prompt to null")
-        return [*self._system(), *messages]
+        return [{"role": "system", "content": self.system_prompt}, *messages]
 
     def _filled(self, text: str) -> str:
         # str.format would read other braces, such as those of \boxed{}.
         return text if self.template is None else self.template.replace(PROMPT, text)
-
-    def _system(self) -> Messages:
-        return [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]

@@ -125,8 +125,8 @@ def _members(answer: Answer, precision: int) -> list[Answer]:
 
 def _pieces(answer: Answer) -> list[Any]:
     """The expressions of an answer that may be a set of real numbers: an interval, or inequalities that are alternatives."""
-    if answer.brackets in INTERVALS and len(answer.parts) == 2:
-        return [expressions().interval(*(part.expression for part in answer.parts), answer.brackets)]
+    if answer.brackets in INTERVALS:
+        return [answer.expression]
     if answer.brackets and (answer.brackets != "," or any(part.brackets for part in answer.parts)):
         return [None]
     return [part.expression for part in answer.parts or (answer,)]

@@ -145,23 +145,15 @@ def same_set(gold: Sequence[Any], found: Sequence[Any]) -> bool:
 
 
 def real_set(found: Any) -> tuple[Any, str] | None:
-    """A set, or the numbers that satisfy inequalities of one variable and the variable's name; None: it is neither."""
+    """A set that is not empty, or the numbers that satisfy inequalities of one variable, and its name; None: neither."""
     if isinstance(found, sympy.Set):
-        return found, ""
+        return None if found.is_empty else (found, "")
     parts = found.args if isinstance(found, sympy.And) else (found,)
     if not all(is_comparison(part) and not isinstance(part, sympy.Eq) for part in parts):
         return None
     variables = found.free_symbols | {sympy.Abs(variable) for variable in found.free_symbols}
     solved = all(variables & set(part.args) and any(map(is_constant, part.args)) for part in found.atoms(Relational))
     return (found.as_set(), str(*found.free_symbols)) if solved and len(found.free_symbols) == 1 else None
-
-
-def interval(start: Any, end: Any, brackets: str) -> Any:
-    """An interval of sympy; None: its ends are no real numbers, or nothing is between them."""
-    if not (is_constant(start) and is_constant(end) and start.is_extended_real and end.is_extended_real):
-        return None
-    found = sympy.Interval(start, end, brackets[0] == "(", brackets[1] == ")")
-    return None if found.is_empty else found
 
 
 class Printer(StrPrinter):  # type: ignore[misc]

@@ -41,10 +41,8 @@ ATOM = rf"(?:{FORMULA}|{PLAIN})"
 ATOMS = re.compile(rf"{ATOM}(?:\s*(?:(?:[,(]\s*)?(?:\b{ALTERNATIVE}\b\s*)+|,|;)\s*{ATOM})*", re.DOTALL | re.IGNORECASE)
 OPERATION = re.compile(r"[\d)}]\s*(?:[-+*/×÷]|\\(?:times|cdot|div))[\s$€£({\\-]*(?:frac\{)?\.?\d")
 LETTERS = re.compile(r"[\^!]|(?<![A-Za-z\\])[A-Za-z]|\\(?!times|cdot|div|frac)[A-Za-z]")
-
-
-# A word of a sentence: neither a command, a name of a function, nor an environment.
 SIGN = re.compile(r"[-+*/^=<>\\,]")
+# A word of a sentence: neither a command, a name of a function, nor an environment.
 WORD = re.compile(
     r"(?<![\\A-Za-z{])(?!a?(?:sin|cos|tan|cot|sec|csc)h?\b|arc|log|exp|sqrt)[A-Za-z]{3,}|\b(?:so|is|we|it|of|to|in|by)\b"
 )

@@ -39,13 +39,13 @@ def same_formula(gold: Any, found: Any, precision: int) -> bool:
         return same_values(gold, found, precision)
     num_decimals = decimals(gold, precision)
     gold, found = exact(gold), exact(found)
-    roots = [] if (gold.has(sympy.I) or found.has(sympy.I)) else [*under_roots(gold), *under_roots(found)]
+    roots = [] if found.has(sympy.I) else list(under_roots(found))
     compared = 0
     for at in points(gold, found, symbols):
         size = size_of(gold, found, at)
         wanted, got = value_of(gold, at, size), value_of(found, at, size)
         if wanted is None or got is None or (wanted.has(sympy.I) and not gold.has(sympy.I)) or not real_at(at, *roots):
-            continue  # not a number there, or outside the real domain of the answers
+            continue  # not a number there, or outside the real domain of one of them
         if not close(wanted, got, size, num_decimals):
             return False
         compared += 1

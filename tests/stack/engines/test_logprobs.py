@@ -48,9 +48,11 @@ def test_tied_weights_arrive_under_zero_3_and_what_is_missing_is_noticed(shared:
     for version, forget in ((2, forget_head), (3, forget_one)):
         workers.update(batch, scores, Targets(advantages=batch.rollout_logprobs, returns=scores.values), seed=version)
         tell(workers, forget)
-        with pytest.raises(RuntimeError, match=r"differ by .* nats"):
-            workers.sync_weights(version)
-        tell(workers, remember)
+        try:
+            with pytest.raises(RuntimeError, match=r"differ by .* nats"):
+                workers.sync_weights(version)
+        finally:
+            tell(workers, remember)
         assert workers.sync_weights(version)["sync/logprob_diff_max"] < 1e-4
 
 

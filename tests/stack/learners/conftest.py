@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 import torch
 from torch import Tensor
 
+from sae_rl.backends.deepspeed import Learner
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Config
 from sae_rl.records.clock import Clock
@@ -28,7 +30,22 @@ def processes(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     common = overrides(tiny_model, tmp_path_factory.mktemp("learners"))
     configs = {ranks: load_config([*common, *for_learners(num_workers=ranks, cpus_per_worker=0.2)]) for ranks in (1, 2)}
     with no_process_left(), ray_session(configs[1]), contextlib.ExitStack() as stack:
-        yield {ranks: stack.enter_context(start_learners(config)) for ranks, config in configs.items()}
+        started = {ranks: stack.enter_context(start_learners(config)) for ranks, config in configs.items()}
+        for group in (group for workers in started.values() for group in workers._groups.values()):
+            ray.get([worker.__ray_call__.remote(shard_small_parameters) for worker in group.workers])
+        yield started
+
+
+def shard_small_parameters(worker: object) -> None:
+    """Runs inside every rank: otherwise ZeRO 3 keeps parameters of fewer than 100,000 numbers whole, here all of them."""
+    configured = Learner._deepspeed_config
+
+    def sharded(*arguments: Any) -> dict[str, Any]:
+        tree = configured(*arguments)
+        tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return tree
+
+    Learner._deepspeed_config = sharded  # type: ignore[method-assign]
 
 
 @pytest.fixture
@@ -43,11 +60,11 @@ def learners(processes: dict[int, RunWorkers]) -> Learners:
     return learners_of
 
 
-def rollouts_of_many_lengths() -> Batch:
-    """16 random responses of 1 to 40 tokens, some with tool output, and always the same."""
+def rollouts_of_many_lengths(count: int = 16) -> Batch:
+    """Random responses of 1 to 40 tokens, some with tool output; always the same, and the first of one token."""
     random = torch.Generator().manual_seed(0)
     rollouts = []
-    for i in range(16):
+    for i in range(count):
         prompt = Prompt(id=str(i // 4), text="", token_ids=(1, *range(3, 8 + i // 4)), answer="", task="", reward="")
         length = int(torch.randint(1, 41, (1,), generator=random)) if i else 1
         rollouts.append(
@@ -63,7 +80,7 @@ def rollouts_of_many_lengths() -> Batch:
                 action_mask=torch.arange(length) % 5 < 3 if i % 4 == 1 else None,
             )
         )
-    return Batch.of(rollouts, [float(i % 3 == 0) for i in range(16)])
+    return Batch.of(rollouts, [float(i % 3 == 0) for i in range(count)])
 
 
 def weights_of(worker: object) -> dict[str, Tensor]:

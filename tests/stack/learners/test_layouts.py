@@ -42,6 +42,11 @@ def expected(tiny_model: Path, critic_folder: Path) -> Expected:
     return expected_of(tiny_model, critic_folder, rollouts_of_many_lengths())
 
 
+@pytest.fixture(scope="module")
+def expected_of_one(tiny_model: Path, critic_folder: Path) -> Expected:
+    return expected_of(tiny_model, critic_folder, rollouts_of_many_lengths(1))
+
+
 def differences(workers: RunWorkers, batch: Batch, expected: Expected) -> dict[str, float]:
     """The largest differences of scores, and of the gradients of one update."""
     scores = workers.score(batch)
@@ -130,6 +135,7 @@ def test_every_layout_is_the_padded_update(
     configure: Configure,
     learners: Learners,
     expected: Expected,
+    expected_of_one: Expected,
     critic_folder: Path,
     exactness: Exactness,
     layout: Layout,
@@ -146,6 +152,10 @@ def test_every_layout_is_the_padded_update(
         found = differences(workers, batch, expected)
         exactness.record(table, f"{layout}, {budget} tokens a pass", found)
         assert all(gap < 1e-5 for gap in found.values()), found
+    # With one response, all ranks but one run it without counting it.
+    workers.load(config.output_dir)
+    found = differences(workers, rollouts_of_many_lengths(1), expected_of_one)
+    assert all(gap < 1e-5 for gap in found.values()), found
 
 
 def test_bfloat16_is_near_the_padded_update(
