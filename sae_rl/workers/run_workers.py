@@ -150,7 +150,7 @@ class RunWorkers:
 
     def _start_learner(self, role: str) -> Call:
         config, group = self._config, self._groups[role]
-        ((address, port),) = group.run_on([0], lambda worker: worker.free_address.remote())
+        ((address, port),) = group.run(lambda worker: worker.free_address.remote(), [0])
         references = []
         for index, worker in enumerate(group.workers):
             rank = Rank(
