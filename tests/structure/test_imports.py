@@ -61,7 +61,7 @@ LAYERS = {
         *("jit kl", "ragged recursion_cpu whitening_cpu", "recursion_gpu"),
         *("corrections recursion segmentation shaping stats", "*"),
     ],
-    "analysis": ["*", "responses samples_page", "report"],
+    "analysis": ["plots", "*", "report samples_page"],
     "backends": ["*", "sequence_parallel vllm", "deepspeed models", "weight_sender"],
     "commands": ["prompts run_folder warm_start", "assemble", "*", "demo"],
     "config": ["schema", "checks", "compose"],
