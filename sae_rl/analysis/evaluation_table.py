@@ -15,7 +15,7 @@ from sae_rl.evaluation.files import PAGE, SAMPLES, SUMMARY
 from sae_rl.records.metrics import show
 from sae_rl.records.terminal import console
 
-Summary = Mapping[str, Any]  # of one data set, as in summary.json
+Summary = Mapping[str, Any]  # one data set in summary.json
 Cell = tuple[str, str]  # a value and its interval, which may be empty
 
 

@@ -17,7 +17,7 @@ DecodeTokens = Callable[[list[int]], list[str]]  # each token to a text of its o
 SPLIT_CHARACTER = 4  # characters between two segments that neither decodes, since a token may hold half a character
 SEARCHED = 200  # characters after a segment in which the next one must begin
 
-Row = dict[str, Any]  # of recorded rollouts
+Row = dict[str, Any]  # a recorded rollout
 
 
 @dataclass(frozen=True, slots=True)

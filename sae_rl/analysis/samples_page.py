@@ -18,7 +18,7 @@ from sae_rl.records.samples import read_samples
 MAX_SIZE = 12_000_000  # estimated characters of the page
 SIZE_OF_SAMPLE, SIZE_OF_TOKEN = 500, 4  # characters of markup
 
-Row = dict[str, Any]  # of samples.parquet
+Row = dict[str, Any]  # a sample in samples.parquet
 
 
 def write_samples_page(folder: Path, decode: DecodeText) -> Path:

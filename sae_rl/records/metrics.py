@@ -19,7 +19,9 @@ class Metric:
 
     unit: str  # empty for plain numbers; a fraction is shown as a percentage
     meaning: str
-    title: str = ""  # of the report's curve, or of a phase of time on the console; empty: neither shows the metric
+    title: str = (
+        ""  # names the curve in the report, or the phase of time on the console; empty: neither shows the metric
+    )
 
 
 METRICS: dict[str, Metric] = {

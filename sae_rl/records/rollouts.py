@@ -125,7 +125,7 @@ def _rollout(row: dict[str, Any]) -> Rollout:
 
 
 def ragged(values: Tensor | None, offsets: Tensor) -> pa.Array:
-    """Flat (N,) and offsets (B+1,) -> B lists of 32-bit numbers or booleans, with 64-bit offsets, since N may exceed 2^31."""
+    """Flat (N,) and offsets (B+1,) -> B lists of booleans or 32-bit numbers; offsets have 64 bits, as N may exceed 2^31."""
     if values is None:
         return pa.nulls(offsets.numel() - 1, pa.large_list(pa.float32()))
     assert values.shape == (int(offsets[-1]),), f"{tuple(values.shape)} values for {int(offsets[-1])} tokens"

@@ -39,29 +39,21 @@ def check(question: bytes, sample: Sample) -> Verdict | Failed:
     """Runs one check.
 
     Returns:
-        The verdict, or why there is none. Both are of this package and hold plain text, since objects of a user's classes,
-        exceptions among them, might not be unpickled in the driver.
+        The verdict, or why there is none. Both hold plain text, since the driver might be unable to unpickle objects of a
+        user's classes.
 
     Args:
-        question: pickled, the verifier, and the isolation that the driver chose if the verifier runs programs.
+        question: the pickled verifier and, if it runs programs, the isolation that the driver chose.
     """
+    verifier: Verifier
+    isolation: Isolation | None
     try:
-        return judged(question, sample)
-    except MemoryError:  # objects that fill this process may stay, so it ends and another one starts
-        os._exit(OUT_OF_MEMORY)
-
-
-def judged(question: bytes, sample: Sample) -> Verdict | Failed:
-    """Runs one check. Raises MemoryError, and nothing else."""
-    try:
-        verifier: Verifier
-        isolation: Isolation | None
         verifier, isolation = pickle.loads(question)
         if isolation is not None:
             CHOSEN[:] = [isolation]
         return checked(verifier(sample))
-    except MemoryError:
-        raise
+    except MemoryError:  # objects that fill this process may stay, so it ends and another one starts
+        os._exit(OUT_OF_MEMORY)
     except BaseException as error:  # whatever a user's verifier raises, SystemExit included, is a failed check
         return Failed(reason(error))
 

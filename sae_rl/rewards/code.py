@@ -12,7 +12,7 @@ from keyword import iskeyword
 from typing import Any, cast
 
 from sae_rl.knobs import Knobs, integer, number
-from sae_rl.rewards.verdict import Sample, TimeLimit, Verdict
+from sae_rl.rewards.verdict import Sample, TimeLimit, Verdict, shown
 from sae_rl.sandbox.inside import Answer
 from sae_rl.sandbox.limits import Limits
 from sae_rl.sandbox.probe import chosen
@@ -20,7 +20,6 @@ from sae_rl.sandbox.programs import Ended, run_program
 
 FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)```", re.DOTALL)
 PYTHON = {"", "python", "python3", "py"}
-SHOWN_CHARACTERS = 80
 ENDING_S = 2.0  # a sandbox has started and ended within this time, beside the time of its program
 CACHED_TESTS = 4  # problems whose tests a process keeps; the tests of one may have megabytes
 
@@ -55,8 +54,7 @@ class Code(Knobs):
     partial: bool = False  # score the fraction of tests that pass, instead of 0 or 1
     tolerance: float = number(1e-6, low=0)  # absolute, or relative to the expected number
 
-    def __post_init__(self) -> None:
-        Knobs.__post_init__(self)
+    def check_together(self) -> None:
         if self.total_s < self.time_s:
             raise ValueError(f"Code.total_s = {self.total_s:g}, but it must be at least time_s = {self.time_s:g}")
 
@@ -162,17 +160,12 @@ def read_tests(answer: str) -> Tests:
         if not isinstance(given, kind) or (kind is str and not isinstance(outputs[i], str)):
             wanted = "a list of arguments" if function is not None else "text, and so must its output"
             raise ValueError(f"code: input {i + 1} must be {wanted}; found {shown(json.dumps(given))}")
-        if not _is_finite(outputs[i]):
-            raise ValueError(f"code: output {i + 1} contains Infinity or NaN, which no returned value equals")
+        try:
+            json.dumps(outputs[i], allow_nan=False)
+        except ValueError:
+            message = f"code: output {i + 1} contains Infinity or NaN, which no returned value equals"
+            raise ValueError(message) from None
     return Tests(inputs, outputs, function)
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        return False
-    return True
 
 
 def program_of(response: str) -> str | None:
@@ -201,48 +194,29 @@ def different(found: str, expected: str, tolerance: float) -> str | None:
 
 def same_words(found: list[str], expected: list[str], tolerance: float) -> bool:
     return len(found) == len(expected) and all(
-        word == want or ("." in want and _is_near(word, want, tolerance))
+        word == want or ("." in want and near(word, want, tolerance))
         for word, want in zip(found, expected, strict=True)
     )
 
 
-def _is_near(word: str, want: str, tolerance: float) -> bool:
+def near(found: float | str, expected: float | str, tolerance: float) -> bool:
+    """Whether two numbers, or the texts of two numbers, are finite and differ by no more than the tolerance."""
     try:
-        return near(float(word), float(want), tolerance)
-    except ValueError:
+        number = float(found)
+        return math.isfinite(number) and math.isclose(number, float(expected), rel_tol=tolerance, abs_tol=tolerance)
+    except (ValueError, OverflowError):  # a word, or an integer that is too large
         return False
-
-
-def near(found: float, expected: float, tolerance: float) -> bool:
-    return math.isfinite(found) and math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance)
 
 
 def same_value(found: Any, expected: Any, tolerance: float) -> bool:
     """Whether two JSON values are equal. true and false are not numbers."""
-    if isinstance(expected, bool) or isinstance(found, bool) or not isinstance(expected, int | float | list | dict):
-        return type(found) is type(expected) and bool(found == expected)
-    if isinstance(expected, list):
-        return (
-            isinstance(found, list)
-            and len(found) == len(expected)
-            and all(same_value(a, b, tolerance) for a, b in zip(found, expected, strict=True))
-        )
-    if isinstance(expected, dict):
-        return (
-            isinstance(found, dict)
-            and found.keys() == expected.keys()
-            and all(same_value(found[key], value, tolerance) for key, value in expected.items())
-        )
-    if not isinstance(found, int | float):
-        return False
-    if isinstance(found, int) and isinstance(expected, int):
-        return found == expected
-    try:
-        return near(float(found), float(expected), tolerance)
-    except OverflowError:
-        return False
-
-
-def shown(text: str) -> str:
-    text = repr(text)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 3]}..."
+    types = {type(found), type(expected)}
+    if types == {list}:
+        pairs = zip(found, expected, strict=False)
+        return len(found) == len(expected) and all(same_value(a, b, tolerance) for a, b in pairs)
+    if types == {dict}:
+        same_keys = found.keys() == expected.keys()
+        return same_keys and all(same_value(found[key], value, tolerance) for key, value in expected.items())
+    if types == {float} or types == {int, float}:
+        return near(found, expected, tolerance)
+    return len(types) == 1 and bool(found == expected)

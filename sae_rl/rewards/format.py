@@ -24,8 +24,7 @@ class Format(Knobs):
     only_tags: bool = False  # nothing but white space stands before, between and after the tagged parts
     timeout_s: float = number(1.0, low=0, above_low=True)  # for the pattern; after that the check fails
 
-    def __post_init__(self) -> None:
-        Knobs.__post_init__(self)
+    def check_together(self) -> None:
         if not self.pattern and not self.tags:
             raise ValueError("Format has neither a pattern nor tags, but it needs one of them")
         if self.only_tags and not self.tags:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -37,10 +37,14 @@ def imported(path: str) -> Callable[..., Any]:
         raise ValueError(f"reward: cannot import {module_name!r} of {path!r}: {error}") from error
     found = vars(module)
     if name not in found:
-        match = get_close_matches(name, found, n=1, cutoff=0.5)
-        hint = f"; did you mean {match[0]!r}?" if match else ""
-        raise ValueError(f"reward: module {module_name!r} has no {name!r}{hint}")
+        raise ValueError(f"reward: module {module_name!r} has no {name!r}{did_you_mean(name, found)}")
     if not callable(found[name]):
         raise ValueError(f"reward: {path!r} is {type(found[name]).__name__}, not a function (prompt, response, answer)")
     function: Callable[..., Any] = found[name]
     return function
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name; empty if none of the names is near."""
+    match = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""

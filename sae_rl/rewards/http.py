@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from sae_rl.knobs import Knobs, integer, number
-from sae_rl.rewards.verdict import Sample, TimeLimit, Verdict
+from sae_rl.rewards.verdict import Sample, TimeLimit, Verdict, shown
 
 if TYPE_CHECKING:
     import httpx
@@ -37,8 +37,7 @@ class Http(Knobs):
     retries: int = integer(2, low=0)
     backoff_s: float = number(0.25, low=0)
 
-    def __post_init__(self) -> None:
-        Knobs.__post_init__(self)
+    def check_together(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"Http.url = {self.url!r}, but it must begin with http:// or https://")
 
@@ -53,12 +52,9 @@ class Http(Knobs):
             ConnectionError: no reply in all tries, or a status other than 200.
             ValueError: the reply is not a verdict.
         """
-        reply = self._reply({"prompt": sample.prompt, "response": sample.response, "answer": sample.answer})
-        try:
-            said = reply.json()
-        except ValueError:
-            raise ValueError(f"http: {self.url} replied {_shown(reply.text)}, which is not JSON") from None
-        return self._verdict(said)
+        return self._verdict(
+            self._reply({"prompt": sample.prompt, "response": sample.response, "answer": sample.answer})
+        )
 
     def _reply(self, question: dict[str, str]) -> httpx.Response:
         import httpx
@@ -73,22 +69,24 @@ class Http(Knobs):
                 continue
             if reply.status_code == httpx.codes.OK:
                 return reply
-            problem = f"status {reply.status_code}: {_shown(reply.text)}"
+            problem = f"status {reply.status_code}: {shown(reply.text, MAX_SHOWN)}"
             if reply.status_code < httpx.codes.INTERNAL_SERVER_ERROR:
                 raise ConnectionError(f"http: {self.url} replied with {problem}")
         raise ConnectionError(f"http: {self.url} failed {self.retries + 1} times, the last time with {problem}")
 
-    def _verdict(self, said: object) -> Verdict:
+    def _verdict(self, reply: httpx.Response) -> Verdict:
+        try:
+            said = reply.json()
+        except ValueError:
+            raise ValueError(f"http: {self.url} replied {shown(reply.text, MAX_SHOWN)}, which is not JSON") from None
         if not isinstance(said, dict) or "score" not in said:
-            raise ValueError(f"http: {self.url} replied {_shown(repr(said))}, which has no score")
+            raise ValueError(f"http: {self.url} replied {shown(repr(said), MAX_SHOWN)}, which has no score")
         score, why, answer = said["score"], said.get("why", f"{self.url} says so"), said.get("answer")
         if isinstance(score, bool) or not isinstance(score, int | float):
             raise ValueError(f"http: {self.url} replied with score = {score!r}, which is not a number")
         for key, text in (("why", why), ("answer", answer)):
             if not isinstance(text, str) and (key == "why" or text is not None):
-                raise ValueError(f"http: {self.url} replied with {key} = {_shown(repr(text))}, which is not text")
+                raise ValueError(
+                    f"http: {self.url} replied with {key} = {shown(repr(text), MAX_SHOWN)}, which is not text"
+                )
         return Verdict(float(score), why, answer)
-
-
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
 
 from pebble import ProcessExpired
 
@@ -55,20 +54,12 @@ class Rewards:
 class Check:
     """A check that was started."""
 
-    name: str  # of its verifier and its prompt, for messages
+    name: str  # names the verifier and the prompt in messages
     future: Future[Verdict | Failed]
 
 
 class RewardPool:
-    """Checks rollouts in a few processes that live as long as the run.
-
-    Args:
-        deadline_s: time for one check.
-        memory_gb: memory that each process may allocate.
-        failed_score: score of a failed check.
-        max_failed_fraction: if more of the checks fail that are collected together, the run ends.
-        verifiers: those of ``rewards.verifiers``, by name.
-    """
+    """Checks rollouts in a few processes that live as long as the run. The arguments are the keys of ``rewards``."""
 
     def __init__(
         self,
@@ -82,8 +73,7 @@ class RewardPool:
     ) -> None:
         self._deadline_s, self._memory_gb = deadline_s, memory_gb
         self._failed_score, self._max_failed_fraction = failed_score, max_failed_fraction
-        self._configured = verifiers
-        self._pickled = dict[str, bytes]()
+        self._configured, self._pickled = verifiers, dict[str, bytes]()
         to_import = tuple(pickled(name, verifier) for name, verifier in verifiers.items())
         # The processes cannot remove their temporary files themselves when they are killed.
         self._folder = tempfile.TemporaryDirectory(prefix="sae_rl_rewards_", ignore_cleanup_errors=True)
@@ -93,9 +83,7 @@ class RewardPool:
     def __enter__(self) -> RewardPool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._processes.stop()
         self._folder.cleanup()
 

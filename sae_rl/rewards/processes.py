@@ -42,7 +42,7 @@ class Processes:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([in_process.__name__, "sae_rl.rewards.math.expressions"])
         self._unanswered: dict[Future[Verdict | Failed], Question] = {}
-        self._lock = threading.Lock()  # of the attributes below: the pool, and how often it was replaced
+        self._lock = threading.Lock()  # guards the pool, and how often it was replaced
         self._num_starts, self._last_end = 0, time.monotonic()
         self._pool = self._new_pool()
 

@@ -9,8 +9,9 @@ from functools import lru_cache
 from typing import Any
 
 from sae_rl.reasoning_gym import lossless_json
-from sae_rl.rewards.verdict import Sample, Verdict
+from sae_rl.rewards.verdict import Sample, Verdict, shown
 
+MAX_SHOWN = 60  # characters of an answer
 # Tasks whose answers are compared as text, without case, and what is wrong with their own scoring function.
 COMPARED_AS_TEXT = {"game_of_life_halting": "it takes every text for True that is not empty"}
 
@@ -45,7 +46,8 @@ class ReasoningGym:
             except Exception as error:  # many tasks raise on an answer that they cannot parse
                 _score(task, knobs, entry["answer"], entry)  # raises if the task cannot score at all
                 return Verdict(0.0, f"{task} cannot read the answer: {type(error).__name__}: {error}", found or None)
-        return Verdict(score, f"{task} gives {score:g}; its own answer: {_short(entry['answer'])}", found or None)
+        answer = entry["answer"] if isinstance(entry["answer"], str) else json.dumps(entry["answer"])
+        return Verdict(score, f"{task} gives {score:g}; its own answer: {shown(answer, MAX_SHOWN)}", found or None)
 
 
 def _score(task: str, knobs: str, answer: Any, entry: dict[str, Any]) -> float:
@@ -60,7 +62,7 @@ def _read(answer: str) -> tuple[str, str, dict[str, Any]]:
         return problem["task"], lossless_json.dumps(problem["knobs"]), problem["entry"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"reasoning_gym: the answer {_short(answer)} is no problem of reasoning-gym ({error}); this verifier is for "
+            f"reasoning_gym: the answer {shown(answer, MAX_SHOWN)} is no problem of reasoning-gym ({error}); this verifier is for "
             "prompts of a source with name: reasoning_gym"
         ) from error
 
@@ -71,8 +73,3 @@ def _scorer(task: str, knobs: str) -> Any:
     from sae_rl.reasoning_gym.tasks import make_dataset  # imports pydantic, which no other verifier needs
 
     return make_dataset(task, lossless_json.loads(knobs), seed=0, size=1)
-
-
-def _short(answer: object) -> str:
-    text = json.dumps(answer) if not isinstance(answer, str) else answer
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.exact import Exact
 from sae_rl.rewards.format import Format
-from sae_rl.rewards.function import Function, imported
+from sae_rl.rewards.function import Function, did_you_mean, imported
 from sae_rl.rewards.http import Http
 from sae_rl.rewards.math.verifier import Math
 from sae_rl.rewards.math_verify import MathVerify
@@ -69,10 +68,8 @@ def resolve(name: str, configured: Mapping[str, Verifier]) -> Verifier:
         imported(name)  # raises for a misspelt path now, before any check
         return Function(name)
     names = sorted({*READY, *configured})
-    match = get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"; did you mean {match[0]!r}?" if match else ""
-    if name in VERIFIERS:
-        hint = f"; {name!r} needs knobs: give it a name in rewards.verifiers"
+    needs_knobs = f"; {name!r} needs knobs: give it a name in rewards.verifiers"
+    hint = needs_knobs if name in VERIFIERS else did_you_mean(name, names)
     raise ValueError(f"reward: found {name!r}, allowed: {', '.join(names)}, or package.module:function{hint}")
 
 
@@ -91,10 +88,6 @@ def runs_programs(verifier: Verifier) -> bool:
 
 def check_verifier(name: str, verifier: Verifier, deadline_s: float) -> None:
     """Checks that a verifier can work in this run.
-
-    Args:
-        name: of the verifier, for messages.
-        deadline_s: after which a check is killed.
 
     Raises:
         ValueError: its own time limits do not fit into the deadline, or it runs programs and this machine cannot isolate

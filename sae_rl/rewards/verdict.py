@@ -33,6 +33,12 @@ class Failed:
     why: str
 
 
+def shown(text: str, most: int = 80) -> str:
+    """A text in quotes, as messages show it: cut off after ``most`` characters."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= most else f"{quoted[: most - 3]}..."
+
+
 @runtime_checkable
 class Verifier(Protocol):
     """A program that scores responses. Members of `VERIFIERS` are frozen dataclasses whose fields are their knobs."""

@@ -62,7 +62,7 @@ LAYERS = {
         "corrections recursion_gpu segmentation shaping stats",
         *("losses recursion segmenters", "estimators standalone"),
     ],
-    "analysis": ["evaluation_table pages plots responses", "run_files samples_page", "report"],
+    "analysis": ["plots", "*", "report samples_page"],
     "backends": ["*", "sequence_parallel vllm", "deepspeed models", "weight_sender"],
     "commands": ["prompts run_folder warm_start", "assemble", "*", "demo"],
     "config": ["schema", "checks", "compose"],
