@@ -50,11 +50,7 @@ class Change:
 
 
 def write_report(run_dir: Path, output: Path, title: str, decode: DecodeTokens) -> None:
-    """Writes the page; ``decode`` turns the token ids of a response into one string per token.
-
-    Raises:
-        ValueError: ``run_dir`` holds no metrics of training.
-    """
+    """Writes the page of a run. Raises ValueError if ``run_dir`` holds no metrics of training."""
     run = RunFiles(run_dir)
     if run.num_steps == 0:
         raise ValueError(f"{run_dir}/metrics.jsonl has no training step: there is nothing to report yet")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Sequence
-from itertools import groupby
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -54,26 +54,19 @@ def write_samples_page(folder: Path, decode: DecodeText) -> Path:
 
 def within_limits(prompts: Sequence[list[Row]]) -> list[list[Row]]:
     """The samples of the first prompts of every data set in turn, until the page is full; in the order of the file."""
-    earlier = Counter[str]()
-    turns = []
-    for number, samples in enumerate(prompts):
-        turns.append((earlier[samples[0]["data_set"]], number))
-        earlier[samples[0]["data_set"]] += 1
-    kept, size = list[int](), 0
-    for _, number in sorted(turns):
-        size += size_of(prompts[number])
-        if kept and size > MAX_SIZE:
-            break
-        kept.append(number)
+    counters = defaultdict[str, Iterator[int]](count)
+    turns = [next(counters[samples[0]["data_set"]]) for samples in prompts]
+    order = sorted(range(len(prompts)), key=lambda number: turns[number])
+    sizes = accumulate(size_of(prompts[number]) for number in order)
+    kept = [number for number, size in zip(order, sizes, strict=True) if size <= MAX_SIZE] or order[:1]
     return [prompts[number] for number in sorted(kept)]
 
 
 def size_of(samples: Sequence[Row]) -> int:
     """Estimated characters of a prompt and its samples on the page."""
-    size: int = len(samples[0]["prompt"])
-    for row in samples:
-        size += len(row["response"]) + len(row["why"]) + SIZE_OF_SAMPLE + SIZE_OF_TOKEN * row["num_tokens"]
-    return size
+    texts = [samples[0]["prompt"], *(row[name] for row in samples for name in ("response", "why"))]
+    num_tokens: int = sum(row["num_tokens"] for row in samples)
+    return sum(map(len, texts)) + SIZE_OF_SAMPLE * len(samples) + SIZE_OF_TOKEN * num_tokens
 
 
 def _sample(row: Row, pass_score: float, decode: DecodeText) -> Row:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_rl.algo.segmentation import Segmenter
 from sae_rl.config.schema import EvaluationConfig
-from sae_rl.evaluation.segments import Segments, cut
+from sae_rl.evaluation.segments import cut
 from sae_rl.evaluation.summary import Summary, summarize
 from sae_rl.protocols import RolloutEngines
 from sae_rl.records.clock import Clock
@@ -26,12 +26,8 @@ class Evaluation:
     rewards: Rewards
     overall: Summary
     by_data_set: Mapping[str, Summary]
-    segments: Segments | str  # or the reason why they are unknown
-
-    @property
-    def opens(self) -> list[Tensor] | None:
-        """(T,) for each response; None: segments are unknown."""
-        return None if isinstance(self.segments, str) else self.segments.per_response(self.rollouts)
+    opens: list[Tensor] | None  # (T,) for each response; None: segments are unknown
+    segments_left_out: str | None  # the reason why segments are unknown
 
     def metrics(self) -> dict[str, float]:
         """``evaluation/...`` over all prompts; where there are several data sets also ``evaluation/NAME/...`` for each."""
@@ -59,7 +55,14 @@ def evaluate(
     rollouts, checked = sample(
         prompts, engines, rewards, clock, group_size=n, sampling=sampling, seed_name="evaluation"
     )
-    segments = cut(rollouts, segmenter, sampling)
-    known_segments = None if isinstance(segments, str) else segments
-    overall, by_data_set = summarize(rollouts, checked, n, config.pass_score, known_segments)
-    return Evaluation(rollouts=rollouts, rewards=checked, overall=overall, by_data_set=by_data_set, segments=segments)
+    found = cut(rollouts, segmenter, sampling)
+    opens, left_out = (None, found) if isinstance(found, str) else (found, None)
+    overall, by_data_set = summarize(rollouts, checked, n, config.pass_score, opens)
+    return Evaluation(
+        rollouts=rollouts,
+        rewards=checked,
+        overall=overall,
+        by_data_set=by_data_set,
+        opens=opens,
+        segments_left_out=left_out,
+    )

@@ -34,7 +34,7 @@ def write_evaluation(folder: Path, config: Config, result: Evaluation, seconds: 
         "seconds": round(seconds, 3),
         "samples_per_prompt": config.evaluation.samples_per_prompt,
         "pass_score": config.evaluation.pass_score,
-        "segments_left_out": result.segments if isinstance(result.segments, str) else None,
+        "segments_left_out": result.segments_left_out,
         "all": result.overall,
         "data_sets": result.by_data_set,
         "versions": versions(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,22 +10,6 @@ from torch import Tensor
 
 from sae_rl.algo.segmentation import Segmenter, segment
 from sae_rl.types import Batch, Rollout, Sampling, Scores, sampled_only
-
-
-@dataclass(frozen=True, slots=True)
-class Segments:
-    """Where responses are cut."""
-
-    batch: Batch  # the sampled tokens of all responses
-    opens: Tensor  # (N,) of that batch
-
-    def per_response(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """(T,) for each response; false, or 0, at tokens that the policy did not sample."""
-        own = self.opens.split(self.batch.lengths.tolist())
-        return [
-            torch.zeros(r.token_ids.shape, dtype=self.opens.dtype).masked_scatter(r.dense_action_mask, opens)
-            for r, opens in zip(rollouts, own, strict=True)
-        ]
 
 
 class NotScoredError(Exception):
@@ -45,8 +28,10 @@ class Unscored(Scores):
         raise NotScoredError(name)
 
 
-def cut(rollouts: Sequence[Rollout], segmenter: Segmenter, sampling: Sampling) -> Segments | str:
-    """The segments of evaluated responses, or the reason why they are unknown.
+def cut(rollouts: Sequence[Rollout], segmenter: Segmenter, sampling: Sampling) -> list[Tensor] | str:
+    """(T,) for each response: which tokens open a segment; or the reason why that is unknown.
+
+    Tokens that the policy did not sample have false, or 0.
 
     vLLM's logprobs belong to the distribution that it samples from. A temperature is part of the policy, both in
     training and here. A truncated or penalized distribution is another one, which no run segments by.
@@ -59,6 +44,10 @@ def cut(rollouts: Sequence[Rollout], segmenter: Segmenter, sampling: Sampling) -
     batch = Batch.of(rollouts, [0.0] * len(rollouts))
     batch, _ = sampled_only(batch, Scores(old_logprobs=batch.rollout_logprobs, values=None, ref_logprobs=None))
     try:
-        return Segments(batch, segment(segmenter, batch, Unscored()))
+        opens = segment(segmenter, batch, Unscored())
     except NotScoredError as missing:
         return f"the segmenter {type(segmenter).__name__} reads scores.{missing}, which an evaluation does not compute"
+    return [
+        torch.zeros(r.token_ids.shape, dtype=opens.dtype).masked_scatter(r.dense_action_mask, sampled)
+        for r, sampled in zip(rollouts, opens.split(batch.lengths.tolist()), strict=True)
+    ]

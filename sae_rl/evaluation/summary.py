@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from sae_rl.algo.stats import segment_stats
-from sae_rl.evaluation.segments import Segments
 from sae_rl.evaluation.statistics import NO_ANSWER, Estimate, estimates, majority, pass_at, powers_up_to, quantile
 from sae_rl.rewards.pool import Rewards
 from sae_rl.rewards.verdict import Failed
-from sae_rl.types import Rollout, gather_ragged, select
+from sae_rl.types import Batch, Rollout
 
 Rows = npt.NDArray[np.bool_]
 
@@ -76,7 +76,7 @@ def numbered(answers: Sequence[str | None]) -> list[int]:
 
 
 def summarize(
-    rollouts: Sequence[Rollout], rewards: Rewards, n: int, pass_score: float, segments: Segments | None
+    rollouts: Sequence[Rollout], rewards: Rewards, n: int, pass_score: float, opens: Sequence[Tensor] | None
 ) -> tuple[Summary, dict[str, Summary]]:
     """The summary of all prompts together, each counted alike, and those of the data sets, in their order.
 
@@ -84,6 +84,7 @@ def summarize(
 
     Args:
         rollouts: n of each of P prompts, prompt after prompt.
+        opens: (T,) for each response; None: segments are unknown.
     """
     data_sets = np.array([rollout.prompt.task for rollout in rollouts[::n]])
     member = {str(name): data_sets == name for name in dict.fromkeys(data_sets)}
@@ -118,16 +119,16 @@ def summarize(
             response_tokens_p50=quantile(lengths[rows], 0.5),
             response_tokens_p95=quantile(lengths[rows], 0.95),
             response_tokens_max=float(lengths[rows].max()),
-            segments=None if segments is None else _segment_summary(segments, rows, n),
+            segments=None if opens is None else _segment_summary(rollouts, opens, rows.repeat(n)),
             **found,
         )
 
     return summary_of(every), {name: summary_of(rows) for name, rows in member.items()}
 
 
-def _segment_summary(segments: Segments, rows: Rows, n: int) -> dict[str, float]:
-    """The segments of the responses to the prompts ``rows`` (P,)."""
-    responses = torch.from_numpy(np.flatnonzero(rows.repeat(n)))
-    opens = gather_ragged(segments.opens, segments.batch.offsets, responses)
-    stats = segment_stats(select(segments.batch, responses), opens)
+def _segment_summary(rollouts: Sequence[Rollout], opens: Sequence[Tensor], chosen: Rows) -> dict[str, float]:
+    """The segments of the chosen responses."""
+    indices = np.flatnonzero(chosen)
+    batch = Batch.of([rollouts[i] for i in indices], [0.0] * len(indices))
+    stats = segment_stats(batch, torch.cat([opens[i] for i in indices]))
     return {name: stats[f"segment/{name}"] for name in ("per_response_mean", "tokens_mean", "opens_fraction")}

@@ -16,11 +16,7 @@ FAILED_UPDATE = "failed_update.pt"
 
 @contextlib.contextmanager
 def batch_saved_on_failure(folder: Path, step: int, *inputs: Batch | Scores | Targets) -> Iterator[None]:
-    """If the block raises, saves its inputs to ``failed_update.pt`` (for `torch.load`) and says so in the error.
-
-    Raises:
-        RuntimeError: the block raised.
-    """
+    """If the block raises, saves its inputs for `torch.load`, and raises RuntimeError with the path of the file."""
     try:
         yield
     except Exception as error:

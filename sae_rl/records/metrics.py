@@ -34,17 +34,13 @@ METRICS: dict[str, Metric] = {
     "rollout/overlong_penalty_mean": Metric("", "mean reward that responses lost for coming near the length limit"),
     "rollout/zero_variance_fraction": Metric("fraction", "groups whose responses all have the same reward"),
     "rollout/staleness_mean": Metric(
-        "steps", "mean staleness of a token: the training step minus the step whose weights sampled the token"
+        "steps", "mean staleness of a token: the training step minus the step that sampled it"
     ),
     "rollout/staleness_max": Metric("steps", "staleness of the oldest token"),
     "rollout/mixed_versions_fraction": Metric("fraction", "responses sampled by more than one version of the policy"),
     "rollout/num_lost_engines": Metric("", "rollout engines lost and replaced since the run began"),
-    "reward/failed_fraction": Metric(
-        "fraction", "checks without a verdict, since they crashed or exceeded their deadline or memory"
-    ),
-    "sampling/reward_mean": Metric(
-        "", "dynamic sampling: mean reward of all sampled responses, discarded ones included"
-    ),
+    "reward/failed_fraction": Metric("fraction", "checks that crashed, or exceeded their deadline or memory"),
+    "sampling/reward_mean": Metric("", "dynamic sampling: mean reward of all responses, discarded ones included"),
     "sampling/kept_fraction": Metric("fraction", "dynamic sampling: sampled responses that the step trains on"),
     "sampling/num_rounds": Metric("", "dynamic sampling: rounds of sampling in the step"),
     "sampling/left_over_fraction": Metric("fraction", "partial rollouts: groups that an earlier step began"),
@@ -54,7 +50,7 @@ METRICS: dict[str, Metric] = {
     "segment/per_response_mean": Metric("", "segments / responses", "segments per response"),
     "segment/tokens_mean": Metric("tokens", "response tokens / segments", "segment length"),
     "segment/opens_fraction": Metric(
-        "fraction", "tokens that open a segment, among those that are not the first of a response", "tokens that open"
+        "fraction", "tokens after a response's first that open a segment", "tokens that open"
     ),
     "segment/tokens_p50": Metric("tokens", "median length of a segment"),
     "segment/tokens_p90": Metric("tokens", "length that 90 % of the segments do not exceed"),
@@ -71,9 +67,7 @@ METRICS: dict[str, Metric] = {
     "mismatch/logprob_abs_mean": Metric("nats", "mean over tokens of |log pi_rollout - log pi_old|"),
     "mismatch/logprob_abs_max": Metric("nats", "maximum over tokens of |log pi_rollout - log pi_old|"),
     "mismatch/kl_mean": Metric("nats", "KL(pi_rollout || pi_old) per token, estimated by k3"),
-    "sync/logprob_diff_max": Metric(
-        "nats", "maximum of |log pi_rollout - log pi_theta| on probe prompts after a weight sync"
-    ),
+    "sync/logprob_diff_max": Metric("nats", "maximum of |log pi_rollout - log pi_theta| on probe prompts after a sync"),
     # the policy's update; means over the tokens of all optimizer updates of the step
     "policy/loss": Metric("", "policy loss per token"),
     "policy/clip_fraction": Metric("fraction", "tokens where the clip binds: clip(r) A < r A", "clipped"),
@@ -81,9 +75,7 @@ METRICS: dict[str, Metric] = {
     "policy/clip_high_fraction": Metric("fraction", "tokens where the clip binds and A > 0"),
     "policy/approx_kl": Metric("nats", "KL(pi_old || pi_theta) per token, estimated by k3", "approximate KL"),
     "policy/ratio_mean": Metric("", "mean ratio r = pi_theta / pi_old"),
-    "policy/ref_kl": Metric(
-        "nats", "KL(pi_theta || pi_ref) per token, by the estimator of the loss", "KL to the reference"
-    ),
+    "policy/ref_kl": Metric("nats", "KL(pi_theta || pi_ref) per token, by the loss's estimator", "KL to the reference"),
     "policy/entropy_mean": Metric("nats", "mean entropy of pi_theta(. | s_t)", "entropy"),
     "policy/dual_clip_fraction": Metric("fraction", "tokens with A < 0 whose loss the dual clip limits"),
     "policy/positive_nll": Metric("nats", "sum of -log pi_theta over tokens of rewarded responses / all tokens"),
@@ -95,7 +87,7 @@ METRICS: dict[str, Metric] = {
     "critic/value_mean": Metric("", "mean of V(s_t) during the update"),
     "critic/return_mean": Metric("", "mean return G_t, the critic's target"),
     "critic/explained_variance": Metric(
-        "", "1 - Var(G - V) / Var(G) over tokens, before the update, with returns G", "explained variance"
+        "", "1 - Var(G - V) / Var(G) over tokens, before the update", "explained variance"
     ),
     "critic/explained_variance_starts": Metric("", "explained variance over the tokens that open a segment"),
     **{
@@ -129,9 +121,7 @@ METRICS: dict[str, Metric] = {
     "evaluation/answered_fraction": Metric("fraction", "responses in which the verifier found an answer"),
     "evaluation/segments_per_response_mean": Metric("", "segments / responses, by the run's segmenter"),
     "evaluation/segment_tokens_mean": Metric("tokens", "response tokens / segments, by the run's segmenter"),
-    "evaluation/opens_fraction": Metric(
-        "fraction", "tokens that open a segment, among those that are not the first of a response"
-    ),
+    "evaluation/opens_fraction": Metric("fraction", "tokens after a response's first that open a segment"),
     "evaluation/num_prompts": Metric("", "held-out prompts"),
     "evaluation/samples_per_prompt": Metric("", "n, the samples of each prompt"),
     # wall time on the driver
@@ -143,9 +133,7 @@ METRICS: dict[str, Metric] = {
     "time/update_s": Metric("s", "optimizer updates of policy and critic", "update"),
     "time/sync_s": Metric("s", "sending weights to the rollout engines and probing them", "sync"),
     "time/evaluate_s": Metric("s", "sampling and checking held-out prompts", "evaluate"),
-    "time/checkpoint_s": Metric(
-        "s", "saving since the last step was recorded, so mostly the checkpoint of the step before", "checkpoint"
-    ),
+    "time/checkpoint_s": Metric("s", "saving, mostly the checkpoint of the step before", "checkpoint"),
     "time/driver_s": Metric("s", "the step's time outside of all phases above", "driver"),
     "time/step_s": Metric("s", "wall time since the last step ended", "step"),
     "ahead/generate_s": Metric("s", "overlapped schedule: sampling this step's responses, in another thread"),

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from torch import Tensor
 
@@ -29,12 +29,6 @@ from sae_rl.types import Rollout, StepRecord
 if TYPE_CHECKING:
     import wandb
     from torch.utils.tensorboard import SummaryWriter
-
-
-class Sink(Protocol):
-    def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def first_steps(first_step: int, resumed: bool) -> dict[Phase, float]:
@@ -69,7 +63,7 @@ class Records:
             self._sinks = [stack.enter_context(closing(sink)) for sink in self._open(starts)]
             self._stack = stack.pop_all()
 
-    def _open(self, starts: Mapping[Phase, float]) -> Iterator[Sink]:
+    def _open(self, starts: Mapping[Phase, float]) -> Iterator[Terminal | Jsonl | TensorBoard | Wandb]:
         yield self._terminal
         logger = self._config.logger
         if logger.jsonl:
@@ -130,18 +124,14 @@ class Jsonl:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file. An incomplete last line, which a killed process may leave, is ignored.
-
-    Raises:
-        ValueError: a line is no JSON.
-    """
+    """The rows of a file. Raises ValueError for a line that is no JSON, but ignores an incomplete last line."""
     lines = path.read_text().split("\n")
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            if number < len(lines):  # the last line has no newline behind it
+            if number < len(lines):  # the last one has no newline behind it: the process that wrote it was killed
                 raise ValueError(f"{path}, line {number} is no JSON ({error}); remove that line") from error
     return rows
 

@@ -90,11 +90,7 @@ def read_rollouts(file: Path) -> pa.Table:
 
 
 def read_step(file: Path) -> tuple[list[Rollout], list[float], list[str]]:
-    """The responses of one recorded step, their rewards, and the verifier's reasons.
-
-    Raises:
-        ValueError: the file is no recorded step.
-    """
+    """The responses of a recorded step, their rewards, and the verifier's reasons. Raises ValueError for any other file."""
     try:
         rows = read_rollouts(file).to_pylist()
         return [_rollout(row) for row in rows], [row["reward"] for row in rows], [row["why"] for row in rows]

@@ -53,12 +53,8 @@ def write_samples(file: Path, rollouts: Sequence[Rollout], rewards: Rewards, ope
 
 
 def read_samples(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The rows of one file, with all ``columns`` or some.
-
-    Raises:
-        ValueError: the file holds no samples.
-    """
+    """The rows of one file, with all columns or only ``columns``. Raises ValueError if the file holds no samples."""
     try:
-        return pq.read_table(file, columns=None if columns is None else list(columns))
+        return pq.read_table(file, columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file} holds no samples that can be read: {error!r}") from error

@@ -59,11 +59,7 @@ def check(question: bytes, sample: Sample) -> Verdict | Failed:
 
 
 def checked(verdict: object) -> Verdict:
-    """A copy of a verdict, without subclasses of text.
-
-    Raises:
-        ValueError: it is not a `Verdict`, its score is not finite, or its reason or its answer is not text.
-    """
+    """A copy of a verdict, without subclasses of text. Raises ValueError for anything but a `Verdict` with a finite score."""
     if not isinstance(verdict, Verdict):
         raise ValueError(f"returned {verdict!r} instead of a Verdict")
     if not math.isfinite(verdict.score):

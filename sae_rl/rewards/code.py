@@ -136,11 +136,7 @@ class Code(Knobs):
 
 @lru_cache(maxsize=CACHED_TESTS)  # responses to one prompt are checked one after the other
 def read_tests(answer: str) -> Tests:
-    """The tests that a prompt's answer holds.
-
-    Raises:
-        ValueError: it is not JSON of the form that `Code` describes.
-    """
+    """The tests in a prompt's answer. Raises ValueError if it is not JSON of the form that `Code` describes."""
     form = 'code: the answer must be JSON {"inputs": [...], "outputs": [...]}, with "fn_name" for a function'
     try:
         read = json.loads(answer)

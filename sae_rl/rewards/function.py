@@ -25,11 +25,7 @@ class Function:
 
 
 def imported(path: str) -> Callable[..., Any]:
-    """The function at an import path.
-
-    Raises:
-        ValueError: there is none. The message has the nearest name that the module has.
-    """
+    """The function at an import path. Raises ValueError with the nearest name if there is none."""
     module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)

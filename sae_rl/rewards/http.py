@@ -46,12 +46,7 @@ class Http(Knobs):
         return TimeLimit((self.retries + 1) * self.timeout_s + waits_s, "timeout_s, retries and backoff_s")
 
     def __call__(self, sample: Sample) -> Verdict:
-        """Asks the service.
-
-        Raises:
-            ConnectionError: no reply in all tries, or a status other than 200.
-            ValueError: the reply is not a verdict.
-        """
+        """Raises ConnectionError for a status other than 200 or no reply, and ValueError if the reply is not a verdict."""
         return self._verdict(
             self._reply({"prompt": sample.prompt, "response": sample.response, "answer": sample.answer})
         )

@@ -102,11 +102,7 @@ class RewardPool:
         return self._pickled[name]
 
     def collect(self, checks: Sequence[Check]) -> Rewards:
-        """Waits for checks, and returns their outcomes in the same order.
-
-        Raises:
-            RuntimeError: more than ``rewards.max_failed_fraction`` of them failed, or the processes cannot start.
-        """
+        """Waits for checks, and returns their outcomes in the same order. Raises RuntimeError if too many of them failed."""
         rewards = Rewards([self._outcome(check) for check in checks], self._failed_score)
         if rewards.failed_fraction > self._max_failed_fraction:
             raise RuntimeError(
@@ -129,11 +125,7 @@ class RewardPool:
 
 
 def pickled(name: str, sent: object) -> bytes:
-    """A verifier, with or without its isolation, as it is sent to the processes.
-
-    Raises:
-        ValueError: it cannot be pickled.
-    """
+    """A verifier, with or without its isolation, as it is sent to the processes. Raises ValueError if it cannot be."""
     try:
         return pickle.dumps(sent)
     except Exception as error:  # a user's class may raise anything

@@ -81,11 +81,7 @@ class Processes:
             future.set_exception(error)
 
     def wait(self, future: Future[Verdict | Failed]) -> None:
-        """Waits for an answer.
-
-        Raises:
-            RuntimeError: the processes die whenever they are started.
-        """
+        """Waits for an answer. Raises RuntimeError if the processes die whenever they are started."""
         began = time.monotonic()
         while not future.done():
             wait([future], LOOK_S)

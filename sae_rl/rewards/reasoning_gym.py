@@ -25,12 +25,7 @@ class ReasoningGym:
     """
 
     def __call__(self, sample: Sample) -> Verdict:
-        """Scores a response.
-
-        Raises:
-            ValueError: the prompt's answer is not a problem of reasoning-gym.
-            Exception: the task cannot score its own answer.
-        """
+        """Raises ValueError for an answer that is no problem, and any exception if a task cannot score its own answer."""
         from reasoning_gym.utils import extract_answer
 
         task, knobs, entry = _read(sample.answer)
@@ -62,8 +57,8 @@ def _read(answer: str) -> tuple[str, str, dict[str, Any]]:
         return problem["task"], lossless_json.dumps(problem["knobs"]), problem["entry"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"reasoning_gym: the answer {shown(answer, MAX_SHOWN)} is no problem of reasoning-gym ({error}); this verifier is for "
-            "prompts of a source with name: reasoning_gym"
+            f"reasoning_gym: the answer {shown(answer, MAX_SHOWN)} is no problem of reasoning-gym ({error}); this verifier "
+            "is for prompts of a source with name: reasoning_gym"
         ) from error
 
 

@@ -39,26 +39,19 @@ VERIFIERS: dict[str, type[Any]] = {
 }
 
 
-def without_knobs() -> Iterator[tuple[str, Verifier]]:
-    """The verifiers whose knobs all have defaults, by name."""
-    for name, cls in VERIFIERS.items():
-        with contextlib.suppress(TypeError, ValueError):  # a knob is missing, or the defaults alone mean nothing
-            yield name, cls()
-
-
-# What a source, or a row of a file, may name without any configuration.
-READY: dict[str, Verifier] = {
-    **dict(without_knobs()),
+READY: dict[str, Verifier] = {  # what a source, or a row of a file, may name without any configuration
     "level": Function("sae_rl.tasks.level:level"),
     "countdown": Function("sae_rl.tasks.countdown:countdown"),
 }
+for _name, _verifier in VERIFIERS.items():
+    with contextlib.suppress(TypeError, ValueError):  # a knob is missing, or the defaults alone mean nothing
+        READY[_name] = _verifier()
 
 
 def resolve(name: str, configured: Mapping[str, Verifier]) -> Verifier:
     """The verifier of that name in ``rewards.verifiers``, or else in `READY`, or else the function at that import path.
 
-    Raises:
-        ValueError: there is no such verifier. The message has the nearest name.
+    Raises ValueError with the nearest name if there is none.
     """
     if name in configured:
         return configured[name]
@@ -87,12 +80,7 @@ def runs_programs(verifier: Verifier) -> bool:
 
 
 def check_verifier(name: str, verifier: Verifier, deadline_s: float) -> None:
-    """Checks that a verifier can work in this run.
-
-    Raises:
-        ValueError: its own time limits do not fit into the deadline, or it runs programs and this machine cannot isolate
-            them.
-    """
+    """Raises ValueError if a verifier's own time limits exceed the deadline, or this machine cannot isolate its programs."""
     limits = [part.time_limit() for part in parts_of(verifier) if isinstance(part, Timed)]
     longest_s = sum(limit.seconds for limit in limits)
     if longest_s > deadline_s:

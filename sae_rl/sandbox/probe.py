@@ -19,10 +19,9 @@ REMEDY = (
 
 
 def chosen() -> Isolation:
-    """The isolation that works on this machine: bubblewrap, or else unshare. It is tried once for each process.
+    """The isolation that works on this machine: bubblewrap, or else unshare. Raises OSError if neither works.
 
-    Raises:
-        OSError: none works.
+    It is tried once for each process.
     """
     problems = []
     for isolation in get_args(Isolation):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -53,16 +52,13 @@ def run_program(
     total_s: float,
     stop_early: bool = False,
 ) -> Ended:
-    """Runs a Python program with all inputs, to its end or to a limit.
+    """Runs a Python program with all inputs, to its end or to a limit. Raises OSError if the sandbox cannot be started.
 
     Args:
         inputs: texts for stdin of a script, which runs in a process for each; or lists of arguments of ``function``. The
             answers have the form of `inside.Answer`, or ``{"returned": ...}`` and ``{"raised": ...}`` of a function.
         total_s: the time for all inputs together.
         stop_early: end at the first input where a script fails.
-
-    Raises:
-        OSError: the sandbox cannot be started on this machine.
     """
     options = Options(
         function=function,
@@ -81,14 +77,9 @@ def run_program(
         stdin.write("".join(json.dumps(each) + "\n" for each in inputs).encode())
         stdin.seek(0)
         deadline = time.monotonic() + total_s
+        run = command(isolation, folder, [json.dumps(options)], limits)
         process = subprocess.Popen(
-            command(isolation, folder, [json.dumps(options)], limits),
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            env=ENVIRONMENT,
-            cwd=folder,
-            start_new_session=True,
+            run, stdin=stdin, stdout=stdout, stderr=stderr, env=ENVIRONMENT, cwd=folder, start_new_session=True
         )
         try:
             ending = wait_within_limits(process, deadline, limits.memory_mb * MB)
@@ -104,11 +95,9 @@ def run_program(
 
 def write_files(folder: Path, source: str) -> None:
     """Writes the program and inside.py, readable for the user that they run as."""
-    program, inside = folder / PROGRAM[1:], folder / INSIDE.name
-    program.write_text(source, encoding="utf-8", errors="replace")
-    shutil.copyfile(INSIDE, inside)
-    for path in (program, inside):
-        path.chmod(0o644)
+    for name, text in ((PROGRAM[1:], source), (INSIDE.name, INSIDE.read_text())):
+        (folder / name).write_text(text, encoding="utf-8", errors="replace")
+        (folder / name).chmod(0o644)
 
 
 def wait_within_limits(process: subprocess.Popen[bytes], deadline: float, memory_bytes: int) -> Ending:

@@ -38,11 +38,7 @@ CLONE, CLONE3, SOCKETPAIR = (56, 220), (435, 435), (53, 199)  # refused or allow
 
 
 def system_call_filter() -> bytes:
-    """The filter for this machine, as `assembled` returns it.
-
-    Raises:
-        OSError: the machine is neither x86_64 nor aarch64.
-    """
+    """The filter for this machine. Raises OSError if the machine is neither x86_64 nor aarch64."""
     if platform.machine() not in MACHINES:
         raise OSError(f"system calls are known for {' and '.join(MACHINES)}, and this machine is {platform.machine()}")
     return assembled(*MACHINES[platform.machine()])

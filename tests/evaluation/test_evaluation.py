@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_rl.algo import Segmenter
 from sae_rl.algo.segmenters import Entropy, FixedLength, LowProbability, Surprisal, Union
 from sae_rl.evaluation.evaluate import Evaluation
-from sae_rl.evaluation.segments import Segments, cut
+from sae_rl.evaluation.segments import cut
 from sae_rl.evaluation.summary import Summary, summarize
 from sae_rl.records.metrics import check_names, data_set_of, metric_of
 from sae_rl.rewards.verdict import Failed, Verdict
@@ -149,9 +149,9 @@ def test_segments_are_those_of_the_runs_segmenter(evaluation: Evaluation, name: 
 )
 def test_another_distribution_has_no_segments(changed: dict[str, float], reason: str, tmp_path: Path) -> None:
     found = made_up(make_config(tmp_path, *(f"evaluation.{key}={value:g}" for key, value in changed.items())))
-    assert isinstance(found.segments, str)
+    assert found.segments_left_out is not None
     with pytest.raises(ValueError, match=reason):
-        raise ValueError(found.segments)
+        raise ValueError(found.segments_left_out)
     assert found.opens is None and found.overall.segments is None
     assert not any("segment" in name or "opens" in name for name in found.metrics())
 
@@ -179,7 +179,7 @@ class ReadsValues:
 )
 def test_segmenters_that_read_scores_are_left_out(segmenter: Segmenter, name: str, tmp_path: Path) -> None:
     found = made_up(make_config(tmp_path), segmenter=segmenter)
-    assert isinstance(found.segments, str) and f"reads scores.{name}" in found.segments
+    assert found.segments_left_out is not None and f"reads scores.{name}" in found.segments_left_out
 
 
 def test_soft_segments_keep_their_weights(tmp_path: Path) -> None:
@@ -200,8 +200,8 @@ def test_tokens_that_nobody_sampled_open_nothing(evaluation: Evaluation) -> None
         action_mask=torch.tensor([False] * 2 + [True] * plain.token_ids.numel()),
     )
     found = cut([plain, inserted], LowProbability(0.2), Sampling(max_tokens=8))
-    assert isinstance(found, Segments)
-    first, second = found.per_response([plain, inserted])
+    assert not isinstance(found, str)
+    first, second = found
     assert first.tolist() == opened(plain) and second.tolist() == [False, False, *opened(plain)]
 
 
