@@ -62,18 +62,17 @@ def tell(workers: RunWorkers, what: Callable[[object], None]) -> None:
 
 def forget_head(worker: object) -> None:
     """Runs inside the policy's process: the tied output layer is not sent, as by ``named_parameters()``."""
-    worker._sender.weights._tied = False  # type: ignore[attr-defined]
+    sender = worker._sender  # type: ignore[attr-defined]
+    sender._sent_names = lambda name: [name.removeprefix("causal_lm.")]
 
 
 def forget_one(worker: object) -> None:
     """Runs inside the policy's process: one of its tensors is not sent."""
-    weights = worker._sender.weights  # type: ignore[attr-defined]
-    sent_names = weights._sent_names
-    weights._sent_names = lambda name: [] if name.endswith("layers.1.mlp.down_proj.weight") else sent_names(name)
+    sender = worker._sender  # type: ignore[attr-defined]
+    sent_names = sender._sent_names
+    sender._sent_names = lambda name: [] if name.endswith("layers.1.mlp.down_proj.weight") else sent_names(name)
 
 
 def remember(worker: object) -> None:
     """Runs inside the policy's process: all are sent again."""
-    weights = worker._sender.weights  # type: ignore[attr-defined]
-    weights._tied = True
-    weights.__dict__.pop("_sent_names", None)
+    worker._sender.__dict__.pop("_sent_names", None)  # type: ignore[attr-defined]
