@@ -65,11 +65,6 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(names)}"
 
 
-def union_tag(name: str) -> str:
-    """The tag of a member of a union. pydantic puts tags into the keys of errors; `describe` removes them."""
-    return f"<{name}>"
-
-
 def describe(error: ValidationError, kind: type[Any] | None = None) -> list[str]:
     """One line per problem: the key, what was found, what is allowed.
 
@@ -79,7 +74,6 @@ def describe(error: ValidationError, kind: type[Any] | None = None) -> list[str]
     lines = []
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
-        path = [part for part in path if part != union_tag(part[1:-1])]
         key = ".".join(path)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "missing":

@@ -122,6 +122,7 @@ class Batch:
                 raise ValueError(f"rollout {rollout.sample} of prompt {rollout.prompt.id!r} is empty")
             if rollout.action_mask is not None and not bool(rollout.action_mask.any()):
                 raise ValueError(f"rollout {rollout.sample} of prompt {rollout.prompt.id!r} has no sampled token")
+        has_mask = any(r.action_mask is not None for r in rollouts)
         numbers: dict[str, int] = {}
         groups = [numbers.setdefault(r.prompt.id, len(numbers)) for r in rollouts]
         temperatures = {r.temperature for r in rollouts}
@@ -138,7 +139,7 @@ class Batch:
             groups=torch.tensor(groups, dtype=torch.int64),
             truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),
             temperature=temperatures.pop(),
-            action_mask=_action_mask(rollouts),
+            action_mask=torch.cat([r.dense_action_mask for r in rollouts]) if has_mask else None,
         )
 
     @property
@@ -210,12 +211,6 @@ class StepRecord:
 def offsets_of(lengths: Sequence[int]) -> Tensor:
     """(B,) lengths -> (B+1,) offsets, ``[0, l_0, l_0 + l_1, ...]``."""
     return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-
-
-def _action_mask(rollouts: Sequence[Rollout]) -> Tensor | None:
-    if all(r.action_mask is None for r in rollouts):
-        return None
-    return torch.cat([r.dense_action_mask for r in rollouts])
 
 
 def gather_ragged(flat: Tensor, offsets: Tensor, indices: Tensor) -> Tensor:

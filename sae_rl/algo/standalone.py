@@ -52,7 +52,8 @@ def segmental_advantages(
         ValueError: a number is out of its range, shapes differ, there are no tokens, offsets do not cover the tokens, or a
             reward, value or logprob is not finite (the message names the response).
     """
-    _check_knobs(p=p, lam=lam, gamma=gamma, value_lam=value_lam)
+    for name, value in {"p": p, "lam": lam, "gamma": gamma, "value_lam": value_lam}.items():
+        check_number(name, value, 0, 1)
     _check_shapes(rewards, values=values, logprobs=logprobs, mask=mask)
     offsets = _checked_offsets(offsets, rewards)
     action_mask = None if mask is None else mask.bool().flatten()
@@ -69,11 +70,6 @@ def segmental_advantages(
         num_threads=torch.get_num_threads(),
     )
     return advantages.view(rewards.shape), returns.view(rewards.shape)
-
-
-def _check_knobs(**knobs: float) -> None:
-    for name, value in knobs.items():
-        check_number(name, value, 0, 1)
 
 
 def _check_shapes(rewards: Tensor, **others: Tensor | None) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,16 +15,10 @@ from sae_rl.tasks.table import TASKS, make_task
 from sae_rl.tasks.task import Task
 
 
-def _known(task: str) -> str:
-    if task not in TASKS:
-        raise ValueError(f"found {task!r}, {nearest(task, TASKS)}")
-    return task
-
-
 class DemonstrationsConfig(Section):
     """What to imitate: a task's demonstrations or the responses in a file."""
 
-    task: Annotated[str, AfterValidator(_known)]
+    task: str
     knobs: dict[str, Any]
     file: str | None
 
@@ -44,10 +37,12 @@ def source_of(config: DemonstrationsConfig) -> Task | str:
     """The task, or the path of the file.
 
     Raises:
-        ConfigError: the task's knobs are wrong.
+        ConfigError: the task is unknown or its knobs are wrong.
     """
     if config.file is not None:
         return config.file
+    if config.task not in TASKS:
+        raise ConfigError([f"demonstrations.task = {config.task!r} is unknown, {nearest(config.task, TASKS)}"])
     try:
         return make_task(config.task, config.knobs)
     except ValueError as error:

@@ -28,6 +28,8 @@ T = TypeVar("T", bound=Section)
 
 # A wheel has conf/ inside the package, a checkout has it beside the package.
 CONF = next(folder / "conf" for folder in Path(__file__).parents[1:3] if (folder / "conf").is_dir())
+# A folder named base holds what the options of its group share, and is no group.
+GROUPS = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir() and folder.name != "base"}
 HYDRAS_OWN = ("hydra/", "hydra.")  # overrides of Hydra itself, such as hydra/launcher=joblib
 
 
@@ -82,10 +84,8 @@ def _alternatives(override: Override) -> list[str]:
     """The overrides that stand for this one in the runs of a sweep."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
-    if isinstance(chosen := override.value(), Glob):
-        values = chosen.filter(_options_of(override.key_or_group))
-    else:
-        values = list(override.sweep_string_iterator())
+    chosen, options = override.value(), _options_of(override.key_or_group)
+    values = chosen.filter(options) if isinstance(chosen, Glob) else list(override.sweep_string_iterator())
     return [f"{override.get_key_element()}={value}" for value in values]
 
 
@@ -95,9 +95,9 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
     Raises:
         ConfigError: an override that Hydra cannot read or apply, or an unknown group or option.
     """
-    groups, file = _groups(), OmegaConf.load(CONF / f"{name}.yaml")
-    known = {*map(str, file), *(groups if "defaults" in file else ())} - {"defaults", "hydra"}
-    if problems := [problem for override in _parse(overrides) if (problem := _misspelt(override, groups, known))]:
+    file = OmegaConf.load(CONF / f"{name}.yaml")
+    known = {*map(str, file), *(GROUPS if "defaults" in file else ())} - {"defaults", "hydra"}
+    if problems := [problem for override in _parse(overrides) if (problem := _misspelt(override, known))]:
         raise ConfigError(problems)
     before = GlobalHydra.instance().hydra  # a caller may use Hydra, too
     GlobalHydra.instance().clear()
@@ -115,14 +115,9 @@ def forced(overrides: Sequence[str]) -> list[str]:
     lines = []
     for override in _parse(overrides):
         key = override.key_or_group
-        is_value = override.type is OverrideType.CHANGE and key not in _groups() and not key.startswith(HYDRAS_OWN)
+        is_value = override.type is OverrideType.CHANGE and key not in GROUPS and not key.startswith(HYDRAS_OWN)
         lines.append(f"++{override.input_line}" if is_value else str(override.input_line))
     return lines
-
-
-def _groups() -> set[str]:
-    """The groups of ``conf/``. A folder named base holds what the options of its group share, and is no group."""
-    return {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir() and folder.name != "base"}
 
 
 def _options_of(group: str) -> list[str]:
@@ -136,12 +131,12 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         raise ConfigError([f"cannot read an override: {_first_line(error)}"]) from error
 
 
-def _misspelt(override: Override, groups: set[str], known: set[str]) -> str | None:
+def _misspelt(override: Override, known: set[str]) -> str | None:
     """What is wrong with a group, its option or a key at the top. The typed tree judges deeper keys."""
     key, option = override.key_or_group, override.value()
     if key.startswith(HYDRAS_OWN):
         return None
-    if key not in groups:
+    if key not in GROUPS:
         top = key.split(".")[0]
         return None if top in known else f"{key}: the configuration has no {top!r}, {nearest(top, known)}"
     if override.is_delete() or override.is_sweep_override() or str(option) in _options_of(key):

@@ -69,6 +69,10 @@ class ModelConfig(Section):
         inside = Path(path) / "hf"
         return str(inside) if inside.is_dir() else path
 
+    @property
+    def is_hub_name(self) -> bool:
+        return not Path(self.path).exists() and HUB_NAME.fullmatch(self.path) is not None
+
     def read_context_tokens(self) -> int:
         """The most tokens of prompt and response together that the model takes.
 
@@ -79,7 +83,7 @@ class ModelConfig(Section):
             return self.context_tokens
         if not Path(self.path).is_dir():
             advice = "make one with `sae-rl warm-start`, or correct the path"
-            if HUB_NAME.fullmatch(self.path):
+            if self.is_hub_name:
                 advice = "to load that name from the hub, state its context length in model.context_tokens"
             raise ValueError(f"model.path: no folder {self.path!r} here; {advice}")
         file = Path(self.path) / "config.json"
@@ -133,7 +137,7 @@ class RolloutConfig(Section):
     enforce_eager: bool
     dynamic_sampling: DynamicSamplingConfig
     health_timeout_s: PositiveFloat  # an engine that does not answer a health check for so long is replaced
-    max_engine_losses: NonNegative  # engines that die or stop answering in one run; one more ends the run
+    max_engine_losses: NonNegative  # engines that may die or stop answering in one run; one more ends the run
     logprob_tolerance: PositiveFloat  # nats between vLLM and the trainer after a weight sync
 
     @classmethod

@@ -51,17 +51,13 @@ class Loader:
         return replace(self, key=f"{self.key}.parts.{name}", part=name, share=share)
 
     def load(
-        self,
-        name: str,
-        reward: str | None,
-        read: Callable[[], tuple[list[Record], list[str]]],
-        num_prompts: int | None,
+        self, name: str, reward: str | None, read: Callable[[], tuple[list[Record], list[str]]], num_prompts: int | None
     ) -> list[Prompt]:
         """The prompts of one source; none if something is wrong.
 
         Args:
-            name: of the source in messages.
-            reward: of the source; None: its records have a reward that exists.
+            name: what messages call the source.
+            reward: the source's reward, which is checked here; None: the records' own rewards need no check.
             read: returns the records, and a line for each problem. It may raise ValueError, or BadKeys for wrong keys.
             num_prompts: the most prompts to return; None: all.
         """

@@ -47,7 +47,7 @@ class Sampler:
     """Draws from a shuffled list of prompts. Every epoch has an order of its own, which (seed, epoch) decides.
 
     A batch that reaches the end of an epoch continues in the next one, so no prompt is dropped. No batch holds a prompt
-    twice: prompts of a batch that began in the last epoch move to the end of the new one.
+    twice: prompts that a batch holds already when an epoch begins move to the end of that epoch.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Annotated
+
+from pydantic import PlainValidator, SerializeAsAny
 
 from sae_rl.data.prompts import Overlong
-from sae_rl.data.sources.kinds import KINDS, union_of
+from sae_rl.data.sources.kinds import KINDS, source_of
 from sae_rl.data.sources.mixture import MixtureSource
 from sae_rl.data.sources.reasoning_gym import ReasoningGymSource
 from sae_rl.data.sources.source import Source
 from sae_rl.settings import Positive, Section
 
-if TYPE_CHECKING:
-    AnySource: TypeAlias = Source
-else:
-    AnySource = union_of({**KINDS, "mixture": MixtureSource})
+AnySource = Annotated[Source, PlainValidator(source_of({**KINDS, "mixture": MixtureSource})), SerializeAsAny()]
 
 
 class TaskConfig(Section):

@@ -48,7 +48,12 @@ def knobs_at(task: str, knobs: Mapping[str, Any], levels: Mapping[str, int] | in
     """
     if levels is None:
         return dict(knobs)
-    curriculum = _curriculum(task)
+    from reasoning_gym.factory import CURRICULA
+
+    _classes(task)  # raises if there is no such task
+    if task not in CURRICULA:
+        raise BadKeys(f"levels, curriculum: reasoning-gym has no curriculum for {task}; set its knobs instead")
+    curriculum = CURRICULA[task]()
     attributes = curriculum.attributes
     if isinstance(levels, int):
         highest = max(len(attribute.levels) for attribute in attributes.values()) - 1
@@ -90,15 +95,6 @@ def _classes(task: str) -> tuple[type[Any], type[Any]]:
         raise BadKeys(f"task {task!r} is unknown, {nearest(task, task_names())}")
     dataset_class, config_class = DATASETS[task]
     return dataset_class, config_class
-
-
-def _curriculum(task: str) -> Any:
-    from reasoning_gym.factory import CURRICULA
-
-    _classes(task)
-    if task not in CURRICULA:
-        raise BadKeys(f"levels, curriculum: reasoning-gym has no curriculum for {task}; set its knobs instead")
-    return CURRICULA[task]()
 
 
 def _fields_of(attribute: Any) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from sae_rl.config.schema import Config, DynamicSamplingConfig
 from sae_rl.data.sampler import PromptSampler
@@ -44,15 +43,6 @@ def respond(run: Run, prompts: list[Prompt], seed_name: str) -> tuple[list[Rollo
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One round of dynamic sampling."""
-
-    prompts: list[Prompt]
-    groups: list[Group]  # one per prompt, see `groups_of`
-    rewards: Rewards  # one per response
-
-
 def collect(config: Config, sampler: PromptSampler, respond: Respond) -> StepSamples:
     """Samples rounds of prompts until ``rollout.prompts_per_step`` groups are useful, or all rounds are over.
 
@@ -67,23 +57,25 @@ def collect(config: Config, sampler: PromptSampler, respond: Respond) -> StepSam
         RuntimeError: no group of any round is useful.
     """
     dynamic = config.rollout.dynamic_sampling
-    rounds: list[Round] = []
+    asked: list[Prompt] = []
+    rounds: list[Rewards] = []
     kept: list[Group] = []
     max_rounds = dynamic.max_rounds if dynamic.mode == "resample" else 1
     while (missing := config.rollout.prompts_per_step - len(kept)) and len(rounds) < max_rounds:
         wanted = missing if dynamic.mode == "none" else math.ceil(missing * dynamic.oversampling)
-        prompts = _draw(sampler, wanted, {prompt.id for sampled in rounds for prompt in sampled.prompts})
+        prompts = _draw(sampler, wanted, {prompt.id for prompt in asked})
         if not prompts:
             break
         rollouts, rewards = respond(prompts, len(rounds) + 1)
         groups = groups_of(config, rollouts, rewards)
-        rounds.append(Round(prompts, groups, rewards))
+        asked += prompts
+        rounds.append(rewards)
         observe(sampler, prompts, groups)
         useful = [i for i, group in enumerate(groups) if group.rollouts and is_useful(group.rewards, dynamic)]
         kept += [groups[i] for i in useful[:missing]]
         sampler.put_back([prompts[i] for i in useful[missing:]])
     if not kept and dynamic.mode != "none":
-        raise RuntimeError(_nothing_useful(rounds, dynamic))
+        raise RuntimeError(_nothing_useful(len(asked), rounds, dynamic))
     return StepSamples.of(kept, _metrics(rounds, kept, dynamic), sampler.state())
 
 
@@ -103,9 +95,9 @@ def _draw(sampler: PromptSampler, wanted: int, seen: set[str]) -> list[Prompt]:
     return [prompt for prompt in drawn if prompt.id not in seen]
 
 
-def _metrics(rounds: Sequence[Round], kept: Sequence[Group], config: DynamicSamplingConfig) -> Metrics:
-    scores = [score for sampled in rounds for score in sampled.rewards.scores]
-    num_failed = sum(len(sampled.rewards.failures) for sampled in rounds)
+def _metrics(rounds: Sequence[Rewards], kept: Sequence[Group], config: DynamicSamplingConfig) -> Metrics:
+    scores = [score for rewards in rounds for score in rewards.scores]
+    num_failed = sum(len(rewards.failures) for rewards in rounds)
     metrics = {"reward/failed_fraction": num_failed / len(scores)}
     if config.mode != "none":
         metrics["sampling/reward_mean"] = sum(scores) / len(scores)
@@ -114,10 +106,10 @@ def _metrics(rounds: Sequence[Round], kept: Sequence[Group], config: DynamicSamp
     return metrics
 
 
-def _nothing_useful(rounds: Sequence[Round], config: DynamicSamplingConfig) -> str:
-    scores = [score for sampled in rounds for score in sampled.rewards.scores]
+def _nothing_useful(num_groups: int, rounds: Sequence[Rewards], config: DynamicSamplingConfig) -> str:
+    scores = [score for rewards in rounds for score in rewards.scores]
     return (
-        f"none of {sum(len(sampled.prompts) for sampled in rounds)} groups in {len(rounds)} round(s) is useful by "
+        f"none of {num_groups} groups in {len(rounds)} round(s) is useful by "
         f"rollout.dynamic_sampling.by = {config.by}; the mean reward is {sum(scores) / len(scores):.3g}: choose problems "
         "that are easier or harder, or set rollout.dynamic_sampling.mode=none"
     )

@@ -55,7 +55,7 @@ class CriticWorker(LearnerWorker):
         self._start(rank, model, config, build, num_steps)
 
     def score(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(n,) the indices of this rank's tokens among all N, and ``values`` (n,), perhaps ``final_values``, of those."""
+        """(n,) the indices of this rank's tokens among all N, and their ``values`` (n,), perhaps ``final_values`` too."""
 
         def forward(micro: MicroBatch) -> dict[str, Tensor]:
             values, final = self._learner.engine(micro, self._with_final_values)

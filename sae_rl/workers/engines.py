@@ -101,7 +101,7 @@ class Engines:
         engine.jobs[self.group.workers[engine.rank].generate.remote(job.requests)] = job
 
     def wait(self, calls: Sequence[Any]) -> list[Any]:
-        """Waits for a moment for these calls. Time in which the driver did not listen counts as no engine's delay."""
+        """Waits for a moment for these calls. Time in which the driver did not listen is not an engine's delay."""
         away = time.monotonic() - self._listened_at
         for engine in self._engines:
             engine.checked_at += away if engine.check is not None else 0.0
@@ -222,6 +222,6 @@ def _is_late(call: Any, since: float, limit_s: float) -> bool:
 
 
 def _is_loss(error: WorkerError) -> bool:
-    """Whether the error means that the engine is gone, and not that it failed at its task."""
+    """Whether the engine is gone; otherwise it runs, and a request failed."""
     cause = error.__cause__
     return not isinstance(cause, ray.exceptions.RayTaskError) or isinstance(cause.cause, EngineLost)

@@ -1,4 +1,4 @@
-"""Which worker runs where: bundles of CPUs and GPUs, checked against Ray's resources before anything waits for them."""
+"""The bundles of CPUs and GPUs that workers run in, checked against Ray's resources before anything waits for them."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class PolicyWorker(LearnerWorker):
         self._sender: Sender | None = None
 
     def score(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(n,) the indices of this rank's tokens among all N, and ``old_logprobs`` (n,) and more of those tokens."""
+        """(n,) the indices of this rank's tokens among all N, and their ``old_logprobs`` (n,) and what `start` asked for."""
 
         def forward(micro: MicroBatch) -> dict[str, Tensor]:
             logprobs, entropies = self._learner.engine(micro, batch.temperature, self._with_entropies)

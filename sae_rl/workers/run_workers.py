@@ -150,8 +150,8 @@ class RunWorkers:
 
     def _start_learner(self, role: str) -> Call:
         config, group = self._config, self._groups[role]
-        ((address, port),) = group.run_on([0], lambda worker: worker.free_address.remote())
-        references = []
+        ((address, port),) = group.run(lambda worker: worker.free_address.remote(), [0])
+        references: dict[int, Any] = {}
         for index, worker in enumerate(group.workers):
             rank = Rank(
                 index=index,
@@ -162,7 +162,7 @@ class RunWorkers:
                 threads=getattr(config.cluster, role).threads_per_worker,
                 sequence_parallel_size=config.learner.sequence_parallel_size,
             )
-            references.append(worker.start.remote(rank, *WORKERS[role].settings(config)))
+            references[index] = worker.start.remote(rank, *WORKERS[role].settings(config))
         return Call(group, references)
 
     def _sync_one(self, rank: int) -> None:

@@ -58,8 +58,9 @@ MAY_IMPORT = {
 # Folder -> its layers from the bottom to the top. A file imports files of lower layers only; "*" is every other file.
 LAYERS = {
     "algo": [
-        *("jit kl", "ragged recursion_cpu whitening_cpu", "recursion_gpu"),
-        *("corrections recursion segmentation shaping stats", "*"),
+        *("jit kl", "ragged recursion_cpu whitening_cpu"),
+        "corrections recursion_gpu segmentation shaping stats",
+        *("losses recursion segmenters", "estimators standalone"),
     ],
     "analysis": ["plots", "*", "report samples_page"],
     "backends": ["*", "sequence_parallel vllm", "deepspeed models", "weight_sender"],
@@ -72,7 +73,10 @@ LAYERS = {
     "reasoning_gym": ["lossless_json tasks", "puzzles"],
     "records": ["clock failed_update metrics rollouts", "*", "records"],
     "rewards": ["verdict", "*", "processes table", "pool"],
-    "rewards/math": ["numbers sizes", "final values", "expressions", "verifier warm"],
+    "rewards/math": [
+        *("markup number_sizes units", "numbers", "final_answer formulas"),
+        *("expressions", "answers", "equality", "verifier"),
+    ],
     "rollouts": ["groups", "partial recorded step", "sampling_thread"],
     "sandbox": ["inside limits system_calls", "isolation", "programs", "probe"],
     "tasks": ["task tokenizer", "*", "table"],

@@ -61,7 +61,7 @@ class _Reader:
         self._columns = {name: name for name in Columns.model_fields} | self._layout.names | self._named
         self._first: dict[str, Record] = {}  # by id
         self._found: set[str] = set()  # optional columns that at least one row had
-        self._missing: dict[str, str] = {}  # optional column that a row had not -> what is there instead
+        self._missing: dict[str, str] = {}  # optional column that some row lacks -> the line about it
         self.num_dropped = 0
 
     def __call__(self, row: Row, where: str) -> Record | None:

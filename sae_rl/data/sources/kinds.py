@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Discriminator, Tag
+from pydantic import PlainValidator, SerializeAsAny
 
 from sae_rl.data.sources.file import FileSource
 from sae_rl.data.sources.procedural import ProceduralSource
 from sae_rl.data.sources.reasoning_gym import ReasoningGymSource
 from sae_rl.data.sources.source import Source
-from sae_rl.settings import nearest, refuse_unknown_keys, union_tag
+from sae_rl.settings import nearest, refuse_unknown_keys
 from sae_rl.tasks.table import TASKS
 
 KINDS: dict[str, type[Source]] = {
@@ -21,34 +21,26 @@ KINDS: dict[str, type[Source]] = {
 }
 
 
-def union_of(kinds: Mapping[str, type[Source]]) -> Any:
-    """The type of a field that takes a source of any of these kinds, chosen by its key ``name``."""
+def source_of(kinds: Mapping[str, type[Source]]) -> Callable[[Any], Source]:
+    """A validator that builds a source of one of these kinds, chosen by its key ``name``."""
 
-    def check(node: Any) -> Any:
+    def build(node: Any) -> Source:
         if not isinstance(node, Mapping):
             raise ValueError(f"found {node!r}, but it must be a mapping with a name")
         if "name" not in node:
             raise ValueError(f"name is missing, allowed: {', '.join(kinds)}")
         if node["name"] not in kinds:
             raise ValueError(f"name {node['name']!r} is unknown, allowed: {', '.join(kinds)}")
-        fields = kinds[node["name"]].model_fields
-        refuse_unknown_keys(node, fields, lambda key: hint(key, fields))
-        return node
+        kind = kinds[node["name"]]
+        refuse_unknown_keys(node, kind.model_fields, lambda key: hint(key, kind))
+        return kind.model_validate(node)
 
-    def hint(key: str, fields: Mapping[str, object]) -> str:
-        if owners := [name for name, kind in kinds.items() if key in kind.model_fields]:
-            return f"which is a key of name: {', '.join(owners)}; allowed: {', '.join(sorted(fields))}"
-        return nearest(key, fields)
+    def hint(key: str, kind: type[Source]) -> str:
+        if owners := [name for name, other in kinds.items() if key in other.model_fields]:
+            return f"which is a key of name: {', '.join(owners)}; allowed: {', '.join(sorted(kind.model_fields))}"
+        return nearest(key, kind.model_fields)
 
-    def tag_of(node: Any) -> str:
-        kind = type(node) if isinstance(node, Source) else kinds[node["name"]]  # pydantic writes sources with it, too
-        return union_tag(kind.__name__)
-
-    members = tuple(Annotated[kind, Tag(union_tag(kind.__name__))] for kind in dict.fromkeys(kinds.values()))
-    return Annotated[Union[members], Discriminator(tag_of), BeforeValidator(check)]  # noqa: UP007 (made at run time)
+    return build
 
 
-if TYPE_CHECKING:
-    PartSource: TypeAlias = Source
-else:
-    PartSource = union_of(KINDS)
+PartSource = Annotated[Source, PlainValidator(source_of(KINDS)), SerializeAsAny()]
