@@ -18,7 +18,7 @@ from sae_rl.rollouts.groups import sample
 from sae_rl.types import Prompt, Rollout
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """The samples of a policy, and the numbers that follow from them."""
 
@@ -58,11 +58,4 @@ def evaluate(
     found = cut(rollouts, segmenter, sampling)
     opens, left_out = (None, found) if isinstance(found, str) else (found, None)
     overall, by_data_set = summarize(rollouts, checked, n, config.pass_score, opens)
-    return Evaluation(
-        rollouts=rollouts,
-        rewards=checked,
-        overall=overall,
-        by_data_set=by_data_set,
-        opens=opens,
-        segments_left_out=left_out,
-    )
+    return Evaluation(rollouts, checked, overall, by_data_set, opens, left_out)

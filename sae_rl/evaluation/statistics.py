@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.int64]
 
 NUM_RESAMPLES = 2000
 TAIL = 0.025  # probability on either side of a 95 % interval
@@ -54,7 +53,7 @@ def pass_at(num_right: npt.NDArray[Any], n: int, k: int) -> Floats:
     return passed
 
 
-def majority(answers: Integers, scores: Floats) -> Floats:
+def majority(answers: npt.NDArray[np.int64], scores: Floats) -> Floats:
     """(P,) maj@n (self-consistency, arXiv 2203.11171): the score of the most frequent answer of each prompt.
 
     The score of an answer is the mean score of the samples that give it, in case a verifier looks at more than the

@@ -144,17 +144,11 @@ METRICS: dict[str, Metric] = {
         "were sent; 1 without overlap",
     ),
     "throughput/tokens_per_s": Metric("tokens/s", "response tokens / time/step_s", "throughput"),
-    **{
-        f"throughput/{phase}_tokens_per_s": Metric("tokens/s", f"response tokens / time/{phase}_s")
-        for phase in ("generate", "score", "update")
-    },
-    **{
-        f"throughput/{phase}tokens_per_s_per_gpu": Metric(
-            "tokens/s", f"throughput/{phase}tokens_per_s / GPUs of all workers"
-        )
-        for phase in ("", "generate_", "score_", "update_")
-    },
 }
+for phase in ("generate", "score", "update"):
+    METRICS[f"throughput/{phase}_tokens_per_s"] = Metric("tokens/s", f"response tokens / time/{phase}_s")
+for rate in [name for name in METRICS if name.endswith("tokens_per_s")]:
+    METRICS[f"{rate}_per_gpu"] = Metric("tokens/s", f"{rate} / GPUs of all workers")
 for role in ("policy", "critic"):
     METRICS |= {
         f"{role}/grad_norm": Metric("", "gradient norm before clipping, mean over updates"),

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sae_rl.algo.stats import (
-    advantage_stats,
-    critic_stats,
-    mismatch_stats,
-    probability_stats,
-    rollout_stats,
-    segment_stats,
-    staleness_stats,
-)
+from sae_rl.algo import stats
 from sae_rl.config.schema import AlgorithmConfig
 from sae_rl.records.metrics import PHASES
 from sae_rl.types import Batch, Scores, Targets
@@ -22,13 +14,13 @@ def batch_metrics(
     algorithm: AlgorithmConfig, step: int, batch: Batch, scores: Scores, targets: Targets, opens: Tensor
 ) -> dict[str, float]:
     """Statistics of rollouts, segments (``opens`` (N,)), advantages before whitening, and the critic."""
-    metrics = rollout_stats(batch) | segment_stats(batch, opens) | probability_stats(batch)
-    metrics |= staleness_stats(batch, step)
-    metrics |= advantage_stats(batch, targets.advantages) | mismatch_stats(batch, scores)
+    metrics = stats.rollout_stats(batch) | stats.segment_stats(batch, opens) | stats.probability_stats(batch)
+    metrics |= stats.staleness_stats(batch, step)
+    metrics |= stats.advantage_stats(batch, targets.advantages) | stats.mismatch_stats(batch, scores)
     if algorithm.token_rewards.overlong_buffer_tokens:
         metrics["rollout/overlong_penalty_mean"] = float(algorithm.token_rewards.overlong(batch).mean())
     if scores.values is not None and targets.returns is not None:
-        metrics |= critic_stats(batch, scores.values, targets.returns, opens)
+        metrics |= stats.critic_stats(batch, scores.values, targets.returns, opens)
     return metrics
 
 

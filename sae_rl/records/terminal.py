@@ -112,16 +112,10 @@ def timing(metrics: Mapping[str, float]) -> str:
 
 
 def evaluation(metrics: Mapping[str, float]) -> str:
-    text = f"held-out success {success(metrics)}"
-    if metrics.get("evaluation/samples_per_prompt", 1) > 1:
-        n = f"{metrics['evaluation/samples_per_prompt']:g}"
-        found = {f"{what}@{n}": f"evaluation/{what}_at_n_mean" for what in ("pass", "maj")}
-        text += "".join(f"  {label} {show(metrics[name])}" for label, name in found.items() if name in metrics)
-    if "evaluation/response_tokens_mean" in metrics:
-        text += f"  tokens {show(metrics['evaluation/response_tokens_mean'])}"
-    if "evaluation/truncated_fraction" in metrics:
-        text += f"  truncated {show(metrics['evaluation/truncated_fraction'], 'fraction')}"
-    return text
+    n = metrics.get("evaluation/samples_per_prompt", 1.0)
+    shown = {f"{what}@{n:g}": (f"evaluation/{what}_at_n_mean", 0) for what in ("pass", "maj") if n > 1}
+    shown |= {"tokens": ("evaluation/response_tokens_mean", 0), "truncated": ("evaluation/truncated_fraction", 0)}
+    return f"held-out success {success(metrics)}  {columns(metrics, shown)}".rstrip()
 
 
 def success(metrics: Mapping[str, float], data_set: str = "") -> str:

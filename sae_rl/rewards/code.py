@@ -58,12 +58,6 @@ class Code(Knobs):
         if self.total_s < self.time_s:
             raise ValueError(f"Code.total_s = {self.total_s:g}, but it must be at least time_s = {self.time_s:g}")
 
-    @property
-    def limits(self) -> Limits:
-        return Limits(
-            time_s=self.time_s, memory_mb=self.memory_mb, num_processes=self.num_processes, output_kb=self.output_kb
-        )
-
     def time_limit(self) -> TimeLimit:
         return TimeLimit(self.total_s + ENDING_S, f"total_s, and {ENDING_S:g} s to end the programs")
 
@@ -83,6 +77,9 @@ class Code(Knobs):
 
     def _problems(self, program: str, tests: Tests) -> list[str | None]:
         """What is wrong with each test, None if it passes. Without ``partial``, the list ends with the first problem."""
+        limits = Limits(
+            time_s=self.time_s, memory_mb=self.memory_mb, num_processes=self.num_processes, output_kb=self.output_kb
+        )
         problems: list[str | None] = []
         deadline = time.monotonic() + self.total_s
         while len(problems) < len(tests.inputs):
@@ -93,7 +90,7 @@ class Code(Knobs):
                 program,
                 tests.inputs[first:last],
                 function=tests.function,
-                limits=self.limits,
+                limits=limits,
                 isolation=chosen(),
                 total_s=deadline - time.monotonic(),
                 stop_early=not self.partial,

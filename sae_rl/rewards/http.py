@@ -47,14 +47,12 @@ class Http(Knobs):
 
     def __call__(self, sample: Sample) -> Verdict:
         """Raises ConnectionError for a status other than 200 or no reply, and ValueError if the reply is not a verdict."""
-        return self._verdict(
-            self._reply({"prompt": sample.prompt, "response": sample.response, "answer": sample.answer})
-        )
+        return self._verdict(self._reply(sample))
 
-    def _reply(self, question: dict[str, str]) -> httpx.Response:
+    def _reply(self, sample: Sample) -> httpx.Response:
         import httpx
 
-        problem = ""
+        question, problem = {"prompt": sample.prompt, "response": sample.response, "answer": sample.answer}, ""
         for attempt in range(self.retries + 1):
             time.sleep(self.backoff_s * 2 ** (attempt - 1) if attempt else 0.0)
             try:

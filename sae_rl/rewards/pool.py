@@ -58,27 +58,24 @@ class Check:
     future: Future[Verdict | Failed]
 
 
+@dataclass(kw_only=True, eq=False)
 class RewardPool:
-    """Checks rollouts in a few processes that live as long as the run. The arguments are the keys of ``rewards``."""
+    """Checks rollouts in a few processes that live as long as the run. The fields are the keys of ``rewards``."""
 
-    def __init__(
-        self,
-        *,
-        num_processes: int,
-        deadline_s: float,
-        memory_gb: float,
-        failed_score: float,
-        max_failed_fraction: float,
-        verifiers: Mapping[str, Verifier],
-    ) -> None:
-        self._deadline_s, self._memory_gb = deadline_s, memory_gb
-        self._failed_score, self._max_failed_fraction = failed_score, max_failed_fraction
-        self._configured, self._pickled = verifiers, dict[str, bytes]()
-        to_import = tuple(pickled(name, verifier) for name, verifier in verifiers.items())
+    num_processes: int
+    deadline_s: float  # for one check
+    memory_gb: float  # each process may allocate
+    failed_score: float
+    max_failed_fraction: float
+    verifiers: Mapping[str, Verifier]
+
+    def __post_init__(self) -> None:
+        self._pickled = dict[str, bytes]()
+        to_import = tuple(pickled(name, verifier) for name, verifier in self.verifiers.items())
         # The processes cannot remove their temporary files themselves when they are killed.
         self._folder = tempfile.TemporaryDirectory(prefix="sae_rl_rewards_", ignore_cleanup_errors=True)
-        start = (self._folder.name, int(memory_gb * GB), to_import)
-        self._processes = Processes(num_processes, deadline_s, start)
+        start = (self._folder.name, int(self.memory_gb * GB), to_import)
+        self._processes = Processes(self.num_processes, self.deadline_s, start)
 
     def __enter__(self) -> RewardPool:
         return self
@@ -97,17 +94,17 @@ class RewardPool:
 
     def _verifier(self, name: str) -> bytes:
         if name not in self._pickled:
-            verifier = resolve(name, self._configured)
+            verifier = resolve(name, self.verifiers)
             self._pickled[name] = pickled(name, (verifier, chosen() if runs_programs(verifier) else None))
         return self._pickled[name]
 
     def collect(self, checks: Sequence[Check]) -> Rewards:
         """Waits for checks, and returns their outcomes in the same order. Raises RuntimeError if too many of them failed."""
-        rewards = Rewards([self._outcome(check) for check in checks], self._failed_score)
-        if rewards.failed_fraction > self._max_failed_fraction:
+        rewards = Rewards([self._outcome(check) for check in checks], self.failed_score)
+        if rewards.failed_fraction > self.max_failed_fraction:
             raise RuntimeError(
                 f"{len(rewards.failures)} of {len(checks)} reward checks failed, more than rewards.max_failed_fraction = "
-                f"{self._max_failed_fraction:g}; the first: {rewards.failures[0]}"
+                f"{self.max_failed_fraction:g}; the first: {rewards.failures[0]}"
             )
         return rewards
 
@@ -116,10 +113,10 @@ class RewardPool:
         try:
             outcome = check.future.result()
         except TimeoutError:  # pebble's; a verifier's own exceptions are returned as `Failed`
-            return Failed(f"{check.name}: no answer within rewards.deadline_s = {self._deadline_s:g} s")
+            return Failed(f"{check.name}: no answer within rewards.deadline_s = {self.deadline_s:g} s")
         except ProcessExpired as error:
             if error.exitcode == OUT_OF_MEMORY:
-                return Failed(f"{check.name}: it needs more than rewards.memory_gb = {self._memory_gb:g}")
+                return Failed(f"{check.name}: it needs more than rewards.memory_gb = {self.memory_gb:g}")
             return Failed(f"{check.name}: its process died ({error})")
         return outcome if isinstance(outcome, Verdict) else Failed(f"{check.name}: {outcome.why}")
 

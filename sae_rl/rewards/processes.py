@@ -106,16 +106,12 @@ class Processes:
                     "which do %d checks again",
                     len(self._unanswered),
                 )
-                end(broken)
+                self.stop()
                 self._pool = self._new_pool()
                 if not self._schedule(self._pool, list(self._unanswered)):
                     broken = self._pool
 
     def stop(self) -> None:
         """Ends all processes, whatever they are doing."""
-        end(self._pool)
-
-
-def end(pool: ProcessPool) -> None:
-    pool.stop()
-    pool.join()
+        self._pool.stop()
+        self._pool.join()

@@ -28,12 +28,9 @@ class Weighted:
             raise ValueError(f"Weighted.weights = {self.weights}: all must be finite")
 
     def __call__(self, sample: Sample) -> Verdict:
-        verdicts = [part(sample) for part in self.parts]
+        terms = [(weight, part(sample)) for weight, part in zip(self.weights, self.parts, strict=True)]
         return Verdict(
-            sum(weight * verdict.score for weight, verdict in zip(self.weights, verdicts, strict=True)),
-            "; ".join(
-                f"{weight:g} x {verdict.score:g} ({verdict.why})"
-                for weight, verdict in zip(self.weights, verdicts, strict=True)
-            ),
-            next((verdict.answer for verdict in verdicts if verdict.answer is not None), None),
+            sum(weight * verdict.score for weight, verdict in terms),
+            "; ".join(f"{weight:g} x {verdict.score:g} ({verdict.why})" for weight, verdict in terms),
+            next((verdict.answer for _, verdict in terms if verdict.answer is not None), None),
         )

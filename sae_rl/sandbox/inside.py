@@ -84,9 +84,7 @@ def run_script(source: str, inputs: list[str], answers: TextIO, options: Options
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # `wait_for` waits for this signal
     for given in inputs:
         files = [os.memfd_create(name) for name in ("stdin", "stdout", "stderr")]
-        with os.fdopen(os.dup(files[0]), "wb") as file:
-            file.write(given.encode("utf-8", errors="replace"))
-        os.lseek(files[0], 0, os.SEEK_SET)
+        os.pwrite(files[0], given.encode("utf-8", errors="replace"), 0)  # the script reads from the start
         child = os.fork()
         if child == 0:
             become_script(source, files, options)
