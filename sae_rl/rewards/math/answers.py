@@ -8,8 +8,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sae_rl.rewards.math.markup import ALTERNATIVE, BRACKET, TRIGONOMETRIC, ascii_of, closing, deepest, split, tidy
-from sae_rl.rewards.math.numbers import Number, read
-from sae_rl.rewards.math.units import sign_of, without_unit
+from sae_rl.rewards.math.numbers import Number, read, sign_of, without_unit
 
 if TYPE_CHECKING:
     from types import ModuleType

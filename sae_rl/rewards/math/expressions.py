@@ -12,7 +12,7 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.printing.str import StrPrinter
 
-from sae_rl.rewards.math.formulas import same_formula, same_relation, symbols_of
+from sae_rl.rewards.math.formulas import same_formula, same_relation
 from sae_rl.rewards.math.markup import MAX_CHARS, TRIGONOMETRIC
 from sae_rl.rewards.math.number_sizes import TooLarge, check_size
 from sae_rl.rewards.math.numbers import Number, read, written
@@ -23,7 +23,7 @@ LATEX = NormalizationConfig(
 )
 CASE_MATTERS = ConversionConfig(lowercase_symbols=False)
 FUNCTION = r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|sqrt|gcd|lcm|pi|infty|infinity"
-DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})")
+DEGREES = re.compile(r"\^\\circ")
 REPLACED = (
     (re.compile(r"\\\(|\\\)|\\\[|\\\]|\$|\*\*(?=\s*$)"), " "),
     (re.compile(r"\*\*"), "^"),
@@ -83,7 +83,7 @@ def latex(text: str, in_degrees: bool = False) -> Any:
         normalize_latex(text, config=LATEX)
     )
     meant: dict[Any, Any] = {each: sympy.Symbol(str(each), real=True) for each in found.atoms(AppliedUndef)}
-    meant |= {symbol: sympy.I for symbol in symbols_of(found) if symbol.name == "i"}
+    meant |= {symbol: sympy.I for symbol in found.free_symbols if symbol.name == "i"}
     return found.xreplace(meant) if meant else found
 
 
