@@ -20,14 +20,13 @@ NUM_REMEMBERED, MAX_REMEMBERED_CHARS = 4096, 500
 TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 .,;'&/-]*")
 PUNCTUATION = re.compile(r"(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})|[\s.,;]+")  # a single letter's hyphen is a minus sign
-CLOCK = re.compile(r"0*(\d{1,2}):([0-5]\d)(:[0-5]\d)?(?:\s*([ap])\.?m\.?)?", re.IGNORECASE)
 NOTHING = re.compile(
     r"(?:there (?:is|are) )?no (?:(?:real|integer|such) )*(?:solutions?|roots?)(?: exists?)?|none|(?:the )?empty set"
 )
 EMPTY = re.compile(r"\\(?:emptyset|varnothing)|\\\{\s*\\\}")
-NUMERAL = re.compile(r"(\d[0-9A-Za-z]*)\s*_\s*(?:\{\s*(?:\\text\{)?(\d{1,2}|two|eight|sixteen)\}?\s*\}|(\d{1,2}))")
-BASES = {"two": 2, "eight": 8, "sixteen": 16}
-SEMICOLON = re.compile(";")
+NUMERAL = re.compile(r"(\d[0-9A-Z]*)_(?:\d|\{\d\d\})")  # with its base
+CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
+ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # numbers without a comma between them
 SEPARATOR = re.compile(
     rf",|\\text\s*\{{[\s,;]*{ALTERNATIVE}(?:[\s,;]+{ALTERNATIVE})*[\s,;]*\}}"
     rf"|\b{ALTERNATIVE}\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])"
@@ -36,7 +35,6 @@ ENVIRONMENT = re.compile(
     r"(?:([^=]+)=)?\s*[(\[]?\s*\\begin\s*\{([pb]?matrix|cases|array)\}(?:\{[lcr| ]*\})?(.*)\\end\s*\{\2\}\s*[)\]]?",
     re.DOTALL,
 )
-ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # numbers without a comma between them
 CONDITION = re.compile(r"\b(?:if|for|when|where)\b")
 APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![A-Za-z])")
 MEMBER = re.compile(r"([^=<>{(\[]+?)\\in(?![A-Za-z])(.+)", re.DOTALL)
@@ -67,7 +65,6 @@ class Answer:
     words: str = ""  # if the answer may be a word or a phrase
     is_text: bool = False  # the answer says itself that it is words
     number: Number | None = None
-    base: int = 0  # of a numeral with its base
     unit: str = ""  # the sign of a known unit behind a formula
     name: str = ""  # x of "x = 5"
     value: Answer | None = None  # 5 of "x = 2 + 3 = 5"
@@ -82,22 +79,19 @@ class Answer:
     def expression(self) -> Any:
         """An object of sympy; None if the text is no expression."""
         if not self._expression:
-            self._expression.append(self._parsed())
+            found = None
+            if self.number is not None:
+                found = expressions().of_number(self.number)
+            elif not self.is_text and not self.problem:
+                found, self.problem = expressions().parsed(self.formula or self.text)
+            self._expression.append(found)
         return self._expression[0]
-
-    def _parsed(self) -> Any:
-        if self.number is not None:
-            return expressions().of_number(self.number)
-        if self.is_text or self.problem or len(self.text) > MAX_CHARS:
-            return None
-        found, self.problem = expressions().parsed(self.formula or self.text)
-        return found
 
     @property
     def says_something(self) -> bool:
         if not self.text or self.problem:
             return False
-        if self.number is not None or self.words or self.base or self.brackets or self.text.isdecimal():
+        if self.number is not None or self.words or self.brackets or self.text.isdecimal():
             return all(part.says_something for part in self.parts)
         if self.value is not None:
             return self.value.says_something
@@ -114,9 +108,8 @@ class Answer:
             return self.value.canonical
         if self.brackets:
             parts = [part.canonical for part in self.parts]
-            if self.brackets in (",", "{}"):
-                return f"{{{', '.join(sorted(parts))}}}"
-            return f"{self.brackets[0]}{', '.join(parts)}{self.brackets[-1]}"
+            in_order = self.brackets not in (",", "{}")
+            return f"{self.brackets if in_order else ''}{{{', '.join(parts if in_order else sorted(parts))}}}"
         return self.text if self.expression is None else str(expressions().canonical(self.expression))
 
 
@@ -143,32 +136,26 @@ def _read(text: str) -> Answer:
     number = read(text)
     if number is not None:
         return Answer(text, number=number)
-    numeral = NUMERAL.fullmatch(text)
-    if numeral is not None:
-        base = BASES[numeral[2]] if numeral[2] in BASES else int(numeral[2] or numeral[3])
-        return Answer(f"{numeral[1]}_{{{base}}}", base=base)
-    words, is_text = _words(text)
+    if NUMERAL.fullmatch(text) or CLOCK.fullmatch(text):
+        return Answer(text, text, is_text=True)
+    words = _words(text)
     if EMPTY.fullmatch(text) or NOTHING.fullmatch(words.casefold()):
         return Answer(text, words, brackets="{}")
     answer = _environment(text) or _list(text) or _equation(text) or _in_brackets(text)
     if answer is None:
         formula, unit = ("", "") if words or TRIGONOMETRIC.search(text) else without_unit(text)
         answer = Answer(text, unit=sign_of(unit), formula=formula)
-    return replace(answer, words=words, is_text=is_text or (bool(words) and wrapped is not None))
+    return replace(answer, words=words, is_text=bool(words) and wrapped is not None)
 
 
 _remembered = lru_cache(maxsize=NUM_REMEMBERED)(_read)
 
 
-def _words(text: str) -> tuple[str, bool]:
-    """The words of a text, in one form, and whether they are words only; a time of the day is such a word."""
+def _words(text: str) -> str:
+    """A text that may be words, in one form; empty: it is none."""
     letters = " ".join(TEXT.sub(r" \1 ", text).split())
     letters = letters[1:-1].strip() if re.fullmatch(r"\([^()]+\)", letters) else letters
-    clock = CLOCK.fullmatch(letters)
-    if clock is not None:
-        hours, minutes, seconds, half = clock.groups()
-        return f"{hours}:{minutes}{seconds or ':00'}{(half or '').lower()}", bool(seconds or half)
-    return (PUNCTUATION.sub(" ", letters).strip(), False) if WORDS.fullmatch(letters) else ("", False)
+    return PUNCTUATION.sub(" ", letters).strip() if WORDS.fullmatch(letters) else ""
 
 
 def _environment(text: str) -> Answer | None:
@@ -203,7 +190,7 @@ def _list(text: str) -> Answer | None:
 
 def split_parts(text: str) -> list[str]:
     """The parts between semicolons, or else between commas or words like "or"."""
-    parts = split(text, SEMICOLON)
+    parts = split(text, re.compile(";"))
     return parts if len(parts) > 1 else split(text, SEPARATOR)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sae_rl.rewards.math.answers import Answer, compact, expressions
+from sae_rl.rewards.math.answers import NUMERAL, Answer, compact, expressions
 from sae_rl.rewards.math.numbers import read_with_letter, same
 
 # Left to do in an answer, these may be what was asked.
@@ -14,7 +14,6 @@ UNDONE = re.compile(
 )
 INTERVALS = ("()", "(]", "[)", "[]")
 FUNCTION_OF_X = re.compile(r"y|[a-z]\(x\)")
-VECTOR = re.compile(r"1x\d+|\d+x1")  # a matrix of one row or column
 
 
 def right(gold: Answer, found: Answer, precision: int) -> bool:
@@ -25,14 +24,12 @@ def right(gold: Answer, found: Answer, precision: int) -> bool:
 
 
 def equal(gold: Answer, found: Answer, precision: int) -> bool:
-    """Whether two answers say the same.
-
-    Raises:
-        Exception: whatever stops the comparison of expressions; that is a failed check.
-    """
+    """Whether two answers say the same; an exception is a failed check."""
     is_text = gold.is_text or found.is_text
     if gold.text == found.text or (compact(gold.text) == compact(found.text) and not is_text):
         return not found.problem
+    if gold.is_text and (numeral := NUMERAL.fullmatch(gold.text)):
+        return numeral[1] == found.text  # a base that is left out is that of the right answer
     if gold.number is not None and found.number is not None:
         return same(gold.number, found.number, precision)
     if gold.words and found.words and _same_words(gold.words, found.words, is_text):
@@ -41,8 +38,6 @@ def equal(gold: Answer, found: Answer, precision: int) -> bool:
         return False
     if gold.value is not None or found.value is not None:
         return _same_equation(gold, found, precision)
-    if gold.base or found.base:
-        return _same_numeral(gold, found)
     if gold.brackets or found.brackets:
         intervals = gold.brackets in INTERVALS and found.brackets in INTERVALS  # or tuples
         if _same_parts(gold, found, precision) or (
@@ -79,18 +74,6 @@ def _same_equation(gold: Answer, found: Answer, precision: int) -> bool:
     return bool(expressions().equal(gold.expression, found.expression, precision))
 
 
-def _same_numeral(gold: Answer, found: Answer) -> bool:
-    """Equality of value where the found numeral has a base; a base that it leaves out is that of the right answer."""
-    digits = [answer.text.partition("_")[0] for answer in (gold, found)]
-    if not found.base:
-        return digits[0].lower() == digits[1].lower()
-    try:
-        wanted = int(digits[0], gold.base) if gold.base else gold.number.value if gold.number else None
-        return int(digits[1], found.base) == wanted
-    except ValueError:
-        return False
-
-
 def _same_parts(gold: Answer, found: Answer, precision: int) -> bool:
     """Members of two lists or sets in any order, those of tuples, intervals and matrices in the same one."""
     kinds = {gold.brackets, found.brackets}
@@ -108,8 +91,7 @@ def _same_parts(gold: Answer, found: Answer, precision: int) -> bool:
                 return False
             del got[partner]
         return True
-    vectors = kinds & {"()", "[]"} and any(VECTOR.fullmatch(kind) for kind in kinds)
-    alike = len(kinds) == 1 or kinds == {",", "()"} or vectors or (kinds == {",", "[]"} and (in_order or len(got) > 2))
+    alike = len(kinds) == 1 or kinds == {",", "()"} or (kinds == {",", "[]"} and (in_order or len(got) > 2))
     return bool(alike) and all(equal(*pair, precision) for pair in zip(wanted, got, strict=True))
 
 

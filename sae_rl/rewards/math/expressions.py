@@ -53,11 +53,7 @@ class Parser(_Latex2Sympy):  # type: ignore[misc]
 
 
 def parsed(text: str) -> tuple[Any, str]:
-    """The tidy text as an object of sympy, not evaluated, and why it cannot be compared. None: it is no mathematics.
-
-    Raises:
-        MemoryError: there is too little for it.
-    """
+    """The tidy text as an object of sympy, not evaluated, and why it cannot be compared. None: it is no mathematics."""
     if len(text) > MAX_CHARS:
         return None, ""
     in_degrees = TRIGONOMETRIC.search(text) is not None
@@ -93,11 +89,7 @@ def of_number(number: Number) -> Any:
 
 
 def equal(gold: Any, found: Any, precision: int) -> bool:
-    """Whether two parsed expressions are the same mathematics.
-
-    Raises:
-        Exception: whatever stops the comparison; that is a failed check.
-    """
+    """Whether two parsed expressions are the same mathematics."""
     if gold is None or found is None:
         return False
     gold, found = (each.doit() if isinstance(each, sympy.MatrixExpr) else each for each in (gold, found))
