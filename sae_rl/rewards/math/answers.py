@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 from sae_rl.rewards.math.markup import ALTERNATIVE, BRACKET, TRIGONOMETRIC, ascii_of, closing, deepest, split, tidy
 from sae_rl.rewards.math.numbers import Number, read, sign_of, without_unit
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 MAX_CHARS = 10_000  # of an answer that is read; a longer one is compared as text
 MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
@@ -25,8 +23,9 @@ NOTHING = re.compile(
 )
 EMPTY = re.compile(r"\\(?:emptyset|varnothing)|\\\{\s*\\\}")
 NUMERAL = re.compile(r"(\d[0-9A-Z]*)_(?:\d|\{\d\d\})")  # with its base
-CLOCK = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
+CLOCK = re.compile(r"\d{1,2}:(?:[0-5]\d:[0-5]\d|00)")  # which is no ratio
 ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # numbers without a comma between them
+SEMICOLON = re.compile(";")
 SEPARATOR = re.compile(
     rf",|\\text\s*\{{[\s,;]*{ALTERNATIVE}(?:[\s,;]+{ALTERNATIVE})*[\s,;]*\}}"
     rf"|\b{ALTERNATIVE}\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])"
@@ -50,11 +49,9 @@ NAME = re.compile(r"(?!-|\\(?:pi|infty|emptyset)\Z)(?=.*[A-Za-z])[A-Za-z\\|'\s+\
 
 
 @cache
-def expressions() -> ModuleType:
+def expressions() -> Any:
     """Imported when the first answer is not a plain number: sympy takes a second."""
-    from sae_rl.rewards.math import expressions as module
-
-    return module
+    return import_module("sae_rl.rewards.math.expressions")
 
 
 @dataclass(slots=True)
@@ -165,8 +162,7 @@ def _environment(text: str) -> Answer | None:
         return None
     rows = [[entry.strip() for entry in row.split("&")] for row in found[3].split("\\\\") if row.strip()]
     if found[2] == "cases":
-        cases = tuple(read_answer(row[0]) if len(row) == 1 else _case(row) for row in rows)
-        answer = Answer(text, brackets=",", parts=cases) if len(cases) != 1 else cases[0]
+        answer = Answer(text, brackets=",", parts=tuple(map(_case, rows)))
     elif rows and len({len(row) for row in rows}) == 1:
         parts = tuple(read_answer(entry) for row in rows for entry in row)
         answer = Answer(text, brackets=f"{len(rows)}x{len(rows[0])}", parts=parts)
@@ -176,21 +172,24 @@ def _environment(text: str) -> Answer | None:
 
 
 def _case(row: list[str]) -> Answer:
+    """An equation of a system, or a value and its condition."""
     value, *condition = row
+    if not condition:
+        return read_answer(value)
     text = tidy(CONDITION.sub("", TEXT.sub(r"\1", " ".join(condition))))
     return Answer(f"({value}, {text})", brackets="()", parts=(read_answer(value), read_answer(text)))
 
 
 def _list(text: str) -> Answer | None:
     """Several answers, such as both of plus-minus."""
-    parts = text.split() if ROW.fullmatch(text) else split_parts(text)
+    parts = split_parts(text)
     parts = [part.replace("\\pm", sign) for part in parts for sign in ("+", "-")[: 2 if "\\pm" in part else 1]]
     return Answer(text, brackets=",", parts=tuple(map(read_answer, parts))) if len(parts) > 1 else None
 
 
 def split_parts(text: str) -> list[str]:
-    """The parts between semicolons, or else between commas or words like "or"."""
-    parts = split(text, re.compile(";"))
+    """Numbers in a row, or the parts between semicolons, or else between commas or words like "or"."""
+    parts = text.split() if ROW.fullmatch(text) else split(text, SEMICOLON)
     return parts if len(parts) > 1 else split(text, SEPARATOR)
 
 
@@ -199,8 +198,7 @@ def _equation(text: str) -> Answer | None:
     exact, *rounded = split(text, APPROXIMATELY) or [text]
     if exact != text:
         return read_answer(f"{exact} = {rounded[0]}" if rounded and is_name(exact) else exact)
-    member = MEMBER.fullmatch(text)
-    if member is not None and is_name(member[1]):
+    if (member := MEMBER.fullmatch(text)) and is_name(member[1]):
         return Answer(text, name=compact(member[1]), value=read_answer(member[2]))
     sides = split(text, EQUALS)
     if len(sides) < 2 or RELATION.search(text):
@@ -226,8 +224,7 @@ def _in_brackets(text: str) -> Answer | None:
         return None
     inside = text[opening.end() : -1].removesuffix("\\").strip()
     brackets = opening[0][-1] + text[-1]
-    condition = BUILDER.fullmatch(inside) if brackets == "{}" else None
-    if condition is not None:
+    if brackets == "{}" and (condition := BUILDER.fullmatch(inside)):
         return read_answer(condition[2])
     parts = split_parts(inside)
     if len(parts) < 2 and brackets != "{}":

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from sae_rl.rewards.math.answers import NUMERAL, Answer, compact, expressions
-from sae_rl.rewards.math.numbers import read_with_letter, same
+from sae_rl.rewards.math.numbers import same
 
 # Left to do in an answer, these may be what was asked.
 UNDONE = re.compile(
@@ -46,8 +46,6 @@ def equal(gold: Answer, found: Answer, precision: int) -> bool:
             return True
         if "x" not in gold.brackets + found.brackets or (gold.brackets and found.brackets):
             return False
-    if gold.number is not None and (number := read_with_letter(found.text)) is not None:
-        return same(gold.number, number, precision)
     if gold.unit and found.unit and gold.unit != found.unit:
         return False
     return bool(expressions().equal(gold.expression, found.expression, precision))
@@ -68,7 +66,7 @@ def _same_equation(gold: Answer, found: Answer, precision: int) -> bool:
     names = {answer.name for answer in (gold, found) if answer.name}
     one_name = len(names) < 2 or all(FUNCTION_OF_X.fullmatch(name) for name in names)
     if one_name and not any(
-        each.value is None and expressions().is_equation(each.expression) for each in (gold, found)
+        each.value is None and getattr(each.expression, "rel_op", "") == "==" for each in (gold, found)
     ):
         return equal(gold.value or gold, value or found, precision)
     return bool(expressions().equal(gold.expression, found.expression, precision))

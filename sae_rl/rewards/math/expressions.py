@@ -120,10 +120,6 @@ def is_comparison(found: Any) -> bool:
     return isinstance(found, Relational) and is_formula(found.lhs) and is_formula(found.rhs)
 
 
-def is_equation(found: Any) -> bool:
-    return isinstance(found, sympy.Eq) and is_comparison(found)
-
-
 def same_set(gold: Sequence[Any], found: Sequence[Any]) -> bool:
     """Whether the unions of sets of real numbers are one. Inequalities on both sides must have the same variable."""
     unions, names = [], set()

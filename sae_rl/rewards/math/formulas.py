@@ -13,7 +13,7 @@ from typing import Any
 
 import sympy
 
-from sae_rl.rewards.math.number_sizes import MAX_DIGITS, SOME_DIGITS, digits
+from sae_rl.rewards.math.number_sizes import MAX_DIGITS, digits
 from sae_rl.rewards.math.numbers import Number, same, significant
 
 # Digits of numbers that are compared, beyond those that their sizes ask for, and how many of these must agree.
@@ -86,17 +86,14 @@ def same_relation(gold: Any, found: Any, precision: int) -> bool:
 
 
 def values(gold: Any, found: Any, symbols: list[Any]) -> Iterator[tuple[Any, Any, float]]:
-    """The values of two formulas at each of the `points` where both have one, and their size.
-
-    Left out are points outside the real domain of either.
-    """
-    roots = [] if found.has(sympy.I) else list(under_roots(found))
+    """The values of two formulas at each of the `points` in the real domain of both, and their size."""
     for at in points(gold, found, symbols):
         size = max(digits(gold, at), digits(found, at))
         wanted, got = value_of(gold, at, size), value_of(found, at, size)
-        if wanted is None or got is None or (symbols and wanted.has(sympy.I) and not gold.has(sympy.I)):
+        if wanted is None or got is None:
             continue
-        if not any(root.evalf(SOME_DIGITS, subs=at).is_negative for root in roots):
+        real = not any(value.has(sympy.I) > each.has(sympy.I) for value, each in ((wanted, gold), (got, found)))
+        if real or not symbols:
             yield wanted, got, size
 
 
@@ -122,13 +119,6 @@ def in_steps(formula: Any) -> set[sympy.Symbol]:
     powers = formula.atoms(sympy.Pow)
     signs = [power.exp for power in powers if power.base.is_number and not power.base.is_extended_positive]
     return set().union(*(each.free_symbols for each in (*steps, *signs)))
-
-
-def under_roots(formula: Any) -> Iterator[Any]:
-    """What must not be negative, so that a formula has a real value: under roots, and in logarithms."""
-    for part in formula.atoms(sympy.Pow, sympy.log):
-        if part.args[0].free_symbols and (isinstance(part, sympy.log) or part.exp.is_integer is False):
-            yield part.args[0]
 
 
 def value_of(formula: Any, at: Point, size: float) -> Any:

@@ -38,14 +38,10 @@ REWRITTEN = [
         (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda found: {"l": "\\{", "r": "\\}"}[found[0][1]]),
         (r"\\(?:langle|rangle)(?![A-Za-z])", lambda found: {"l": "(", "r": ")"}[found[0][1]]),
         (r"_\s*\{\s*(\w)\s*\}", r"_\1"),
-        # Arguments without braces, as in \frac \pi4, and in parentheses.
+        # Arguments without braces, as in \frac \pi4
         (rf"\\sqrt\s*(\[[^\[\]]*\])?\s*{PLAIN}", r"\\sqrt\1{\2}"),
         (rf"\\frac\s*{PLAIN}", r"\\frac{\1}"),
         (rf"(\\frac\s*\{{[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}})\s*{PLAIN}", r"\1{\2}"),
-        (
-            r"(\^|\\sqrt|\bsqrt)\s*\(([^()]*(?:\([^()]*\)[^()]*)*)\)",
-            lambda found: f"{'^' if found[1] == '^' else chr(92) + 'sqrt'}{{{found[2]}}}",
-        ),
         (r"^\s*0?(\d{1,2}:[0-5]\d)(?::00)?\s*$", r"\1"),  # a time of the day
         (r"(?<=\d)\s*\^\s*\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\\\s*\Z|\\(?=[%$])", ""),
     )
@@ -53,6 +49,7 @@ REWRITTEN = [
 WRAPPED = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 ALTERNATIVE = r"(?:or|and|alternatively|otherwise|maybe|perhaps|possibly)"  # between two answers
 TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # whose arguments may be in degrees
+IN_PARENTHESES = re.compile(r"(?:\^|sqrt)\s*\(")
 COMMA = re.compile(r",(?!\d{3}\b)")
 BRACKET = re.compile(r"\\.|[(){}\[\]]", re.DOTALL)
 DEPTH = dict.fromkeys(["(", "[", "{", "\\{"], 1) | dict.fromkeys([")", "]", "}", "\\}"], -1)
@@ -67,6 +64,7 @@ def tidy(text: str) -> str:
     """The text without what LaTeX needs only for looks: spaces, sizes, fonts, delimiters, the full stop at the end."""
     for pattern, replacement in REWRITTEN:
         text = pattern.sub(replacement, text)
+    text = with_braces(text) if len(text) <= MAX_CHARS else text
     while True:
         text, before = text.strip(), text
         text = text[:-1] if text[-1:] in tuple(".,;") else text
@@ -78,6 +76,15 @@ def tidy(text: str) -> str:
             text = f"\\{{{text[1:-1]}\\}}" if COMMA.search(text) else text[1:-1]  # a set, as people write it
         if text == before:
             return text
+
+
+def with_braces(text: str) -> str:
+    """Roots and powers with braces instead of parentheses around their arguments."""
+    for found in reversed(list(IN_PARENTHESES.finditer(text))):
+        end = closing(text, found.end(), "()")
+        if end is not None:
+            text = f"{text[: found.end() - 1]}{{{text[found.end() : end - 1]}}}{text[end:]}"
+    return text
 
 
 def closing(text: str, start: int, brackets: str | None = None) -> int | None:

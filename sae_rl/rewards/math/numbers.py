@@ -27,8 +27,8 @@ NUMBER = re.compile(
 # The sign of each unit, and behind it its other spellings in the singular.
 UNITS = """m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre; in inch inche;
 ft foot feet; yd yard; mi mile; g gram; kg kilogram; mg milligram; lb pound; oz ounce; s sec second; min minute; h hr hour;
-day; week; month; year yr; L l liter litre; mL ml milliliter; $ dollar USD; € euro; £; cent; degree deg; radian rad; / per; mi/h mph;
-2 square sq squared; 3 cubic cubed; unit"""
+day; week; month; year yr; L l liter litre; mL ml milliliter; $ dollar USD; € euro; £; cent; degree deg; radian rad;
+/ per; mi/h mph; 2 square sq squared; 3 cubic cubed; unit"""
 SIGNS = {spelling: unit.split()[0] for unit in UNITS.split(";") for spelling in unit.split()}
 WORD = re.compile(r"[A-Za-z]+|[$/23]")
 NAMES = "|".join(
@@ -41,7 +41,6 @@ UNIT = re.compile(
     rf"|(?<![A-Za-z\\])(?P<words>{NAME}(?:\s*/\s*|\s+)?(?:{NAME}|(?<=/)\s*[a-z])?(?:\s+{NAME})?))"
     r"\s*(?P<power>\^?\s*\{?\s*[23]\s*\}?)?)\s*$"
 )
-LETTER = re.compile(r"\s*(?<![A-Za-z\\])(?P<letter>[msghLl])\s*$")  # a unit, or a variable
 COUNTED = re.compile(r"\s(?P<words>[a-z]{3,}(?:\s[a-z]{2,})*)\s*$")  # apples
 NO_UNIT = re.compile(
     r"\b(?:or|and|to|if|not|mod|sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infinity|factorial|alternatively|maybe|perhaps"
@@ -84,13 +83,6 @@ def read(text: str) -> Number | None:
     number = _number(match, SCALES.get(first, 0))
     unit = sign_of(rest if first in SCALES else words) or "".join(set(text) & set("$€£"))
     return number and replace(number, unit=unit)
-
-
-def read_with_letter(text: str) -> Number | None:
-    """The number of "10 m", whose letter may be a unit or a variable; None: the text is something else."""
-    letter = LETTER.search(text)
-    number = None if letter is None else read(text[: letter.start()])
-    return None if letter is None or number is None else replace(number, unit=sign_of(letter["letter"]))
 
 
 def _number(match: re.Match[str], scale: int) -> Number | None:

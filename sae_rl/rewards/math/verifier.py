@@ -56,11 +56,10 @@ class Math:
 def golds(answer: str) -> tuple[Answer, ...]:
     """The right answers: one, or those of a JSON list of texts. Raises ValueError if one cannot be compared."""
     try:
-        listed = json.loads(answer) if answer.lstrip().startswith('["') else None
+        listed = json.loads(answer) if answer.lstrip().startswith('["') else [answer]
     except json.JSONDecodeError:
-        listed = None
-    is_list = isinstance(listed, list) and all(isinstance(each, str) for each in listed)
-    return tuple(map(_gold, listed if is_list else [answer]))
+        listed = [answer]
+    return tuple(map(_gold, listed if all(isinstance(each, str) for each in listed) else [answer]))
 
 
 def _gold(answer: str) -> Answer:
