@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 from sae_rl.rewards.math.markup import ALTERNATIVE, BRACKET, TRIGONOMETRIC, ascii_of, closing, deepest, split, tidy
-from sae_rl.rewards.math.numbers import Number, read
-from sae_rl.rewards.math.units import sign_of, without_unit
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from sae_rl.rewards.math.numbers import Number, read, sign_of, without_unit
 
 MAX_CHARS = 10_000  # of an answer that is read; a longer one is compared as text
 MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
@@ -21,13 +18,13 @@ NUM_REMEMBERED, MAX_REMEMBERED_CHARS = 4096, 500
 TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 .,;'&/-]*")
 PUNCTUATION = re.compile(r"(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})|[\s.,;]+")  # a single letter's hyphen is a minus sign
-CLOCK = re.compile(r"0*(\d{1,2}):([0-5]\d)(:[0-5]\d)?(?:\s*([ap])\.?m\.?)?", re.IGNORECASE)
 NOTHING = re.compile(
     r"(?:there (?:is|are) )?no (?:(?:real|integer|such) )*(?:solutions?|roots?)(?: exists?)?|none|(?:the )?empty set"
 )
 EMPTY = re.compile(r"\\(?:emptyset|varnothing)|\\\{\s*\\\}")
-NUMERAL = re.compile(r"(\d[0-9A-Za-z]*)\s*_\s*(?:\{\s*(?:\\text\{)?(\d{1,2}|two|eight|sixteen)\}?\s*\}|(\d{1,2}))")
-BASES = {"two": 2, "eight": 8, "sixteen": 16}
+NUMERAL = re.compile(r"(\d[0-9A-Z]*)_(?:\d|\{\d\d\})")  # with its base
+CLOCK = re.compile(r"\d{1,2}:(?:[0-5]\d:[0-5]\d|00)")  # which is no ratio
+ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # numbers without a comma between them
 SEMICOLON = re.compile(";")
 SEPARATOR = re.compile(
     rf",|\\text\s*\{{[\s,;]*{ALTERNATIVE}(?:[\s,;]+{ALTERNATIVE})*[\s,;]*\}}"
@@ -37,7 +34,6 @@ ENVIRONMENT = re.compile(
     r"(?:([^=]+)=)?\s*[(\[]?\s*\\begin\s*\{([pb]?matrix|cases|array)\}(?:\{[lcr| ]*\})?(.*)\\end\s*\{\2\}\s*[)\]]?",
     re.DOTALL,
 )
-ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # numbers without a comma between them
 CONDITION = re.compile(r"\b(?:if|for|when|where)\b")
 APPROXIMATELY = re.compile(r"\\(?:approx|simeq|doteq)(?![A-Za-z])")
 MEMBER = re.compile(r"([^=<>{(\[]+?)\\in(?![A-Za-z])(.+)", re.DOTALL)
@@ -53,11 +49,9 @@ NAME = re.compile(r"(?!-|\\(?:pi|infty|emptyset)\Z)(?=.*[A-Za-z])[A-Za-z\\|'\s+\
 
 
 @cache
-def expressions() -> ModuleType:
+def expressions() -> Any:
     """Imported when the first answer is not a plain number: sympy takes a second."""
-    from sae_rl.rewards.math import expressions as module
-
-    return module
+    return import_module("sae_rl.rewards.math.expressions")
 
 
 @dataclass(slots=True)
@@ -68,7 +62,6 @@ class Answer:
     words: str = ""  # if the answer may be a word or a phrase
     is_text: bool = False  # the answer says itself that it is words
     number: Number | None = None
-    base: int = 0  # of a numeral with its base
     unit: str = ""  # the sign of a known unit behind a formula
     name: str = ""  # x of "x = 5"
     value: Answer | None = None  # 5 of "x = 2 + 3 = 5"
@@ -83,22 +76,19 @@ class Answer:
     def expression(self) -> Any:
         """An object of sympy; None if the text is no expression."""
         if not self._expression:
-            self._expression.append(self._parsed())
+            found = None
+            if self.number is not None:
+                found = expressions().of_number(self.number)
+            elif not self.is_text and not self.problem:
+                found, self.problem = expressions().parsed(self.formula or self.text)
+            self._expression.append(found)
         return self._expression[0]
-
-    def _parsed(self) -> Any:
-        if self.number is not None:
-            return expressions().of_number(self.number)
-        if self.is_text or self.problem or len(self.text) > MAX_CHARS:
-            return None
-        found, self.problem = expressions().parsed(self.formula or self.text)
-        return found
 
     @property
     def says_something(self) -> bool:
         if not self.text or self.problem:
             return False
-        if self.number is not None or self.words or self.base or self.brackets or self.text.isdecimal():
+        if self.number is not None or self.words or self.brackets or self.text.isdecimal():
             return all(part.says_something for part in self.parts)
         if self.value is not None:
             return self.value.says_something
@@ -115,9 +105,8 @@ class Answer:
             return self.value.canonical
         if self.brackets:
             parts = [part.canonical for part in self.parts]
-            if self.brackets in (",", "{}"):
-                return f"{{{', '.join(sorted(parts))}}}"
-            return f"{self.brackets[0]}{', '.join(parts)}{self.brackets[-1]}"
+            in_order = self.brackets not in (",", "{}")
+            return f"{self.brackets if in_order else ''}{{{', '.join(parts if in_order else sorted(parts))}}}"
         return self.text if self.expression is None else str(expressions().canonical(self.expression))
 
 
@@ -144,32 +133,26 @@ def _read(text: str) -> Answer:
     number = read(text)
     if number is not None:
         return Answer(text, number=number)
-    numeral = NUMERAL.fullmatch(text)
-    if numeral is not None:
-        base = BASES[numeral[2]] if numeral[2] in BASES else int(numeral[2] or numeral[3])
-        return Answer(f"{numeral[1]}_{{{base}}}", base=base)
-    words, is_text = _words(text)
+    if NUMERAL.fullmatch(text) or CLOCK.fullmatch(text):
+        return Answer(text, text, is_text=True)
+    words = _words(text)
     if EMPTY.fullmatch(text) or NOTHING.fullmatch(words.casefold()):
         return Answer(text, words, brackets="{}")
     answer = _environment(text) or _list(text) or _equation(text) or _in_brackets(text)
     if answer is None:
         formula, unit = ("", "") if words or TRIGONOMETRIC.search(text) else without_unit(text)
         answer = Answer(text, unit=sign_of(unit), formula=formula)
-    return replace(answer, words=words, is_text=is_text or (bool(words) and wrapped is not None))
+    return replace(answer, words=words, is_text=bool(words) and wrapped is not None)
 
 
 _remembered = lru_cache(maxsize=NUM_REMEMBERED)(_read)
 
 
-def _words(text: str) -> tuple[str, bool]:
-    """The words of a text, in one form, and whether they are words only; a time of the day is such a word."""
+def _words(text: str) -> str:
+    """A text that may be words, in one form; empty: it is none."""
     letters = " ".join(TEXT.sub(r" \1 ", text).split())
     letters = letters[1:-1].strip() if re.fullmatch(r"\([^()]+\)", letters) else letters
-    clock = CLOCK.fullmatch(letters)
-    if clock is not None:
-        hours, minutes, seconds, half = clock.groups()
-        return f"{hours}:{minutes}{seconds or ':00'}{(half or '').lower()}", bool(seconds or half)
-    return (PUNCTUATION.sub(" ", letters).strip(), False) if WORDS.fullmatch(letters) else ("", False)
+    return PUNCTUATION.sub(" ", letters).strip() if WORDS.fullmatch(letters) else ""
 
 
 def _environment(text: str) -> Answer | None:
@@ -179,8 +162,7 @@ def _environment(text: str) -> Answer | None:
         return None
     rows = [[entry.strip() for entry in row.split("&")] for row in found[3].split("\\\\") if row.strip()]
     if found[2] == "cases":
-        cases = tuple(read_answer(row[0]) if len(row) == 1 else _case(row) for row in rows)
-        answer = Answer(text, brackets=",", parts=cases) if len(cases) != 1 else cases[0]
+        answer = Answer(text, brackets=",", parts=tuple(map(_case, rows)))
     elif rows and len({len(row) for row in rows}) == 1:
         parts = tuple(read_answer(entry) for row in rows for entry in row)
         answer = Answer(text, brackets=f"{len(rows)}x{len(rows[0])}", parts=parts)
@@ -190,21 +172,24 @@ def _environment(text: str) -> Answer | None:
 
 
 def _case(row: list[str]) -> Answer:
+    """An equation of a system, or a value and its condition."""
     value, *condition = row
+    if not condition:
+        return read_answer(value)
     text = tidy(CONDITION.sub("", TEXT.sub(r"\1", " ".join(condition))))
     return Answer(f"({value}, {text})", brackets="()", parts=(read_answer(value), read_answer(text)))
 
 
 def _list(text: str) -> Answer | None:
     """Several answers, such as both of plus-minus."""
-    parts = text.split() if ROW.fullmatch(text) else split_parts(text)
+    parts = split_parts(text)
     parts = [part.replace("\\pm", sign) for part in parts for sign in ("+", "-")[: 2 if "\\pm" in part else 1]]
     return Answer(text, brackets=",", parts=tuple(map(read_answer, parts))) if len(parts) > 1 else None
 
 
 def split_parts(text: str) -> list[str]:
-    """The parts between semicolons, or else between commas or words like "or"."""
-    parts = split(text, SEMICOLON)
+    """Numbers in a row, or the parts between semicolons, or else between commas or words like "or"."""
+    parts = text.split() if ROW.fullmatch(text) else split(text, SEMICOLON)
     return parts if len(parts) > 1 else split(text, SEPARATOR)
 
 
@@ -213,8 +198,7 @@ def _equation(text: str) -> Answer | None:
     exact, *rounded = split(text, APPROXIMATELY) or [text]
     if exact != text:
         return read_answer(f"{exact} = {rounded[0]}" if rounded and is_name(exact) else exact)
-    member = MEMBER.fullmatch(text)
-    if member is not None and is_name(member[1]):
+    if (member := MEMBER.fullmatch(text)) and is_name(member[1]):
         return Answer(text, name=compact(member[1]), value=read_answer(member[2]))
     sides = split(text, EQUALS)
     if len(sides) < 2 or RELATION.search(text):
@@ -240,8 +224,7 @@ def _in_brackets(text: str) -> Answer | None:
         return None
     inside = text[opening.end() : -1].removesuffix("\\").strip()
     brackets = opening[0][-1] + text[-1]
-    condition = BUILDER.fullmatch(inside) if brackets == "{}" else None
-    if condition is not None:
+    if brackets == "{}" and (condition := BUILDER.fullmatch(inside)):
         return read_answer(condition[2])
     parts = split_parts(inside)
     if len(parts) < 2 and brackets != "{}":

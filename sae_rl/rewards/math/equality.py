@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sae_rl.rewards.math.answers import Answer, compact, expressions
-from sae_rl.rewards.math.numbers import read_with_letter, same
+from sae_rl.rewards.math.answers import NUMERAL, Answer, compact, expressions
+from sae_rl.rewards.math.numbers import same
 
 # Left to do in an answer, these may be what was asked.
 UNDONE = re.compile(
@@ -14,7 +14,6 @@ UNDONE = re.compile(
 )
 INTERVALS = ("()", "(]", "[)", "[]")
 FUNCTION_OF_X = re.compile(r"y|[a-z]\(x\)")
-VECTOR = re.compile(r"1x\d+|\d+x1")  # a matrix of one row or column
 
 
 def right(gold: Answer, found: Answer, precision: int) -> bool:
@@ -25,14 +24,12 @@ def right(gold: Answer, found: Answer, precision: int) -> bool:
 
 
 def equal(gold: Answer, found: Answer, precision: int) -> bool:
-    """Whether two answers say the same.
-
-    Raises:
-        Exception: whatever stops the comparison of expressions; that is a failed check.
-    """
+    """Whether two answers say the same; an exception is a failed check."""
     is_text = gold.is_text or found.is_text
     if gold.text == found.text or (compact(gold.text) == compact(found.text) and not is_text):
         return not found.problem
+    if gold.is_text and (numeral := NUMERAL.fullmatch(gold.text)):
+        return numeral[1] == found.text  # a base that is left out is that of the right answer
     if gold.number is not None and found.number is not None:
         return same(gold.number, found.number, precision)
     if gold.words and found.words and _same_words(gold.words, found.words, is_text):
@@ -41,8 +38,6 @@ def equal(gold: Answer, found: Answer, precision: int) -> bool:
         return False
     if gold.value is not None or found.value is not None:
         return _same_equation(gold, found, precision)
-    if gold.base or found.base:
-        return _same_numeral(gold, found)
     if gold.brackets or found.brackets:
         intervals = gold.brackets in INTERVALS and found.brackets in INTERVALS  # or tuples
         if _same_parts(gold, found, precision) or (
@@ -51,8 +46,6 @@ def equal(gold: Answer, found: Answer, precision: int) -> bool:
             return True
         if "x" not in gold.brackets + found.brackets or (gold.brackets and found.brackets):
             return False
-    if gold.number is not None and (number := read_with_letter(found.text)) is not None:
-        return same(gold.number, number, precision)
     if gold.unit and found.unit and gold.unit != found.unit:
         return False
     return bool(expressions().equal(gold.expression, found.expression, precision))
@@ -73,22 +66,10 @@ def _same_equation(gold: Answer, found: Answer, precision: int) -> bool:
     names = {answer.name for answer in (gold, found) if answer.name}
     one_name = len(names) < 2 or all(FUNCTION_OF_X.fullmatch(name) for name in names)
     if one_name and not any(
-        each.value is None and expressions().is_equation(each.expression) for each in (gold, found)
+        each.value is None and getattr(each.expression, "rel_op", "") == "==" for each in (gold, found)
     ):
         return equal(gold.value or gold, value or found, precision)
     return bool(expressions().equal(gold.expression, found.expression, precision))
-
-
-def _same_numeral(gold: Answer, found: Answer) -> bool:
-    """Equality of value where the found numeral has a base; a base that it leaves out is that of the right answer."""
-    digits = [answer.text.partition("_")[0] for answer in (gold, found)]
-    if not found.base:
-        return digits[0].lower() == digits[1].lower()
-    try:
-        wanted = int(digits[0], gold.base) if gold.base else gold.number.value if gold.number else None
-        return int(digits[1], found.base) == wanted
-    except ValueError:
-        return False
 
 
 def _same_parts(gold: Answer, found: Answer, precision: int) -> bool:
@@ -108,8 +89,7 @@ def _same_parts(gold: Answer, found: Answer, precision: int) -> bool:
                 return False
             del got[partner]
         return True
-    vectors = kinds & {"()", "[]"} and any(VECTOR.fullmatch(kind) for kind in kinds)
-    alike = len(kinds) == 1 or kinds == {",", "()"} or vectors or (kinds == {",", "[]"} and (in_order or len(got) > 2))
+    alike = len(kinds) == 1 or kinds == {",", "()"} or (kinds == {",", "[]"} and (in_order or len(got) > 2))
     return bool(alike) and all(equal(*pair, precision) for pair in zip(wanted, got, strict=True))
 
 

@@ -12,7 +12,7 @@ from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 from sympy.printing.str import StrPrinter
 
-from sae_rl.rewards.math.formulas import same_formula, same_relation, symbols_of
+from sae_rl.rewards.math.formulas import same_formula, same_relation
 from sae_rl.rewards.math.markup import MAX_CHARS, TRIGONOMETRIC
 from sae_rl.rewards.math.number_sizes import TooLarge, check_size
 from sae_rl.rewards.math.numbers import Number, read, written
@@ -23,7 +23,7 @@ LATEX = NormalizationConfig(
 )
 CASE_MATTERS = ConversionConfig(lowercase_symbols=False)
 FUNCTION = r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|sqrt|gcd|lcm|pi|infty|infinity"
-DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})")
+DEGREES = re.compile(r"\^\\circ")
 REPLACED = (
     (re.compile(r"\\\(|\\\)|\\\[|\\\]|\$|\*\*(?=\s*$)"), " "),
     (re.compile(r"\*\*"), "^"),
@@ -53,11 +53,7 @@ class Parser(_Latex2Sympy):  # type: ignore[misc]
 
 
 def parsed(text: str) -> tuple[Any, str]:
-    """The tidy text as an object of sympy, not evaluated, and why it cannot be compared. None: it is no mathematics.
-
-    Raises:
-        MemoryError: there is too little for it.
-    """
+    """The tidy text as an object of sympy, not evaluated, and why it cannot be compared. None: it is no mathematics."""
     if len(text) > MAX_CHARS:
         return None, ""
     in_degrees = TRIGONOMETRIC.search(text) is not None
@@ -83,7 +79,7 @@ def latex(text: str, in_degrees: bool = False) -> Any:
         normalize_latex(text, config=LATEX)
     )
     meant: dict[Any, Any] = {each: sympy.Symbol(str(each), real=True) for each in found.atoms(AppliedUndef)}
-    meant |= {symbol: sympy.I for symbol in symbols_of(found) if symbol.name == "i"}
+    meant |= {symbol: sympy.I for symbol in found.free_symbols if symbol.name == "i"}
     return found.xreplace(meant) if meant else found
 
 
@@ -93,11 +89,7 @@ def of_number(number: Number) -> Any:
 
 
 def equal(gold: Any, found: Any, precision: int) -> bool:
-    """Whether two parsed expressions are the same mathematics.
-
-    Raises:
-        Exception: whatever stops the comparison; that is a failed check.
-    """
+    """Whether two parsed expressions are the same mathematics."""
     if gold is None or found is None:
         return False
     gold, found = (each.doit() if isinstance(each, sympy.MatrixExpr) else each for each in (gold, found))
@@ -126,10 +118,6 @@ def is_constant(found: Any) -> bool:
 def is_comparison(found: Any) -> bool:
     """An equation or an inequality between formulas."""
     return isinstance(found, Relational) and is_formula(found.lhs) and is_formula(found.rhs)
-
-
-def is_equation(found: Any) -> bool:
-    return isinstance(found, sympy.Eq) and is_comparison(found)
 
 
 def same_set(gold: Sequence[Any], found: Sequence[Any]) -> bool:

@@ -58,11 +58,9 @@ class FinalAnswer:
 
 
 def final_answer(response: str, boxed_only: bool = False) -> FinalAnswer:
-    r"""What the response answers.
+    r"""What the response answers: its last boxes side by side, or else what it states.
 
-    Only what follows ``</think>`` counts, and nothing where ``<think>`` is never closed. The last complete box counts that no
-    "not" stands before. Boxes side by side, joined by no more than a comma, "and" or "or", are one answer with several parts.
-    Without a box the answer is what follows ``####``, or else "the answer is", or else the last formula or number.
+    Only what follows ``</think>`` counts, and nothing where ``<think>`` is never closed, nor a box behind "not".
     """
     said = after_thinking(response)
     if said is None:
@@ -72,7 +70,7 @@ def final_answer(response: str, boxed_only: bool = False) -> FinalAnswer:
         parts = list(dict.fromkeys(part.strip() for part in boxes))
         return FinalAnswer(", ".join(parts), True, "" if any(parts) else "no answer: the last box is empty")
     if boxed_only or BOX.search(said):
-        why = "no box" if not BOX.search(said) else "the box is denied" if boxes_in(said) else "the box is not closed"
+        why = "the box is denied" if boxes_in(said) else "the box is not closed" if BOX.search(said) else "no box"
         return FinalAnswer("", False, f"no answer: {why}")
     text = stated(ascii_of(said[-MAX_TAIL:]))
     return FinalAnswer(text, False, "" if text else "no answer was found")
@@ -86,16 +84,11 @@ def after_thinking(response: str) -> str | None:
 
 def boxed(text: str) -> list[str]:
     """What the last complete box holds, after what boxes side by side with it hold; [] without a box."""
-    found = [box for box in boxes_in(text) if not denied(text, box[0])]
+    found = [box for box in boxes_in(text) if not DENIED.search(text, max(0, box[0] - 20), box[0])]
     last = len(found)
     while last > 1 and JOINER.fullmatch(text, found[last - 2][1], found[last - 1][0]):
         last -= 1
     return [inside for _, _, inside in found[last - 1 :]]
-
-
-def denied(text: str, start: int) -> bool:
-    """Whether "not" stands before that place."""
-    return DENIED.search(text, max(0, start - 20), start) is not None
 
 
 def boxes_in(text: str) -> list[tuple[int, int, str]]:
@@ -128,7 +121,7 @@ def stated(text: str) -> str:
             return _of_sentence(sentence)
     last = ""
     for match in ATOMS.finditer(text):
-        last = last if denied(text, match.start()) else match[0]
+        last = last if DENIED.search(text, max(0, match.start() - 20), match.start()) else match[0]
     return "" if unfinished(last) else last
 
 
@@ -145,18 +138,14 @@ def unfinished(text: str) -> bool:
 
 def _of_sentence(sentence: str) -> str:
     """The answer in what follows "the answer is": a list at its start, or behind its last "is", or all of it."""
-    behind = max((match.end() for match in IS.finditer(sentence)), default=0)
-    if is_formula(sentence):
-        return sentence
-    for start in (0, behind):
-        atoms = ATOMS.match(sentence, start)
-        if atoms is not None and not _goes_on(sentence, atoms.end()):
+    starts = [0, *(match.end() for match in IS.finditer(sentence))]
+    for atoms in (ATOMS.match(sentence), ATOMS.match(sentence, starts[-1]), ATOMS.search(sentence, 1)):
+        if atoms is not None and not is_formula(sentence) and not _goes_on(sentence, atoms.end()):
             return atoms[0]
-    atoms = ATOMS.search(sentence)
-    return sentence if atoms is None or atoms.start() == 0 or _goes_on(sentence, atoms.end()) else atoms[0]
+    return sentence
 
 
 def _goes_on(sentence: str, end: int) -> bool:
     """Whether a formula, or a row of numbers, is longer than what ends here."""
-    behind = end + len(sentence[end:]) - len(sentence[end:].lstrip())
-    return GOES_ON.match(sentence, end) is not None or ATOMS.match(sentence, behind) is not None
+    rest = sentence[end:]
+    return GOES_ON.match(rest) is not None or ATOMS.match(rest.lstrip()) is not None

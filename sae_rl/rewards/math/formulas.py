@@ -13,7 +13,7 @@ from typing import Any
 
 import sympy
 
-from sae_rl.rewards.math.number_sizes import MAX_DIGITS, SOME_DIGITS, digits
+from sae_rl.rewards.math.number_sizes import MAX_DIGITS, digits
 from sae_rl.rewards.math.numbers import Number, same, significant
 
 # Digits of numbers that are compared, beyond those that their sizes ask for, and how many of these must agree.
@@ -28,43 +28,26 @@ INTEGERS = "jklmnpqKMN"
 Point = dict[Any, Any]  # values of the variables
 
 
-def symbols_of(found: Any) -> set[sympy.Symbol]:
-    return {symbol for symbol in found.free_symbols if isinstance(symbol, sympy.Symbol)}
-
-
 def same_formula(gold: Any, found: Any, precision: int) -> bool:
     """Two formulas are one if they have the same values at POINTS; two numbers, if they are the same."""
-    symbols = sorted(symbols_of(gold) | symbols_of(found), key=str)
-    if not symbols:
-        return same_values(gold, found, precision)
+    symbols = sorted(gold.free_symbols | found.free_symbols, key=str)
+    for decimal, other in () if symbols else ((gold, found), (found, gold)):
+        if isinstance(decimal, sympy.Float):
+            value = value_of(exact(other), {}, digits(other, {}))
+            long = None if value is None else sympy.Float(value, WORKING_DIGITS) if value.is_Number else None
+            return long is not None and same(number_of(decimal), number_of(long), precision)
     num_decimals = decimals(gold, precision)
-    gold, found = exact(gold), exact(found)
-    roots = [] if found.has(sympy.I) else list(under_roots(found))
     compared = 0
-    for at in points(gold, found, symbols):
-        size = size_of(gold, found, at)
-        wanted, got = value_of(gold, at, size), value_of(found, at, size)
-        if wanted is None or got is None or (wanted.has(sympy.I) and not gold.has(sympy.I)) or not real_at(at, *roots):
-            continue  # not a number there, or outside the real domain of one of them
+    for wanted, got, size in values(exact(gold), exact(found), symbols):
         if not close(wanted, got, size, num_decimals):
             return False
         compared += 1
     return compared > 0
 
 
-def same_values(gold: Any, found: Any, precision: int) -> bool:
-    for decimal, other in ((gold, found), (found, gold)):
-        if isinstance(decimal, sympy.Float):
-            value = value_of(exact(other), {}, digits(other, {}))
-            long = None if value is None else sympy.Float(value, WORKING_DIGITS) if value.is_Number else None
-            return long is not None and same(number_of(decimal), number_of(long), precision)
-    num_decimals = decimals(gold, precision)
-    gold, found = exact(gold), exact(found)
-    if isinstance(gold, sympy.Rational) and isinstance(found, sympy.Rational):
-        return bool(gold == found)
-    size = size_of(gold, found, {})
-    wanted, got = value_of(gold, {}, size), value_of(found, {}, size)
-    return wanted is not None and got is not None and close(wanted, got, size, num_decimals)
+def decimals(gold: Any, precision: int) -> int:
+    """To how many digits a formula must agree with the right one; 0: exactly, since the right one has no long decimal."""
+    return precision if any(number_of(decimal).digits >= precision for decimal in gold.atoms(sympy.Float)) else 0
 
 
 def number_of(decimal: Any) -> Number:
@@ -76,58 +59,55 @@ def exact(formula: Any) -> Any:
     return formula.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in formula.atoms(sympy.Float)}).doit()
 
 
-def decimals(gold: Any, precision: int) -> int:
-    """To how many digits a formula must agree with the right one; 0: exactly, since the right one has no long decimal."""
-    return precision if any(number_of(decimal).digits >= precision for decimal in gold.atoms(sympy.Float)) else 0
-
-
 def same_relation(gold: Any, found: Any, precision: int) -> bool:
-    """One equation is the other, multiplied by a number; one inequality by a positive number, or it is turned round.
+    """Whether an equation is the other, multiplied by a number; an inequality, by a positive number, or turned round.
 
     Multiplied out, every equation that is always true is 0 = 0: such a one is compared as it is written.
     """
-    if isinstance(found, sympy.GreaterThan | sympy.StrictGreaterThan) != isinstance(
-        gold, sympy.GreaterThan | sympy.StrictGreaterThan
-    ):
+    if found.rel_op != gold.rel_op:
         found = found.reversed
-    if type(gold) is not type(found):
+    if found.rel_op != gold.rel_op:
         return False
-    num_decimals = decimals(gold, precision)
+    turns = isinstance(gold, sympy.Eq | sympy.Ne)
     wanted, got = (exact(each.lhs) - exact(each.rhs) for each in (gold, found))
-    symbols = sorted(symbols_of(wanted) | symbols_of(got), key=str)
+    symbols = sorted(wanted.free_symbols | got.free_symbols, key=str)
     ratio = None
-    for at in points(wanted, got, symbols) if symbols_of(wanted) and symbols_of(got) else ():
-        size = size_of(wanted, got, at)
-        left, right = value_of(wanted, at, size), value_of(got, at, size)
-        if left is None or right is None:
+    for left, right, size in values(wanted, got, symbols) if wanted.free_symbols and got.free_symbols else ():
+        zeros = {close(value, sympy.Integer(0), size, 0) for value in (left, right)}
+        if zeros == {True}:
             continue
-        zeros = [close(value, sympy.Integer(0), size, 0) for value in (left, right)]
-        if any(zeros):
-            if not all(zeros):
-                return False
-            continue
-        if ratio is None:
-            ratio = left / right
-            if not isinstance(gold, sympy.Eq | sympy.Ne) and not ratio.is_positive:
-                return False
-        if not close(left, ratio * right, size, num_decimals):
+        ratio = left / right if ratio is None and zeros == {False} else ratio
+        if ratio is None or not (turns or ratio.is_positive):
+            return False
+        if not close(left, ratio * right, size, decimals(gold, precision)):
             return False
     sides = [[exact(each.lhs), exact(each.rhs)] for each in (gold, found)]
-    return ratio is not None or sides[0] in (
-        sides[1],
-        sides[1][::-1] if isinstance(gold, sympy.Eq | sympy.Ne) else None,
-    )
+    return ratio is not None or sides[0] == sides[1] or (turns and sides[0] == sides[1][::-1])
+
+
+def values(gold: Any, found: Any, symbols: list[Any]) -> Iterator[tuple[Any, Any, float]]:
+    """The values of two formulas at each of the `points` in the real domain of both, and their size."""
+    for at in points(gold, found, symbols):
+        size = max(digits(gold, at), digits(found, at))
+        wanted, got = value_of(gold, at, size), value_of(found, at, size)
+        if wanted is None or got is None:
+            continue
+        real = not any(value.has(sympy.I) > each.has(sympy.I) for value, each in ((wanted, gold), (got, found)))
+        if real or not symbols:
+            yield wanted, got, size
 
 
 def points(gold: Any, found: Any, symbols: list[Any]) -> Iterator[Point]:
     """Where two formulas are compared."""
     stepped = in_steps(gold) | in_steps(found)
-    if not stepped or any(symbol.name[0] not in INTEGERS for symbol in stepped):
+    if not symbols:
+        yield {}
+    elif not stepped or any(symbol.name[0] not in INTEGERS for symbol in stepped):
         for point in POINTS:
             yield {symbol: sympy.Float(point + SHIFT * i, WORKING_DIGITS) for i, symbol in enumerate(symbols)}
     if stepped:
         rng = random.Random(0)
-        for _ in range(1 if len(symbols) == 1 else 2):
+        for _ in symbols[:2]:
             columns = [rng.sample(STEPS, len(STEPS)) for _ in symbols]
             for row in zip(*columns, strict=True):
                 yield dict(zip(symbols, map(sympy.Integer, row), strict=True))
@@ -136,26 +116,9 @@ def points(gold: Any, found: Any, symbols: list[Any]) -> Iterator[Point]:
 def in_steps(formula: Any) -> set[sympy.Symbol]:
     """Variables at whose integers it says what it does not say between them: n of (-1)^n, and in what is rounded."""
     steps = formula.atoms(sympy.floor, sympy.ceiling, sympy.Mod)
-    signs = [
-        power.exp for power in formula.atoms(sympy.Pow) if power.base.is_number and not power.base.is_extended_positive
-    ]
-    return set().union(*(symbols_of(each) for each in (*steps, *signs)))
-
-
-def under_roots(formula: Any) -> Iterator[Any]:
-    """What must not be negative, so that a formula has a real value: under roots, and in logarithms."""
-    for part in formula.atoms(sympy.Pow, sympy.log):
-        if part.args[0].free_symbols and (isinstance(part, sympy.log) or part.exp.is_integer is False):
-            yield part.args[0]
-
-
-def real_at(at: Point, *arguments: Any) -> bool:
-    return not any(argument.evalf(SOME_DIGITS, subs=at).is_negative for argument in arguments)
-
-
-def size_of(gold: Any, found: Any, at: Point) -> float:
-    """The digits before or behind the point of whatever either is made of."""
-    return max(digits(gold, at), digits(found, at))
+    powers = formula.atoms(sympy.Pow)
+    signs = [power.exp for power in powers if power.base.is_number and not power.base.is_extended_positive]
+    return set().union(*(each.free_symbols for each in (*steps, *signs)))
 
 
 def value_of(formula: Any, at: Point, size: float) -> Any:
@@ -187,7 +150,5 @@ def close(wanted: Any, got: Any, size: float, num_decimals: int) -> bool:
 
 def absolute(value: Any) -> Any:
     """Of a complex number too, also where it is a product that nobody has multiplied out."""
-    if value.is_Number:
-        return abs(value)
     real, imaginary = value.as_real_imag()
     return sympy.sqrt(real * real + imaginary * imaginary)

@@ -22,6 +22,7 @@ ASCII = {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)} | str.maket
     }
     | {character: f"{command} " for character, command in zip(SIGNS, COMMANDS.split(), strict=True)}
 )
+PLAIN = r"(\\[A-Za-z]+|[0-9A-Za-z])"  # an argument of one letter, digit or command
 # What is only for looks is removed, and what has several spellings gets one.
 REWRITTEN = [
     (re.compile(pattern), replacement)
@@ -32,20 +33,23 @@ REWRITTEN = [
         (r"(?<!\\)\\[,!;: ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\\(?:text(?:bf|it|rm|normal|sf|tt)|mathrm|mbox)(?![A-Za-z])", r"\\text"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\degree(?![A-Za-z])", r"^\\circ"),
+        (r"\\degree(?![A-Za-z])|\^\s*(?:\\circ|\{\s*\\circ\s*\})", r"^\\circ"),
+        (r"\s*(?:\\text\s*\{\s*percent(?:age)?\s*\}|\bpercent\b)", "%"),
         (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda found: {"l": "\\{", "r": "\\}"}[found[0][1]]),
         (r"\\(?:langle|rangle)(?![A-Za-z])", lambda found: {"l": "(", "r": ")"}[found[0][1]]),
         (r"_\s*\{\s*(\w)\s*\}", r"_\1"),
+        # Arguments without braces, as in \frac \pi4
+        (rf"\\sqrt\s*(\[[^\[\]]*\])?\s*{PLAIN}", r"\\sqrt\1{\2}"),
+        (rf"\\frac\s*{PLAIN}", r"\\frac{\1}"),
+        (rf"(\\frac\s*\{{[^{{}}]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}})\s*{PLAIN}", r"\1{\2}"),
+        (r"^\s*0?(\d{1,2}:[0-5]\d)(?::00)?\s*$", r"\1"),  # a time of the day
         (r"(?<=\d)\s*\^\s*\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\\\s*\Z|\\(?=[%$])", ""),
     )
 ]
 WRAPPED = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 ALTERNATIVE = r"(?:or|and|alternatively|otherwise|maybe|perhaps|possibly)"  # between two answers
 TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # whose arguments may be in degrees
-TAKES_BRACES = re.compile(
-    r"\\frac(?![A-Za-z])|\\sqrt(?![A-Za-z])(?:\s*\[[^\[\]]*\])?|(?<![\\A-Za-z])sqrt(?=\s*\()|\^(?=\s*\()"
-)
-ARGUMENT = re.compile(r"\s*(?:(?P<open>[{(])|(?P<plain>\\[A-Za-z]+|[0-9A-Za-z]))")
+IN_PARENTHESES = re.compile(r"(?:\^|sqrt)\s*\(")
 COMMA = re.compile(r",(?!\d{3}\b)")
 BRACKET = re.compile(r"\\.|[(){}\[\]]", re.DOTALL)
 DEPTH = dict.fromkeys(["(", "[", "{", "\\{"], 1) | dict.fromkeys([")", "]", "}", "\\}"], -1)
@@ -60,8 +64,7 @@ def tidy(text: str) -> str:
     """The text without what LaTeX needs only for looks: spaces, sizes, fonts, delimiters, the full stop at the end."""
     for pattern, replacement in REWRITTEN:
         text = pattern.sub(replacement, text)
-    if len(text) <= MAX_CHARS:
-        text = with_braces(text)
+    text = with_braces(text) if len(text) <= MAX_CHARS else text
     while True:
         text, before = text.strip(), text
         text = text[:-1] if text[-1:] in tuple(".,;") else text
@@ -76,22 +79,12 @@ def tidy(text: str) -> str:
 
 
 def with_braces(text: str) -> str:
-    r"""Fractions, roots and powers with braces around arguments that have none, or parentheses, as in ``\frac \pi4``."""
-    done, at = "", 0
-    while found := TAKES_BRACES.search(text, at):
-        command = "\\sqrt" if found[0] == "sqrt" else found[0]
-        done, at = done + text[at : found.start()] + command, found.end()
-        for _ in range(2 if command == "\\frac" else 1):
-            argument = ARGUMENT.match(text, at)
-            if argument is None or (argument["open"] == "(" and command == "\\frac"):
-                break
-            brackets = {"{": "{}", "(": "()"}.get(argument["open"])
-            end = closing(text, argument.end(), brackets) if brackets else argument.end()
-            if end is None:
-                break
-            inside = argument["plain"] or text[argument.end() : end - 1]
-            done, at = f"{done}{{{with_braces(inside)}}}", end
-    return done + text[at:]
+    """Roots and powers with braces instead of parentheses around their arguments."""
+    for found in reversed(list(IN_PARENTHESES.finditer(text))):
+        end = closing(text, found.end(), "()")
+        if end is not None:
+            text = f"{text[: found.end() - 1]}{{{text[found.end() : end - 1]}}}{text[end:]}"
+    return text
 
 
 def closing(text: str, start: int, brackets: str | None = None) -> int | None:

@@ -70,12 +70,10 @@ def of_power(base: Any, exponent: Any, at: Values) -> float:
 
 def of_series(found: Any, at: Values) -> float:
     """A sum or a product, at the ends of its limits."""
-    count = 1.0
-    inner = dict(at)
+    count, inner = 1.0, dict(at)
     for variable, *ends in found.limits:
-        sizes = [digits(end, at) for end in ends]
-        if max(sizes, default=0.0) > MAX_DIGITS:
-            return max(sizes)
+        if not max(digits(end, at) for end in ends) <= MAX_DIGITS:
+            return math.inf
         finite = [magnitude(end, at) for end in ends if end.is_finite]
         inner[variable] = max(finite, default=ANY_VARIABLE)
         count *= 1.0 + sum(finite)

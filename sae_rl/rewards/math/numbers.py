@@ -1,32 +1,50 @@
-"""Numbers as people and models write them, read exactly."""
+"""Numbers as people and models write them, read exactly, with the units behind them."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from decimal import Context, Decimal, localcontext
+from decimal import ROUND_DOWN, ROUND_HALF_UP, Context, Decimal
 from fractions import Fraction
-
-from sae_rl.rewards.math.units import COUNTED, LETTER, NO_UNIT, sign_of, without_unit
 
 MAX_CHARS = 400  # of one number; longer ones are compared as text
 MAX_EXPONENT = 1000  # of 10 in a number in scientific notation
-FLOAT_DIGITS = 15  # what a program's floating-point number knows
+FLOAT_DIGITS = 15  # what a program's floating-point number knows: it prints 0.30000000000000004 for 0.3
 
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-PERCENT = ("percent", "percentage", "pct")
 DECIMAL = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+(?![\d/]))(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
-POWER = (
-    r"(?:[eE](?P<e>[+-]?\d+)"
-    r"|\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*(?P<p>[+-]?\d+)\s*\}|(?P<q>[+-]?\d+)))"
-)
+FRACTION = re.compile(rf"\\frac\s*\{{\s*(-?{DECIMAL})\s*\}}\s*\{{\s*(-?{DECIMAL})\s*\}}")
+# A quotient such as 1 1/2, a periodic decimal, or a decimal, perhaps in scientific notation.
 NUMBER = re.compile(
-    rf"(?P<before>[$€£¥]?)\s*+(?P<sign>[+-]?)\s*+(?P<currency>[$€£¥]?)\s*+(?:"
-    rf"(?P<whole>\d+)?\s*\\frac\s*\{{\s*(?P<n>-?{DECIMAL})\s*\}}\s*\{{\s*(?P<d>-?{DECIMAL})\s*\}}"
-    rf"|(?P<start>\d*)\.(?P<still>\d*)\\overline\s*\{{\s*(?P<period>\d+)\s*\}}"
-    rf"|(?:(?P<mixed>\d+)\s+)?(?P<top>{DECIMAL})\s*/\s*(?P<bottom>-?{DECIMAL})"
-    rf"|(?P<decimal>{DECIMAL}){POWER}?"
-    rf")\s*+(?P<after>[$€£¥]?)\s*+(?P<percent>%|(?:percent|percentage|pct)\b)?"
+    r"[$€£]?\s*+(?P<sign>[+-]?)\s*+[$€£]?\s*+(?:"
+    rf"(?:(?P<whole>\d+)\s+(?=\d))?(?P<top>-?{DECIMAL})\s*/\s*(?P<bottom>-?{DECIMAL})"
+    r"|(?P<start>\d*)\.(?P<still>\d*)\\overline\s*\{\s*(?P<period>\d+)\s*\}"
+    rf"|(?P<decimal>{DECIMAL})"
+    r"(?:(?:[eE]|\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*\{?\s*)(?P<exponent>[+-]?\d+)\s*\}?)?"
+    r")\s*+[$€£]?\s*+(?P<percent>%)?"
+)
+
+# The sign of each unit, and behind it its other spellings in the singular.
+UNITS = """m meter metre; cm centimeter centimetre; mm millimeter millimetre; km kilometer kilometre; in inch inche;
+ft foot feet; yd yard; mi mile; g gram; kg kilogram; mg milligram; lb pound; oz ounce; s sec second; min minute; h hr hour;
+day; week; month; year yr; L l liter litre; mL ml milliliter; $ dollar USD; € euro; £; cent; degree deg; radian rad;
+/ per; mi/h mph; 2 square sq squared; 3 cubic cubed; unit"""
+SIGNS = {spelling: unit.split()[0] for unit in UNITS.split(";") for spelling in unit.split()}
+WORD = re.compile(r"[A-Za-z]+|[$/23]")
+NAMES = "|".join(
+    spelling for spelling in sorted(SIGNS, key=len, reverse=True) if spelling.isalpha() and len(spelling) > 1
+)
+NAME = rf"(?:(?:{NAMES})(?:es|s)?|[mg](?=/))"
+# Degrees, or words, either in \text or those of UNITS, with a power.
+UNIT = re.compile(
+    r"(?<!\s)\s*(?:\^\\circ\s*[CF]?|(?:\\text\s*\{(?P<text>[^{}]*)\}"
+    rf"|(?<![A-Za-z\\])(?P<words>{NAME}(?:\s*/\s*|\s+)?(?:{NAME}|(?<=/)\s*[a-z])?(?:\s+{NAME})?))"
+    r"\s*(?P<power>\^?\s*\{?\s*[23]\s*\}?)?)\s*$"
+)
+COUNTED = re.compile(r"\s(?P<words>[a-z]{3,}(?:\s[a-z]{2,})*)\s*$")  # apples
+NO_UNIT = re.compile(
+    r"\b(?:or|and|to|if|not|mod|sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infinity|factorial|alternatively|maybe|perhaps"
+    r"|possibly|otherwise|either|alpha|beta|gamma|delta|theta|lambda|sigma|omega)\b"
 )
 
 
@@ -52,7 +70,7 @@ def read(text: str) -> Number | None:
     """The number that a tidy text is, a unit or currency aside; None: it is something else."""
     if len(text) > MAX_CHARS:
         return None
-    words = ""
+    text, words = FRACTION.sub(r" \1/\2", text), ""
     if (match := NUMBER.fullmatch(text.strip())) is None:
         text, words = without_unit(text)
         counted = COUNTED.search(text) if not words else None
@@ -61,42 +79,33 @@ def read(text: str) -> Number | None:
         match = NUMBER.fullmatch(text.strip())
     if match is None:
         return None
-    first, _, rest = words.lower().partition(" ")
+    first, _, rest = words.partition(" ")
     number = _number(match, SCALES.get(first, 0))
-    if number is None or not words:
-        return number
-    if first in PERCENT:
-        return replace(number, percent=True)
-    return replace(number, unit=sign_of(rest if first in SCALES else words) or number.unit)
-
-
-def read_with_letter(text: str) -> Number | None:
-    """The number of "10 m", whose letter may be a unit or a variable; None: the text is something else."""
-    letter = LETTER.search(text)
-    number = None if letter is None else read(text[: letter.start()])
-    return None if letter is None or number is None else replace(number, unit=sign_of(letter["letter"]))
+    unit = sign_of(rest if first in SCALES else words) or "".join(set(text) & set("$€£"))
+    return number and replace(number, unit=unit)
 
 
 def _number(match: re.Match[str], scale: int) -> Number | None:
-    found = match.groupdict()
-    sign, percent = -1 if found["sign"] == "-" else 1, found["percent"] is not None
-    unit = sign_of(found["before"] or found["currency"] or found["after"])
-    if found["decimal"] is not None:
-        exponent = scale + int(found["e"] or found["p"] or found["q"] or 0)
+    digits = 0
+    if match["decimal"] is not None:
+        exponent = int(match["exponent"] or 0)
         if abs(exponent) > MAX_EXPONENT:
             return None
-        value = _fraction(found["decimal"]) * Fraction(10) ** exponent
-        is_rounded = "." in found["decimal"] and value.denominator > 1  # 1560.0 stands for no other integer
-        return Number(sign * value, significant(found["decimal"]) if is_rounded else 0, percent, unit)
-    if found["period"] is not None:
-        start, still, period = found["start"], found["still"], found["period"]
+        value = _fraction(match["decimal"]) * Fraction(10) ** (scale + exponent)
+        if "." in match["decimal"] and value.denominator > 1:  # 1560.0 stands for no other integer
+            digits = significant(match["decimal"])
+        if digits > FLOAT_DIGITS:
+            value, digits = shortened(value, FLOAT_DIGITS)[0], FLOAT_DIGITS
+    elif match["period"] is not None:
+        still, period = match["still"], match["period"]
         repeated = Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(still))
-        return Number(sign * (Fraction(f"{start or 0}.{still or 0}") + repeated), 0, percent, unit)
-    top, bottom = found["n"] or found["top"], found["d"] or found["bottom"]
-    if not _fraction(bottom):
-        return None
-    value = _fraction(top) / _fraction(bottom) + int(found["whole"] or found["mixed"] or 0)
-    return Number(sign * value * 10**scale, 0, percent, unit)
+        value = Fraction(f"{match['start'] or 0}.{still or 0}") + repeated
+    else:
+        bottom = _fraction(match["bottom"])
+        if not bottom:
+            return None
+        value = (_fraction(match["top"]) / bottom + int(match["whole"] or 0)) * 10**scale
+    return Number(-value if match["sign"] == "-" else value, digits, match["percent"] is not None)
 
 
 def _fraction(text: str) -> Fraction:
@@ -119,40 +128,41 @@ def same(left: Number, right: Number, precision: int) -> bool:
     """
     if left.unit and right.unit and left.unit != right.unit:
         return False
-    if left.percent == right.percent:
-        return _same(left.value, left.digits, right.value, right.digits, precision)
+    pairs = [(left.plain, right.plain)]
+    if left.percent != right.percent:
+        pairs.append((left.value, right.value))
     return any(
-        _same(a, left.digits, b, right.digits, precision)
-        for a, b in ((left.plain, right.plain), (left.value, right.value))
+        a == b
+        or (left.digits >= precision and a in shortened(b, left.digits))
+        or (right.digits >= precision and b in shortened(a, right.digits))
+        for a, b in pairs
     )
 
 
-def _same(a: Fraction, a_digits: int, b: Fraction, b_digits: int, precision: int) -> bool:
-    a, a_digits = _without_noise(a, a_digits)
-    b, b_digits = _without_noise(b, b_digits)
-    if a == b:
-        return True
-    shorter, digits, other = (
-        (a, a_digits, b) if a_digits and (not b_digits or a_digits < b_digits) else (b, b_digits, a)
-    )
-    return digits >= precision and shorter in shortened(other, digits)
-
-
-def _without_noise(value: Fraction, digits: int) -> tuple[Fraction, int]:
-    """0.30000000000000004 is what a program prints for 0.3."""
-    if digits <= FLOAT_DIGITS:
-        return value, digits
-    value = shortened(value, FLOAT_DIGITS)[0]
-    with localcontext(Context(prec=2 * FLOAT_DIGITS)):  # other libraries change the precision of all
-        return value, significant(str(Decimal(value.numerator) / Decimal(value.denominator)))
-
-
-def shortened(value: Fraction, digits: int) -> tuple[Fraction, Fraction]:
+def shortened(value: Fraction, digits: int) -> list[Fraction]:
     """In that many significant digits: rounded, and cut off."""
-    if not value:
-        return value, value
-    exponent = Decimal(value.numerator).adjusted() - Decimal(value.denominator).adjusted()
-    exponent -= abs(value) < Fraction(10) ** exponent
-    unit = Fraction(10) ** (exponent - digits + 1)
-    sign, whole = (1 if value > 0 else -1), abs(value) / unit
-    return sign * unit * int(whole + Fraction(1, 2)), sign * unit * int(whole)
+    top, bottom = Decimal(value.numerator), Decimal(value.denominator)
+    contexts = (Context(prec=digits, rounding=rounding) for rounding in (ROUND_HALF_UP, ROUND_DOWN))
+    return [Fraction(context.divide(top, bottom)) for context in contexts]
+
+
+def without_unit(text: str) -> tuple[str, str]:
+    """A text and the words of the unit behind it, or empty words."""
+    found = UNIT.search(text)
+    if found is None or not text[: found.start()].strip() or NO_UNIT.search((found["text"] or "").lower()):
+        return text, ""
+    words = found["text"] or found["words"]
+    return text[: found.start()], f"{words} {found['power'] or ''}".strip() if words else "degree"
+
+
+def sign_of(words: str) -> str:
+    """The sign of a unit, such as ``m2`` or ``km/h``; empty: it is none that is known."""
+    signs = []
+    for word in WORD.findall(words):
+        sign = next((SIGNS[each] for each in (word, word.lower(), word.lower().removesuffix("s")) if each in SIGNS), "")
+        if not sign:
+            return ""
+        signs.append(sign)
+    if signs and signs[0] in "23":  # square meters
+        signs = [*signs[1:2], signs[0], *signs[2:]]
+    return "".join(signs).replace("unit", "")

@@ -42,50 +42,36 @@ class Math:
         why = f"found {shown(final.text)}"
         if same_as is not None:
             return Verdict(1.0, f"{why}, which equals {shown(same_as.text)}", same_as.canonical)
-        says_something = found.says_something
-        if found.problem:
-            return Verdict(0.0, f"{why}, but {found.problem}", shown(final.text))
-        if not says_something:
-            return Verdict(0.0, f"{why}, which is no mathematics", shown(final.text))
+        if not found.says_something or found.problem:
+            return Verdict(
+                0.0,
+                f"{why}, {f'but {found.problem}' if found.problem else 'which is no mathematics'}",
+                shown(final.text),
+            )
         none = "none of" if len(wanted) > 1 else "not"
         return Verdict(0.0, f"{why}, which is {none} {', '.join(shown(gold.text) for gold in wanted)}", found.canonical)
 
 
 @lru_cache(maxsize=NUM_REMEMBERED)
 def golds(answer: str) -> tuple[Answer, ...]:
-    """The right answers: one, or those of a JSON list of texts.
-
-    Raises:
-        ValueError: one of them is neither mathematics nor words, or too large to be compared.
-    """
-    return tuple(map(_gold, _alternatives(answer)))
+    """The right answers: one, or those of a JSON list of texts. Raises ValueError if one cannot be compared."""
+    try:
+        listed = json.loads(answer) if answer.lstrip().startswith('["') else [answer]
+    except json.JSONDecodeError:
+        listed = [answer]
+    return tuple(map(_gold, listed if all(isinstance(each, str) for each in listed) else [answer]))
 
 
 def _gold(answer: str) -> Answer:
     """The answer as it is, or the final answer of a solution."""
     found = read_answer(answer)
     if BOX.search(answer) or "####" in answer or ("$" in answer and not found.says_something):
-        final = final_answer(answer)
-        found = read_answer(final.text) if not final.problem else Answer("")
+        found = read_answer(final_answer(answer).text)
     if not found.says_something:
-        problem = (
-            f"cannot be compared: {found.problem}"
-            if found.problem
-            else "is not a number, an expression, a set or words"
-        )
+        problem = found.problem and f"cannot be compared: {found.problem}"
+        problem = problem or "is not a number, an expression, a set or words"
         raise ValueError(f"math: the answer {shown(answer)!r} {problem}")
     return found
-
-
-def _alternatives(answer: str) -> list[str]:
-    if answer.lstrip().startswith('["'):
-        try:
-            listed = json.loads(answer)
-        except json.JSONDecodeError:
-            return [answer]
-        if all(isinstance(each, str) for each in listed):
-            return list(listed)
-    return [answer]
 
 
 def shown(text: str) -> str:
