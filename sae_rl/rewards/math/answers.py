@@ -11,10 +11,10 @@ from typing import Any
 from sae_rl.rewards.math.markup import ALTERNATIVE, BRACKET, TRIGONOMETRIC, ascii_of, closing, deepest, split, tidy
 from sae_rl.rewards.math.numbers import Number, read, sign_of, without_unit
 
-MAX_CHARS = 10_000  # of an answer that is read; a longer one is compared as text
-MAX_DEPTH = 40  # of brackets in brackets: the parser's time grows steeply with it
+MAX_CHARS = 10_000  # characters of an answer; a longer one is compared as text
+MAX_DEPTH = 40  # brackets that are open at once; the parser's time grows steeply with their number
 # Answers that a process keeps: a group's responses have one right answer, and many of them say the same.
-NUM_REMEMBERED, MAX_REMEMBERED_CHARS = 4096, 500
+NUM_REMEMBERED = 4096
 TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 .,;'&/-]*")
 PUNCTUATION = re.compile(r"(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})|[\s.,;]+")  # a single letter's hyphen is a minus sign
@@ -23,7 +23,7 @@ NOTHING = re.compile(
 )
 EMPTY = re.compile(r"\\(?:emptyset|varnothing)|\\\{\s*\\\}")
 NUMERAL = re.compile(r"(\d[0-9A-Z]*)_(?:\d|\{\d\d\})")  # with its base
-CLOCK = re.compile(r"\d{1,2}:(?:[0-5]\d:[0-5]\d|00)")  # which is no ratio
+CLOCK = re.compile(r"\d{1,2}:(?:[0-5]\d:[0-5]\d|00)")  # a time of the day, not a ratio
 ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # numbers without a comma between them
 SEMICOLON = re.compile(";")
 SEPARATOR = re.compile(
@@ -115,15 +115,12 @@ def compact(text: str) -> str:
     return re.sub(r"(?<!\d) +| +(?!\d)", "", text)
 
 
-def read_answer(answer: str) -> Answer:
+@lru_cache(maxsize=NUM_REMEMBERED)
+def read_answer(said: str) -> Answer:
     """What an answer says."""
-    text = answer.strip()
+    text = said.strip()
     if len(text) > MAX_CHARS:
         return Answer(text)
-    return _remembered(text) if len(text) <= MAX_REMEMBERED_CHARS else _read(text)
-
-
-def _read(text: str) -> Answer:
     text = ascii_of(text)
     if deepest(text) > MAX_DEPTH:
         return Answer(text, problem="its brackets are nested too deeply")
@@ -143,9 +140,6 @@ def _read(text: str) -> Answer:
         formula, unit = ("", "") if words or TRIGONOMETRIC.search(text) else without_unit(text)
         answer = Answer(text, unit=sign_of(unit), formula=formula)
     return replace(answer, words=words, is_text=bool(words) and wrapped is not None)
-
-
-_remembered = lru_cache(maxsize=NUM_REMEMBERED)(_read)
 
 
 def _words(text: str) -> str:

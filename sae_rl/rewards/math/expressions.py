@@ -17,7 +17,7 @@ from sae_rl.rewards.math.markup import MAX_CHARS, TRIGONOMETRIC
 from sae_rl.rewards.math.number_sizes import TooLarge, check_size
 from sae_rl.rewards.math.numbers import Number, read, written
 
-MAX_OPERATIONS = 100  # of an expression that is evaluated for its canonical text
+MAX_OPERATIONS = 100  # a larger expression is not evaluated for its canonical text
 LATEX = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
 )

@@ -149,6 +149,6 @@ def close(wanted: Any, got: Any, size: float, num_decimals: int) -> bool:
 
 
 def absolute(value: Any) -> Any:
-    """Of a complex number too, also where it is a product that nobody has multiplied out."""
+    """The absolute value of a number, even of a complex product that is not multiplied out."""
     real, imaginary = value.as_real_imag()
     return sympy.sqrt(real * real + imaginary * imaginary)

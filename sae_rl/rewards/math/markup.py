@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-MAX_CHARS = 2000  # of an expression; a longer text is neither split nor given braces
+MAX_CHARS = 2000  # characters of an expression; a longer text is neither split nor given braces
 
 SIGNS = "×·⋅√π∞°±≈≤≥≠∪∩∈∅ℝ"
 COMMANDS = r"\times \cdot \cdot \sqrt \pi \infty ^\circ \pm \approx \le \ge \ne \cup \cap \in \emptyset \mathbb{R}"

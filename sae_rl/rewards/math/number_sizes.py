@@ -10,10 +10,10 @@ import sympy
 from sympy.functions.elementary.hyperbolic import HyperbolicFunction
 from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
-MAX_DIGITS = 20_000  # of a number that powers, factorials and products stand for
+MAX_DIGITS = 20_000  # a number that powers, factorials and products stand for may have so many
 SOME_DIGITS = 5  # what is needed to tell how large a number is
 ANY_VARIABLE = 10.0  # what a variable stands for as long as it has no value
-Values = Mapping[Any, Any]  # of variables
+Values = Mapping[Any, Any]  # the values of variables
 
 
 class TooLarge(ValueError):
@@ -47,7 +47,7 @@ def digits(found: Any, at: Values) -> float:
 
 
 def log10(number: Any) -> float:
-    """Of the absolute value, or for a quotient of integers the sum of both; 0 for what is no number or has none."""
+    """The logarithm of an absolute value; for a quotient of integers the sum of both; 0 for what is no number."""
     if isinstance(number, sympy.Rational):
         return math.log10(abs(int(number.p)) or 1) + math.log10(int(number.q))
     if isinstance(number, sympy.Float | sympy.NumberSymbol | float):

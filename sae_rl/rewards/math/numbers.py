@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Context, Decimal
 from fractions import Fraction
 
-MAX_CHARS = 400  # of one number; longer ones are compared as text
-MAX_EXPONENT = 1000  # of 10 in a number in scientific notation
+MAX_CHARS = 400  # characters of a number; longer ones are compared as text
+MAX_EXPONENT = 1000  # the largest power of 10 in scientific notation
 FLOAT_DIGITS = 15  # what a program's floating-point number knows: it prints 0.30000000000000004 for 0.3
 
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
