@@ -62,7 +62,7 @@ def tell(workers: RunWorkers, what: Callable[[object], None]) -> None:
 
 def forget_head(worker: object) -> None:
     """Runs inside the policy's process: the tied output layer is not sent, as by ``named_parameters()``."""
-    worker._sender.weights._tied = False  # type: ignore[attr-defined]
+    worker._sender._tied_name = None  # type: ignore[attr-defined]
 
 
 def forget_one(worker: object) -> None:
