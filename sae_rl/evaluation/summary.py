@@ -92,7 +92,8 @@ def summarize(
     failed = np.array([isinstance(outcome, Failed) for outcome in rewards.outcomes]).reshape(-1, n)
     truncated = np.array([rollout.finish_reason == "length" for rollout in rollouts]).reshape(-1, n)
     lengths = np.array([rollout.token_ids.numel() for rollout in rollouts]).reshape(-1, n)
-    answers = np.array([numbered(rewards.answers[i : i + n]) for i in range(0, len(rollouts), n)])
+    texts = rewards.answers
+    answers = np.array([numbered(texts[i : i + n]) for i in range(0, len(texts), n)])
     right, answered = scores >= pass_score, answers != NO_ANSWER
     every = np.ones(len(right), dtype=bool)
     votes = np.any([rows & answered[rows].any() for rows in member.values()], axis=0)
