@@ -21,8 +21,8 @@ help:  ## this list
 demo: $(INSTALLED)  ## a small model learns a verifiable task with SAE on this machine, about ten minutes
 	$(BIN)/sae-rl demo
 
-test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 18 minutes on two cores
-	@echo "Running every test, with the real Ray, vLLM and DeepSpeed: about 18 minutes on two cores."
+test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 16 minutes on two cores
+	@echo "Running every test, with the real Ray, vLLM and DeepSpeed: about 16 minutes on two cores."
 	$(BIN)/python -m pytest -m "not alone" $(TWO_AT_A_TIME)
 	$(BIN)/python -m pytest -m alone
 
