@@ -242,7 +242,7 @@ PAIRS: dict[str, list[Pair]] = {
         (r"\boxed{x^{2024}}", "x^{2024}+1", False),
         (r"\boxed{(x^2+2000x+10^6)^{25}}", "(x+1000)^{50}", True),
         (r"\boxed{x^{2000}=y+1}", "x^{2000}=y", False),
-        (r"\boxed{\frac{1-x^{101}}{1-x}}", r"\sum_{k=0}^{100} x^k", True),
+        (r"\boxed{\frac{1-x^{101}}{1-x}}", r"\sum_{k=0}^{100} x^k", False),  # a sum in the right answer equals itself
         (r"\boxed{x^{x^{x^{x^{x}}}}}", "x^2", False),
     ],
     "complex": [

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sae_rl.rewards.math.numbers import written
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.table import READY
 from sae_rl.rewards.verdict import Sample
@@ -196,20 +195,9 @@ def test_numbers_of_thousands_of_digits_are_judged(base: int, exponent: int, oth
     """Python prints integers of up to 4,300 digits."""
     power, divided = f"{base}^{{{exponent}}}", f"\\frac{{{base}^{{{exponent + 1}}}}}{{{base}}}"
     judge = READY["math"]
-    same = judge(Sample(prompt="", response=f"\\boxed{{{divided}}}", answer=power))
-    assert (same.score, same.answer) == (1.0, written(base**exponent))
+    assert judge(Sample(prompt="", response=f"\\boxed{{{divided}}}", answer=power)).score == 1.0
     for response, answer in ((power, other.format(7)), (other.format(7), power)):
         assert judge(Sample(prompt="", response=f"\\boxed{{{response}}}", answer=answer)).score == 0.0
-
-
-@few
-@given(st.integers(-(10**5000), 10**5000))
-def test_all_digits_are_written(number: int) -> None:
-    sign, digits = ("-" if number < 0 else ""), written(number).lstrip("-")
-    assert written(number) == sign + digits
-    assert sum(
-        int(digits[max(0, i - 1000) : i]) * 10 ** (len(digits) - i) for i in range(len(digits), 0, -1000)
-    ) == abs(number)
 
 
 @few

@@ -9,8 +9,8 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_rl.rewards.math.expressions import latex
-from sae_rl.rewards.math.number_sizes import MAX_DIGITS, TooLarge, check_size, digits
+from sae_rl.rewards.math.expressions import TooLarge, check_size, latex
+from sae_rl.rewards.math.formulas import MAX_DIGITS, digits
 from sae_rl.rewards.table import READY
 from sae_rl.rewards.verdict import Sample
 
@@ -29,8 +29,6 @@ from sae_rl.rewards.verdict import Sample
         (r"\binom{2024}{1012}", 608),
         (r"\sqrt{10^{300}+1}-10^{150}", 301),
         (r"(\frac{1+\sqrt{5}}{2})^{1000}", 210),
-        (r"\prod_{k=1}^{100} k", 158),
-        (r"\sum_{k=1}^{100} 2^k", 31),
         (r"i^{2024}", 1),
         (r"1^{10^9}", 1),
     ],
@@ -63,8 +61,6 @@ def test_it_is_a_bound(base: int, other: int, exponent: int, sign: str) -> None:
         r"((9!)!)!",
         r"2^{10^9 i}",
         r"(1+\sqrt{2})^{10^9}",
-        r"\prod_{k=1}^{10^9} k",
-        r"\sum_{k=1}^{100} 10^{k^4}",
         r"\ln(9^{9^9})",
         r"\lfloor e^{10^9} \rfloor",
         r"9^{-9^9}",
@@ -91,6 +87,8 @@ def test_what_nobody_could_write_out_is_too_large_at_once(text: str) -> None:
         r"(a+b+c+d)^{81/2}",
         r"\binom{10^9}{10^8}",
         r"e^{e^{e^{e^{e}}}}",
+        r"\prod_{k=1}^{10^9} k",
+        r"\sum_{k=1}^{100} 10^{k^4} + \frac12",
     ],
 )
 def test_what_would_take_long_is_wrong_at_once(text: str) -> None:

@@ -74,7 +74,7 @@ LAYERS = {
     "records": ["clock failed_update metrics rollouts", "*", "records"],
     "rewards": ["verdict", "*", "processes table", "pool"],
     "rewards/math": [
-        *("markup number_sizes numbers", "final_answer formulas"),
+        *("markup numbers", "final_answer formulas"),
         *("expressions", "answers", "equality", "verifier"),
     ],
     "rollouts": ["groups", "partial recorded step", "sampling_thread"],

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -54,7 +54,7 @@ def expressions() -> Any:
     return import_module("sae_rl.rewards.math.expressions")
 
 
-@dataclass(slots=True)
+@dataclass
 class Answer:
     """One answer, read as far as needed."""
 
@@ -70,19 +70,16 @@ class Answer:
     parts: tuple[Answer, ...] = ()
     problem: str = ""  # why its expression cannot be read
     formula: str = ""  # the text without its unit
-    _expression: list[Any] = field(default_factory=list)
 
-    @property
+    @cached_property
     def expression(self) -> Any:
         """An object of sympy; None if the text is no expression."""
-        if not self._expression:
-            found = None
-            if self.number is not None:
-                found = expressions().of_number(self.number)
-            elif not self.is_text and not self.problem:
-                found, self.problem = expressions().parsed(self.formula or self.text)
-            self._expression.append(found)
-        return self._expression[0]
+        if self.number is not None:
+            return expressions().of_number(self.number)
+        if self.is_text or self.problem:
+            return None
+        found, self.problem = expressions().parsed(self.formula or self.text)
+        return found
 
     @property
     def says_something(self) -> bool:
@@ -96,18 +93,9 @@ class Answer:
 
     @property
     def canonical(self) -> str:
-        """The same text for answers that say the same, as far as that is easily told."""
-        if self.number is not None:
-            return str(self.number)
-        if self.words and (self.is_text or len(self.words) > 1):
-            return self.words.casefold()
-        if self.value is not None:
-            return self.value.canonical
-        if self.brackets:
-            parts = [part.canonical for part in self.parts]
-            in_order = self.brackets not in (",", "{}")
-            return f"{self.brackets if in_order else ''}{{{', '.join(parts if in_order else sorted(parts))}}}"
-        return self.text if self.expression is None else str(expressions().canonical(self.expression))
+        """The same text for the same number; for other answers, what they say without spaces and capitals."""
+        value = self.value or self
+        return str(value.number) if value.number is not None else compact(value.words or value.text).casefold()
 
 
 def compact(text: str) -> str:
@@ -201,7 +189,7 @@ def _equation(text: str) -> Answer | None:
         return Answer(text, problem="both of its sides are the same")
     names = [side for side in sides if is_name(side)]
     values = [read_answer(side) for side in sides if not is_name(side)]
-    if not values or not (names or all(expressions().is_constant(value.expression) for value in values)):
+    if not values or not (names or not any(getattr(value.expression, "free_symbols", True) for value in values)):
         return None
     return Answer(text, name=compact(names[0]) if names else "", value=values[-1], others=tuple(values[:-1]))
 

@@ -10,14 +10,11 @@ import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, _Latex2Sympy, normalize_latex
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
-from sympy.printing.str import StrPrinter
 
-from sae_rl.rewards.math.formulas import same_formula, same_relation
+from sae_rl.rewards.math.formulas import MAX_DIGITS, NOT_EVALUATED, digits, same_formula, same_relation
 from sae_rl.rewards.math.markup import MAX_CHARS, TRIGONOMETRIC
-from sae_rl.rewards.math.number_sizes import TooLarge, check_size
-from sae_rl.rewards.math.numbers import Number, read, written
+from sae_rl.rewards.math.numbers import Number
 
-MAX_OPERATIONS = 100  # a larger expression is not evaluated for its canonical text
 LATEX = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
 )
@@ -38,6 +35,16 @@ REPLACED = (
     (re.compile(r"(\d(?:[\d.]*\d)?)\s*\\?%"), r"\\frac{\1}{100}"),
     (re.compile(r"(\d)\s*[eE]\s*([+-]?\d+)(?!\d*[A-Za-z])"), r"\1 \\times 10^{\2}"),
 )
+
+
+class TooLarge(ValueError):
+    """A power or factorial that nobody could write out."""
+
+
+def check_size(found: Any) -> None:
+    """Raises TooLarge if evaluation would have to write out a number of more than MAX_DIGITS digits."""
+    if not digits(found, {}) <= MAX_DIGITS:
+        raise TooLarge(f"it holds a number of more than {MAX_DIGITS:,} digits")
 
 
 class Parser(_Latex2Sympy):  # type: ignore[misc]
@@ -112,7 +119,7 @@ def is_formula(found: Any) -> bool:
 
 
 def is_constant(found: Any) -> bool:
-    return is_formula(found) and not found.free_symbols
+    return is_formula(found) and not found.free_symbols and not found.has(*NOT_EVALUATED)
 
 
 def is_comparison(found: Any) -> bool:
@@ -142,21 +149,3 @@ def real_set(found: Any) -> tuple[Any, str] | None:
     variables = found.free_symbols | {sympy.Abs(variable) for variable in found.free_symbols}
     solved = all(variables & set(part.args) and any(map(is_constant, part.args)) for part in found.atoms(Relational))
     return (found.as_set(), str(*found.free_symbols)) if solved and len(found.free_symbols) == 1 else None
-
-
-class Printer(StrPrinter):  # type: ignore[misc]
-    """Prints integers of any size."""
-
-    def _print_Integer(self, found: sympy.Integer) -> str:
-        return written(int(found.p))
-
-    def _print_Rational(self, found: sympy.Rational) -> str:
-        return f"{written(int(found.p))}/{written(int(found.q))}"
-
-
-def canonical(found: Any) -> str:
-    """The same text for the same expression, as far as sympy's own order of terms tells."""
-    if isinstance(found, sympy.Float):
-        number = read(str(found))
-        return str(found) if number is None else str(number)
-    return str(Printer().doprint(found.doit() if is_formula(found) and found.count_ops() <= MAX_OPERATIONS else found))

@@ -36,7 +36,7 @@ PLAIN = (
     r"(?:\s(?:hundred|thousand|million|billion|trillion)\b)?|-?\\frac\{[^{}]*\}\{[^{}]*\}"
 )
 IS = re.compile(r"\b(?:is|are|equals|be)\b:?\s*|=\s*")
-GOES_ON = re.compile(r"\s*[-+*/^(\\]|[A-Za-z](?![A-Za-z])")  # as 2x + 1 does behind its first number
+GOES_ON = re.compile(r"\s*[-+*/^(\\]|\s+\d|[A-Za-z](?![A-Za-z])")  # as 2x + 1 and 5 6 7 do behind their first number
 ATOM = rf"(?:{FORMULA}|{PLAIN})"
 ATOMS = re.compile(rf"{ATOM}(?:\s*(?:(?:[,(]\s*)?(?:\b{ALTERNATIVE}\b\s*)+|,|;)\s*{ATOM})*", re.DOTALL | re.IGNORECASE)
 OPERATION = re.compile(r"[\d)}]\s*(?:[-+*/×÷]|\\(?:times|cdot|div))[\s$€£({\\-]*(?:frac\{)?\.?\d")
@@ -137,15 +137,11 @@ def unfinished(text: str) -> bool:
 
 
 def _of_sentence(sentence: str) -> str:
-    """The answer in what follows "the answer is": a list at its start, or behind its last "is", or all of it."""
+    """The answer in what follows "the answer is": a formula, a list at its start or behind its last "is", or all of it."""
+    if is_formula(sentence):
+        return sentence
     starts = [0, *(match.end() for match in IS.finditer(sentence))]
     for atoms in (ATOMS.match(sentence), ATOMS.match(sentence, starts[-1]), ATOMS.search(sentence, 1)):
-        if atoms is not None and not is_formula(sentence) and not _goes_on(sentence, atoms.end()):
+        if atoms is not None and not GOES_ON.match(sentence, atoms.end()):
             return atoms[0]
     return sentence
-
-
-def _goes_on(sentence: str, end: int) -> bool:
-    """Whether a formula, or a row of numbers, is longer than what ends here."""
-    rest = sentence[end:]
-    return GOES_ON.match(rest) is not None or ATOMS.match(rest.lstrip()) is not None

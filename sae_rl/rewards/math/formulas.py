@@ -1,6 +1,7 @@
 """Formulas compared by their values.
 
-Two numbers are computed with as many digits as it takes to tell them apart; two formulas are compared at some points.
+Two numbers are computed with as many digits as it takes to tell them apart; two formulas are compared at some points. The
+size of a number is told before anything evaluates it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from fractions import Fraction
 from typing import Any
 
 import sympy
+from sympy.concrete.expr_with_limits import ExprWithLimits
+from sympy.functions.elementary.hyperbolic import HyperbolicFunction
+from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
-from sae_rl.rewards.math.number_sizes import MAX_DIGITS, digits
 from sae_rl.rewards.math.numbers import Number, same, significant
 
+MAX_DIGITS = 20_000  # a number that powers, factorials and products stand for may have so many
 # Digits of numbers that are compared, beyond those that their sizes ask for, and how many of these must agree.
 WORKING_DIGITS, AGREEING_DIGITS = 100, 80
 # Where formulas are compared: irrational, of both signs, small and large. One set for all, so that a verdict is reproducible.
@@ -25,24 +29,60 @@ SHIFT = 0.7390851332  # between the variables of one formula
 # if their variables are called like integers.
 STEPS = (*range(1, 25), 59, 60, 97, 100, 144, 365, 1000)
 INTEGERS = "jklmnpqKMN"
+NOT_EVALUATED = (ExprWithLimits, sympy.Limit, sympy.Derivative)  # sums, products and integrals have limits
 Point = dict[Any, Any]  # values of the variables
+
+
+def digits(found: Any, at: Point) -> float:
+    """An upper bound of the digits before or behind the point of any part of an expression: 2^-2024 has 609."""
+    if isinstance(found, sympy.MatrixBase):
+        return max((digits(entry, at) for entry in found.flat()), default=0.0)
+    if not found.args:
+        number = at.get(found, 10) if isinstance(found, sympy.Symbol) else found
+        if isinstance(number, sympy.Rational):
+            return math.log10(abs(int(number.p)) or 1) + math.log10(int(number.q))
+        return abs(float(sympy.log(abs(number), 10))) if isinstance(number, sympy.Float) and number else 1.0
+    sizes = [digits(arg, at) for arg in found.args]
+    size = sum(sizes) + (math.log10(len(sizes)) if isinstance(found, sympy.Add) else 0.0)
+    if not size <= MAX_DIGITS or not isinstance(found, sympy.Expr) or isinstance(found, NOT_EVALUATED):
+        return size
+    n, *k = (magnitude(arg, at) for arg in found.args)
+    if isinstance(found, sympy.Pow):
+        return sizes[0] * max(1.0, *k) + sizes[1]
+    if isinstance(found, sympy.binomial):
+        return size + min(k[0], abs(n - k[0])) * math.log10(max(n, *k, 10.0))
+    if isinstance(found, sympy.factorial | sympy.gamma):
+        return size + n * math.log10(max(n, 10.0))
+    return size + (n if isinstance(found, sympy.exp | HyperbolicFunction | TrigonometricFunction) else 0)
+
+
+def magnitude(number: Any, at: Point) -> float:
+    """The absolute value, roughly; infinite if a float cannot hold it; 1 if it is not known."""
+    if number.has(*NOT_EVALUATED) or not (number.is_number or number.free_symbols <= at.keys()):
+        return 1.0
+    try:
+        return abs(complex(number.evalf(5, subs=at)))
+    except (OverflowError, TypeError):
+        return math.inf
 
 
 def same_formula(gold: Any, found: Any, precision: int) -> bool:
     """Two formulas are one if they have the same values at POINTS; two numbers, if they are the same."""
+    if isinstance(gold, ExprWithLimits) and type(gold) is type(found) and gold.limits == found.limits:
+        gold, found = gold.function, found.function
     symbols = sorted(gold.free_symbols | found.free_symbols, key=str)
     for decimal, other in () if symbols else ((gold, found), (found, gold)):
         if isinstance(decimal, sympy.Float):
-            value = value_of(exact(other), {}, digits(other, {}))
-            long = None if value is None else sympy.Float(value, WORKING_DIGITS) if value.is_Number else None
+            value = value_of(other, {}, digits(other, {}))
+            long = sympy.Float(value, WORKING_DIGITS) if value is not None and value.is_Number else None
             return long is not None and same(number_of(decimal), number_of(long), precision)
     num_decimals = decimals(gold, precision)
-    compared = 0
-    for wanted, got, size in values(exact(gold), exact(found), symbols):
-        if not close(wanted, got, size, num_decimals):
+    compared = False
+    for wanted, got, rounding in values(gold, found, symbols):
+        if not close(wanted, got, rounding, num_decimals):
             return False
-        compared += 1
-    return compared > 0
+        compared = True
+    return compared
 
 
 def decimals(gold: Any, precision: int) -> int:
@@ -55,7 +95,9 @@ def number_of(decimal: Any) -> Number:
 
 
 def exact(formula: Any) -> Any:
-    """The formula evaluated, with its decimals as quotients."""
+    """The formula evaluated, but for sums, integrals and limits, with its decimals as quotients."""
+    if formula.has(*NOT_EVALUATED):
+        return formula
     return formula.xreplace({decimal: sympy.Rational(str(decimal)) for decimal in formula.atoms(sympy.Float)}).doit()
 
 
@@ -64,29 +106,31 @@ def same_relation(gold: Any, found: Any, precision: int) -> bool:
 
     Multiplied out, every equation that is always true is 0 = 0: such a one is compared as it is written.
     """
-    if found.rel_op != gold.rel_op:
-        found = found.reversed
+    found = found if found.rel_op == gold.rel_op else found.reversed
     if found.rel_op != gold.rel_op:
         return False
     turns = isinstance(gold, sympy.Eq | sympy.Ne)
-    wanted, got = (exact(each.lhs) - exact(each.rhs) for each in (gold, found))
-    symbols = sorted(wanted.free_symbols | got.free_symbols, key=str)
-    ratio = None
-    for left, right, size in values(wanted, got, symbols) if wanted.free_symbols and got.free_symbols else ():
-        zeros = {close(value, sympy.Integer(0), size, 0) for value in (left, right)}
+    sides = [[exact(each.lhs), exact(each.rhs)] for each in (gold, found)]
+    if sides[0] == sides[1] or (turns and sides[0] == sides[1][::-1]):
+        return True
+    ratio, (wanted, got) = None, (left - right for left, right in sides)
+    if not (wanted.free_symbols and got.free_symbols):
+        return False
+    for left, right, rounding in values(wanted, got, sorted(wanted.free_symbols | got.free_symbols, key=str)):
+        zeros = {close(value, sympy.Integer(0), rounding, 0) for value in (left, right)}
         if zeros == {True}:
             continue
         ratio = left / right if ratio is None and zeros == {False} else ratio
         if ratio is None or not (turns or ratio.is_positive):
             return False
-        if not close(left, ratio * right, size, decimals(gold, precision)):
+        if not close(left, ratio * right, rounding, decimals(gold, precision)):
             return False
-    sides = [[exact(each.lhs), exact(each.rhs)] for each in (gold, found)]
-    return ratio is not None or sides[0] == sides[1] or (turns and sides[0] == sides[1][::-1])
+    return ratio is not None
 
 
-def values(gold: Any, found: Any, symbols: list[Any]) -> Iterator[tuple[Any, Any, float]]:
-    """The values of two formulas at each of the `points` in the real domain of both, and their size."""
+def values(gold: Any, found: Any, symbols: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """The values of two formulas at each of the `points` in the real domain of both, and how far rounding may part them."""
+    gold, found = exact(gold), exact(found)
     for at in points(gold, found, symbols):
         size = max(digits(gold, at), digits(found, at))
         wanted, got = value_of(gold, at, size), value_of(found, at, size)
@@ -94,7 +138,7 @@ def values(gold: Any, found: Any, symbols: list[Any]) -> Iterator[tuple[Any, Any
             continue
         real = not any(value.has(sympy.I) > each.has(sympy.I) for value, each in ((wanted, gold), (got, found)))
         if real or not symbols:
-            yield wanted, got, size
+            yield wanted, got, sympy.Float(10) ** -(AGREEING_DIGITS + size)
 
 
 def points(gold: Any, found: Any, symbols: list[Any]) -> Iterator[Point]:
@@ -105,19 +149,18 @@ def points(gold: Any, found: Any, symbols: list[Any]) -> Iterator[Point]:
     elif not stepped or any(symbol.name[0] not in INTEGERS for symbol in stepped):
         for point in POINTS:
             yield {symbol: sympy.Float(point + SHIFT * i, WORKING_DIGITS) for i, symbol in enumerate(symbols)}
-    if stepped:
-        rng = random.Random(0)
-        for _ in symbols[:2]:
-            columns = [rng.sample(STEPS, len(STEPS)) for _ in symbols]
-            for row in zip(*columns, strict=True):
-                yield dict(zip(symbols, map(sympy.Integer, row), strict=True))
+    rng = random.Random(0)
+    for _ in symbols[:2] if stepped else ():
+        columns = [rng.sample(STEPS, len(STEPS)) for _ in symbols]
+        for row in zip(*columns, strict=True):
+            yield dict(zip(symbols, map(sympy.Integer, row), strict=True))
 
 
 def in_steps(formula: Any) -> set[sympy.Symbol]:
     """Variables at whose integers it says what it does not say between them: n of (-1)^n, and in what is rounded."""
-    steps = formula.atoms(sympy.floor, sympy.ceiling, sympy.Mod)
     powers = formula.atoms(sympy.Pow)
     signs = [power.exp for power in powers if power.base.is_number and not power.base.is_extended_positive]
+    steps = formula.atoms(sympy.floor, sympy.ceiling, sympy.Mod)
     return set().union(*(each.free_symbols for each in (*steps, *signs)))
 
 
@@ -126,26 +169,22 @@ def value_of(formula: Any, at: Point, size: float) -> Any:
 
     Terms are between 10^-size and 10^size, so that twice as many digits show the smallest beside the largest.
     """
-    if not size <= MAX_DIGITS:
+    if not size <= MAX_DIGITS or formula.has(*NOT_EVALUATED):
         return None
-    num_digits = WORKING_DIGITS + 2 * math.ceil(size)
+    if all(value.is_Integer for value in at.values()):  # exactly: else 4/2 may be rounded down to 1
+        formula, at = exact(formula.xreplace(at)), {}
     try:
-        if all(value.is_Integer for value in at.values()):  # exactly: else 4/2 may be rounded down to 1
-            formula, at = formula.xreplace(at), {}
-        value = formula.evalf(num_digits, subs=at)
-        if not value.is_number or not value.is_finite:
-            value = formula.doit().evalf(num_digits, subs=at)
+        value = formula.evalf(WORKING_DIGITS + 2 * math.ceil(size), subs=at)
     except ZeroDivisionError:
         return None
     parts = value.as_real_imag() if value.is_number else ()
     return value if parts and all(part.is_Number and part.is_finite for part in parts) else None
 
 
-def close(wanted: Any, got: Any, size: float, num_decimals: int) -> bool:
-    """Whether no more than rounding is between two values of `value_of`, or of a decimal of so many digits."""
-    larger, ten = max(absolute(wanted), absolute(got)), sympy.Float(10)
-    rounding = max(ten ** -(AGREEING_DIGITS + size), larger * ten ** -(AGREEING_DIGITS + 2 * size))
-    return bool(absolute(wanted - got) <= max(rounding, larger * ten**-num_decimals if num_decimals else 0))
+def close(wanted: Any, got: Any, rounding: Any, num_decimals: int) -> bool:
+    """Whether no more than rounding is between two values, or between those of a decimal of so many digits."""
+    larger = max(absolute(wanted), absolute(got))
+    return bool(absolute(wanted - got) <= max(rounding, larger * sympy.Float(10) ** -num_decimals if num_decimals else 0))
 
 
 def absolute(value: Any) -> Any:

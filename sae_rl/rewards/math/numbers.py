@@ -117,11 +117,6 @@ def significant(decimal: str) -> int:
     return len(re.sub("[., ]", "", decimal).strip("0"))
 
 
-def written(number: int) -> str:
-    """All its digits. Python's own conversion stops at 4,300 of them; decimals have no such limit."""
-    return str(Decimal(number))
-
-
 def same(left: Number, right: Number, precision: int) -> bool:
     """Whether both are one number: exactly, or one is a decimal of at least ``precision`` digits that the other, in as many
     digits, is rounded or cut off to. A percentage is also its number without the sign. Two known units must be one.
