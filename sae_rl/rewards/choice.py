@@ -6,9 +6,8 @@ import re
 import string
 from dataclasses import dataclass
 
-from sae_rl.rewards.math.answers import TEXT
-from sae_rl.rewards.math.final_answer import BOX, MAX_TAIL, UNDENIED, after_thinking, boxed
-from sae_rl.rewards.math.markup import ascii_of
+from sae_rl.rewards.extraction.final_answer import BOX, MAX_TAIL, UNDENIED, after_thinking, boxed
+from sae_rl.rewards.extraction.markup import TEXT, ascii_of
 from sae_rl.rewards.verdict import Sample, Verdict
 
 SAID = re.compile(

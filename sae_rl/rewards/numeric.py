@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from sae_rl.rewards.extraction.final_answer import final_answer
+from sae_rl.rewards.extraction.markup import ascii_of, tidy
+from sae_rl.rewards.extraction.numbers import Number
 from sae_rl.rewards.math.answers import MAX_CHARS, read_answer
-from sae_rl.rewards.math.final_answer import final_answer
-from sae_rl.rewards.math.markup import ascii_of, tidy
-from sae_rl.rewards.math.numbers import Number
 from sae_rl.rewards.verdict import Sample, Verdict
 
 SEVERAL = re.compile(r",(?!\d{3})|;|\b(?:or|and)\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])")  # between two equations

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from sae_rl.rewards.choice import Choice
-from sae_rl.rewards.math.final_answer import final_answer
+from sae_rl.rewards.extraction.final_answer import final_answer
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.verdict import Sample
 
@@ -21,9 +21,9 @@ MODULES = (
     "math.answers",
     "math.equality",
     "math.expressions",
-    "math.final_answer",
-    "math.markup",
-    "math.numbers",
+    "extraction.final_answer",
+    "extraction.markup",
+    "extraction.numbers",
     "numeric",
 )
 LENGTH = 100_000
@@ -128,7 +128,7 @@ def test_every_pattern(module: str) -> None:
     for name, value in vars(importlib.import_module(f"sae_rl.rewards.{module}")).items():
         patterns = [part[0] for part in value] if name in ("REWRITTEN", "REPLACED") else [value]
         for pattern in (each for each in patterns if isinstance(each, re.Pattern)):
-            for text in repeated(300, 400 if module == "math.numbers" else 4000):
+            for text in repeated(300, 400 if module == "extraction.numbers" else 4000):
                 with limit(1.0, f"{name}, {pattern.pattern}, on {text[:60]}"):
                     pattern.fullmatch(text)
                     pattern.match(text)

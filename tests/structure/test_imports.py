@@ -73,10 +73,8 @@ LAYERS = {
     "reasoning_gym": ["lossless_json tasks", "puzzles"],
     "records": ["clock failed_update metrics rollouts", "*", "records"],
     "rewards": ["verdict", "*", "processes table", "pool"],
-    "rewards/math": [
-        *("markup numbers", "final_answer formulas"),
-        *("expressions", "answers", "equality", "verifier"),
-    ],
+    "rewards/extraction": ["markup numbers", "final_answer"],
+    "rewards/math": ["formulas", "expressions", "answers", "equality", "verifier"],
     "rollouts": ["groups", "partial recorded step", "sampling_thread"],
     "sandbox": ["inside limits system_calls", "isolation", "programs", "probe"],
     "tasks": ["task tokenizer", "*", "table"],

@@ -8,14 +8,23 @@ from functools import cache, cached_property, lru_cache
 from importlib import import_module
 from typing import Any
 
-from sae_rl.rewards.math.markup import ALTERNATIVE, BRACKET, TRIGONOMETRIC, ascii_of, closing, deepest, split, tidy
-from sae_rl.rewards.math.numbers import Number, read, sign_of, without_unit
+from sae_rl.rewards.extraction.markup import (
+    ALTERNATIVE,
+    BRACKET,
+    TEXT,
+    TRIGONOMETRIC,
+    ascii_of,
+    closing,
+    deepest,
+    split,
+    tidy,
+)
+from sae_rl.rewards.extraction.numbers import Number, read, sign_of, without_unit
 
 MAX_CHARS = 10_000  # characters of an answer; a longer one is compared as text
 MAX_DEPTH = 40  # brackets that are open at once; the parser's time grows steeply with their number
 # Answers that a process keeps: a group's responses have one right answer, and many of them say the same.
 NUM_REMEMBERED = 4096
-TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
 WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 .,;'&/-]*")
 PUNCTUATION = re.compile(r"(?<=[A-Za-z]{2})-(?=[A-Za-z]{2})|[\s.,;]+")  # a single letter's hyphen is a minus sign
 NOTHING = re.compile(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from sae_rl.rewards.extraction.numbers import same
 from sae_rl.rewards.math.answers import NUMERAL, Answer, compact, expressions
-from sae_rl.rewards.math.numbers import same
 
 # Left to do in an answer, these may be what was asked.
 UNDONE = re.compile(

@@ -11,9 +11,9 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationCo
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
+from sae_rl.rewards.extraction.markup import MAX_CHARS, TRIGONOMETRIC
+from sae_rl.rewards.extraction.numbers import Number
 from sae_rl.rewards.math.formulas import MAX_DIGITS, NOT_EVALUATED, digits, same_formula, same_relation
-from sae_rl.rewards.math.markup import MAX_CHARS, TRIGONOMETRIC
-from sae_rl.rewards.math.numbers import Number
 
 LATEX = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False

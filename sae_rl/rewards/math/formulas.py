@@ -17,7 +17,7 @@ from sympy.concrete.expr_with_limits import ExprWithLimits
 from sympy.functions.elementary.hyperbolic import HyperbolicFunction
 from sympy.functions.elementary.trigonometric import TrigonometricFunction
 
-from sae_rl.rewards.math.numbers import Number, same, significant
+from sae_rl.rewards.extraction.numbers import Number, same, significant
 
 MAX_DIGITS = 20_000  # a number that powers, factorials and products stand for may have so many
 # Digits of numbers that are compared, beyond those that their sizes ask for, and how many of these must agree.
@@ -184,7 +184,9 @@ def value_of(formula: Any, at: Point, size: float) -> Any:
 def close(wanted: Any, got: Any, rounding: Any, num_decimals: int) -> bool:
     """Whether no more than rounding is between two values, or between those of a decimal of so many digits."""
     larger = max(absolute(wanted), absolute(got))
-    return bool(absolute(wanted - got) <= max(rounding, larger * sympy.Float(10) ** -num_decimals if num_decimals else 0))
+    return bool(
+        absolute(wanted - got) <= max(rounding, larger * sympy.Float(10) ** -num_decimals if num_decimals else 0)
+    )
 
 
 def absolute(value: Any) -> Any:

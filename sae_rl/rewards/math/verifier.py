@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 
+from sae_rl.rewards.extraction.final_answer import BOX, FinalAnswer, final_answer
 from sae_rl.rewards.math.answers import NUM_REMEMBERED, Answer, read_answer
 from sae_rl.rewards.math.equality import right
-from sae_rl.rewards.math.final_answer import BOX, FinalAnswer, final_answer
 from sae_rl.rewards.verdict import Sample, Verdict
 
 MAX_SHOWN = 80  # characters of an answer in a verdict's reasons

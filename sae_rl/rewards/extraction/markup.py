@@ -51,6 +51,7 @@ ALTERNATIVE = r"(?:or|and|alternatively|otherwise|maybe|perhaps|possibly)"  # be
 TRIGONOMETRIC = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")  # whose arguments may be in degrees
 IN_PARENTHESES = re.compile(r"(?:\^|sqrt)\s*\(")
 COMMA = re.compile(r",(?!\d{3}\b)")
+TEXT = re.compile(r"\\(?:text|operatorname)\s*\{([^{}]*)\}")
 BRACKET = re.compile(r"\\.|[(){}\[\]]", re.DOTALL)
 DEPTH = dict.fromkeys(["(", "[", "{", "\\{"], 1) | dict.fromkeys([")", "]", "}", "\\}"], -1)
 

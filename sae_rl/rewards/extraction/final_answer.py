@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sae_rl.rewards.math.markup import ALTERNATIVE, ascii_of, closing, tidy
-from sae_rl.rewards.math.numbers import DECIMAL, read
+from sae_rl.rewards.extraction.markup import ALTERNATIVE, ascii_of, closing, tidy
+from sae_rl.rewards.extraction.numbers import DECIMAL, read
 
 MAX_BOXES = 50  # the last ones of a response, which are looked at
 MAX_TAIL = 4000  # characters at the end of a response that are searched where it has no box
