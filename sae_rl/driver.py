@@ -59,8 +59,9 @@ def learn(run: Run, step: int, samples: StepSamples) -> StepResult:
         whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.action_mask))
     seed = derive_seed(config.seed, "update", step)
     with batch_saved_on_failure(config.output_dir, step, batch, scores, whitened):
-        metrics = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
-    metrics |= batch_metrics(algorithm, step, batch, scores, targets, opens)
+        metrics, logprobs = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
+    scores = scores if scores.old_logprobs is not None else replace(scores, old_logprobs=logprobs)
+    metrics |= batch_metrics(algorithm, step, batch, scores, targets, opens, logprobs)
     return StepResult(opens=opens, scores=scores, targets=targets, metrics=metrics)
 
 

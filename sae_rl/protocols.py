@@ -59,11 +59,16 @@ class Workers(Protocol):
         ...
 
     def score(self, batch: Batch) -> Scores:
-        """V(s_t), log pi_old and log pi_ref of every response token."""
+        """V(s_t), log pi_old and log pi_ref of every response token, each only if something reads it before the update."""
         ...
 
-    def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:
-        """PPO epochs of policy and critic."""
+    def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> tuple[Metrics, Tensor]:
+        """PPO epochs of policy and critic.
+
+        Returns:
+            Metrics, and the trainer's log pi_old (N,). With ``old_logprobs: rollout`` it is known for the first mini-batch
+            only, and NaN elsewhere.
+        """
         ...
 
     def update_critic(
@@ -73,7 +78,7 @@ class Workers(Protocol):
         ...
 
     def score_critic(self, batch: Batch) -> Scores:
-        """Values alone; the logprobs are NaN."""
+        """Values alone."""
         ...
 
     def set_critic_lr(self, lr: float | None) -> None:

@@ -180,7 +180,8 @@ class Batch:
 class Scores:
     """What the networks compute from a batch before its update."""
 
-    old_logprobs: Tensor  # (N,) log pi_theta_old(a_t | s_t): the denominator of the PPO ratio
+    # (N,) log pi_theta_old(a_t | s_t), the denominator of the PPO ratio; None: the update's own pass computes them
+    old_logprobs: Tensor | None
     values: Tensor | None  # (N,) V(s_t), computed before token t is read; None: the estimator needs no critic
     ref_logprobs: Tensor | None  # (N,) log pi_ref(a_t | s_t); None: no KL term reads it
     entropies: Tensor | None = None  # (N,) entropy of pi_theta_old(. | s_t); None: nothing reads it
@@ -255,7 +256,7 @@ def sampled_only(batch: Batch, scores: Scores) -> tuple[Batch, Scores]:
         action_mask=None,
     ), replace(
         scores,
-        old_logprobs=scores.old_logprobs[action_mask],
+        old_logprobs=kept(scores.old_logprobs),
         values=kept(scores.values),
         ref_logprobs=kept(scores.ref_logprobs),
         entropies=kept(scores.entropies),

@@ -27,7 +27,7 @@ class Estimator(Protocol):
     """(batch, scores, token_rewards (N,), opens (N,)) -> Targets.
 
     ``needs_critic`` says whether ``scores.values`` is given and ``Targets.returns`` is expected. A class that also sets
-    ``needs_entropies = True`` is given ``scores.entropies``.
+    ``needs_entropies = True`` is given ``scores.entropies``, and with ``needs_old_logprobs = True`` ``scores.old_logprobs``.
     """
 
     needs_critic: ClassVar[bool]
@@ -184,7 +184,8 @@ def _check_inputs(batch: Batch, scores: Scores, token_rewards: Tensor) -> None:
     """Every step passes here before its update, so that no NaN gets further."""
     check_tokens("token_rewards", token_rewards, batch)
     check_tokens("batch.rollout_logprobs", batch.rollout_logprobs, batch)
-    check_tokens("scores.old_logprobs", scores.old_logprobs, batch)
+    if scores.old_logprobs is not None:
+        check_tokens("scores.old_logprobs", scores.old_logprobs, batch)
 
 
 def _centred_in_groups(name: str, batch: Batch, scores: Scores, token_rewards: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from sae_rl.knobs import Knobs, choice, integer, number
 NEEDED = {"kl_coef": "ref_logprobs", "entropy_coef": "entropies", "positive_nll_coef": "rewards"}
 Surrogate = Literal["ppo", "gspo", "cispo"]
 Aggregation = Literal["token_mean", "sequence_mean", "constant"]
+OldLogprobs = Literal["recompute", "rollout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,10 @@ class PolicyLoss(Knobs):
 
     ``aggregation`` weighs all tokens equally (``token_mean``), weighs all responses equally (``sequence_mean``), or divides
     the sum over tokens by ``constant_tokens`` per response (``constant``; Dr. GRPO, arXiv 2503.20783).
+
+    ``old_logprobs`` says where log pi_old comes from: the policy computes it before its updates (``recompute``), or it is
+    what the rollout engine returned (``rollout``). The second saves a pass, but the ratio then holds the difference between
+    engine and trainer.
     """
 
     clip_low: float = number(0.2, low=0, high=1)
@@ -76,6 +81,7 @@ class PolicyLoss(Knobs):
     constant_tokens: int | None = integer(None, low=1, optional=True)  # only for aggregation = constant
     positive_nll_coef: float = number(0.0, low=0)
     correction: ImportanceCorrection = field(default_factory=ImportanceCorrection)
+    old_logprobs: OldLogprobs = choice("recompute", allowed=get_args(OldLogprobs))
 
     def check_together(self) -> None:
         if self.dual_clip is not None and self.surrogate == "cispo":
@@ -84,6 +90,11 @@ class PolicyLoss(Knobs):
             )
         if self.aggregation == "constant" and self.constant_tokens is None:
             raise ValueError("PolicyLoss.aggregation = 'constant' needs constant_tokens, found None")
+        if self.old_logprobs == "rollout" and self.correction.mode != "none":
+            raise ValueError(
+                f"PolicyLoss.correction.mode = {self.correction.mode!r} does nothing for old_logprobs = 'rollout', "
+                "where pi_old / pi_rollout is 1: set one of them to its default"
+            )
 
     def __call__(self, tokens: PolicyTokens) -> LossSum:
         """The loss of a micro-batch. Raises ValueError if a term or the correction needs a tensor that is None."""

@@ -19,11 +19,12 @@ from sae_rl.types import Batch, Scores, sampled_only
 class Segmenter(Protocol):
     """(batch, scores) -> opens (N,), bool, or float in [0, 1].
 
-    `segment` calls it with sampled tokens only. ``needs_entropies = True`` requests ``scores.entropies``, which are
-    otherwise None.
+    `segment` calls it with sampled tokens only. ``needs_entropies = True`` requests ``scores.entropies``, and
+    ``needs_old_logprobs = True`` requests ``scores.old_logprobs``; otherwise they may be None.
     """
 
     needs_entropies: ClassVar[bool] = False
+    needs_old_logprobs: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor: ...
 

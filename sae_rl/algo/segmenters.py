@@ -194,6 +194,10 @@ class Union(Knobs, Segmenter):
     def needs_entropies(self) -> bool:  # type: ignore[override]
         return any(member.needs_entropies for member in self.members)
 
+    @property
+    def needs_old_logprobs(self) -> bool:  # type: ignore[override]
+        return any(getattr(member, "needs_old_logprobs", False) for member in self.members)
+
     def __call__(self, batch: Batch, scores: Scores) -> Tensor:
         opens = [member(batch, scores) for member in self.members]
         if all(each.dtype == torch.bool for each in opens):
@@ -216,6 +220,10 @@ class MinimumLength(Knobs, Segmenter):
     @property
     def needs_entropies(self) -> bool:  # type: ignore[override]
         return self.segmenter.needs_entropies
+
+    @property
+    def needs_old_logprobs(self) -> bool:  # type: ignore[override]
+        return getattr(self.segmenter, "needs_old_logprobs", False)
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor:
         opens = self.segmenter(batch, scores)

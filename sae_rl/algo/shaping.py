@@ -67,6 +67,7 @@ class TokenRewards(Knobs):
                 f"TokenRewards.kl_coef = {self.kl_coef}, but scores.ref_logprobs is None: "
                 "set kl_coef to 0 or add a reference model"
             )
+        assert scores.old_logprobs is not None, "a KL in the reward asks for the policy's scoring pass"
         check_tokens("scores.old_logprobs", scores.old_logprobs, batch)
         check_tokens("scores.ref_logprobs", scores.ref_logprobs, batch)
         return KL_ESTIMATORS[self.kl_estimator](scores.old_logprobs, scores.ref_logprobs)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_rl.algo.kl import k3
 from sae_rl.algo.ragged import positions, sampled_tokens
-from sae_rl.types import Batch, Scores
+from sae_rl.types import Batch
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
@@ -107,10 +107,11 @@ def rollout_stats(batch: Batch) -> dict[str, float]:
     }
 
 
-def mismatch_stats(batch: Batch, scores: Scores) -> dict[str, float]:
-    """Difference between the rollout engine's and the trainer's logprobs of the sampled tokens."""
-    rollout_logprobs = sampled_tokens(batch.rollout_logprobs, batch).double()
-    old_logprobs = sampled_tokens(scores.old_logprobs, batch).double()
+def mismatch_stats(batch: Batch, logprobs: Tensor) -> dict[str, float]:
+    """Difference between the rollout engine's logprobs of the sampled tokens and the trainer's (N,); NaN: not computed."""
+    known = ~sampled_tokens(logprobs, batch).isnan()
+    rollout_logprobs = sampled_tokens(batch.rollout_logprobs, batch)[known].double()
+    old_logprobs = sampled_tokens(logprobs, batch)[known].double()
     differences = (rollout_logprobs - old_logprobs).abs()
     return {
         "mismatch/logprob_abs_mean": float(differences.mean()),

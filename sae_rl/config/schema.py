@@ -53,7 +53,15 @@ class AlgorithmConfig(Section):
     @property
     def advantages_need_entropies(self) -> bool:
         """Whether the segmenter or the estimator reads entropies. A class without the attribute does not."""
-        return any(bool(getattr(part, "needs_entropies", False)) for part in (self.segmenter, self.estimator))
+        return self._advantages_need("entropies")
+
+    @property
+    def advantages_need_old_logprobs(self) -> bool:
+        """Whether the KL in the reward, the segmenter or the estimator reads log pi_old."""
+        return self.token_rewards.kl_coef > 0 or self._advantages_need("old_logprobs")
+
+    def _advantages_need(self, scores: str) -> bool:
+        return any(bool(getattr(part, f"needs_{scores}", False)) for part in (self.segmenter, self.estimator))
 
 
 class ModelConfig(Section):
@@ -283,6 +291,23 @@ class Config(Section):
     def needs_reference_workers(self) -> bool:
         """Whether reference workers run. With adapters the reference is the policy without its adapters."""
         return self.algorithm.needs_reference and not self.learner.lora.rank
+
+    @property
+    def is_own_reference(self) -> bool:
+        """Whether the policy without its adapters is the reference."""
+        return self.algorithm.needs_reference and not self.needs_reference_workers
+
+    @property
+    def scores_policy(self) -> bool:
+        """Whether the policy scores a batch before its updates.
+
+        A single update computes the same logprobs in its own pass, and with ``old_logprobs: rollout`` the engine's serve.
+        """
+        algorithm, learner = self.algorithm, self.learner.policy
+        if algorithm.advantages_need_entropies or self.is_own_reference:
+            return True
+        several = learner.num_epochs * learner.num_mini_batches > 1
+        return algorithm.policy_loss.old_logprobs == "recompute" and (several or algorithm.advantages_need_old_logprobs)
 
 
 def as_tree(config: Config) -> dict[str, Any]:

@@ -11,12 +11,22 @@ from sae_rl.types import Batch, Scores, Targets
 
 
 def batch_metrics(
-    algorithm: AlgorithmConfig, step: int, batch: Batch, scores: Scores, targets: Targets, opens: Tensor
+    algorithm: AlgorithmConfig,
+    step: int,
+    batch: Batch,
+    scores: Scores,
+    targets: Targets,
+    opens: Tensor,
+    logprobs: Tensor,
 ) -> dict[str, float]:
-    """Statistics of rollouts, segments (``opens`` (N,)), advantages before whitening, and the critic."""
+    """Statistics of rollouts, segments (``opens`` (N,)), advantages before whitening, and the critic.
+
+    Args:
+        logprobs: (N,) the trainer's log pi_old; NaN where it is not known.
+    """
     metrics = stats.rollout_stats(batch) | stats.segment_stats(batch, opens) | stats.probability_stats(batch)
     metrics |= stats.staleness_stats(batch, step)
-    metrics |= stats.advantage_stats(batch, targets.advantages) | stats.mismatch_stats(batch, scores)
+    metrics |= stats.advantage_stats(batch, targets.advantages) | stats.mismatch_stats(batch, logprobs)
     if algorithm.token_rewards.overlong_buffer_tokens:
         metrics["rollout/overlong_penalty_mean"] = float(algorithm.token_rewards.overlong(batch).mean())
     if scores.values is not None and targets.returns is not None:

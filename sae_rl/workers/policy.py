@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from sae_rl.algo.losses import LossSum, PolicyLoss, PolicyTokens
@@ -31,10 +32,9 @@ class PolicyWorker(LearnerWorker):
     @staticmethod
     def settings(config: Config) -> tuple[object, ...]:
         algorithm, learner = config.algorithm, config.learner
-        is_its_own_reference = algorithm.needs_reference and not config.needs_reference_workers
         return (
             *(config.model, learner.policy, algorithm.policy_loss, config.steps, learner.lora),
-            *(is_its_own_reference, algorithm.needs_entropies),
+            *(config.is_own_reference, algorithm.needs_entropies),
         )
 
     def start(
@@ -80,16 +80,31 @@ class PolicyWorker(LearnerWorker):
 
         return self._learner.score(batch, forward)
 
-    def update(self, batch: Batch, scores: Scores, targets: Targets, seed: int) -> list[dict[str, float]]:
-        """All epochs and mini-batches of one step; for each update, sums over this rank's tokens."""
+    def update(
+        self, batch: Batch, scores: Scores, targets: Targets, seed: int
+    ) -> tuple[list[dict[str, float]], tuple[Tensor, dict[str, Tensor]]]:
+        """All epochs and mini-batches of one step.
+
+        Returns:
+            For each update, sums over this rank's tokens; and the ``logprobs`` of the first update, as `score` returns its
+            results, if nobody has computed them before.
+        """
         with_entropies = self._loss.entropy_coef > 0
+        old_logprobs = scores.old_logprobs
+        is_unscored = old_logprobs is None or self._loss.old_logprobs == "rollout"
+        engine = self._learner.engine
+        steps_before = engine.global_steps
+        first: list[tuple[Tensor, Tensor]] = []  # (token index, logprobs) of the passes of the first update
 
         def loss(micro: MicroBatch) -> LossSum:
             logprobs, entropies = self._learner.engine(micro, batch.temperature, with_entropies)
             at, device = micro.token_index.cpu(), logprobs.device
+            if is_unscored and engine.global_steps == steps_before:
+                first.append((at, logprobs.detach().cpu()))
             tokens = PolicyTokens(
                 logprobs=logprobs,
-                old_logprobs=scores.old_logprobs[at].to(device),
+                # Without a scoring pass there is one update, whose own pass still has the weights of pi_old.
+                old_logprobs=logprobs.detach() if old_logprobs is None else old_logprobs[at].to(device),
                 advantages=targets.advantages[at].to(device),
                 counts=micro.counts,
                 ref_logprobs=None if scores.ref_logprobs is None else scores.ref_logprobs[at].to(device),
@@ -102,7 +117,10 @@ class PolicyWorker(LearnerWorker):
         def total(rows: Tensor) -> float:
             return self._loss.total(batch.num_sampled[rows])
 
-        return self._train(batch, loss, total, self._config.num_epochs, self._config.num_mini_batches, seed)
+        updates = self._train(batch, loss, total, self._config.num_epochs, self._config.num_mini_batches, seed)
+        if not first:
+            return updates, (torch.empty(0, dtype=torch.int64), {})
+        return updates, (torch.cat([at for at, _ in first]), {"logprobs": torch.cat([flat for _, flat in first])})
 
     def open_weight_transfer(self, engines: EngineClient, shares_gpus: bool, address: str, port: int) -> None:
         """Connects rank 0 with vLLM's worker processes; ``shares_gpus``: each rank with the engine on its GPU."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.actor import ActorHandle
+from torch import Tensor
 
 from sae_rl.backends.deepspeed import Rank
 from sae_rl.config.schema import Config
@@ -90,24 +91,30 @@ class RunWorkers:
     def score(self, batch: Batch) -> Scores:
         with self._clock.phase("score"), self._policy_lock:
             self._free_gpus()
-            return self._score(batch, list(self._learners))
+            roles = [role for role in self._learners if role != "policy" or self._config.scores_policy]
+            scores = self._score(batch, roles)
+        is_rollout = self._config.algorithm.policy_loss.old_logprobs == "rollout"
+        return replace(scores, old_logprobs=batch.rollout_logprobs) if is_rollout else scores
 
     def score_critic(self, batch: Batch) -> Scores:
         with self._clock.phase("score"):
             self._free_gpus()
             return self._score(batch, ["critic"])
 
-    def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> dict[str, float]:
+    def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> tuple[dict[str, float], Tensor]:
         with self._clock.phase("update"), self._policy_lock:
             self._free_gpus()
             shared = [ray.put(value) for value in (batch, scores, targets)]
             answers = self._run_all(self._trained, lambda worker, _: worker.update.remote(*shared, seed))
             if self._weights is not None:
                 self._weights.version += 1
+        logprobs = merge_scores([tokens for _, tokens in answers["policy"]], batch).get("logprobs", scores.old_logprobs)
+        assert logprobs is not None, "the policy returns what it was not given"
+        answers["policy"] = [updates for updates, _ in answers["policy"]]
         peak = self._config.cluster.peak_tflops
         return {
             name: value for role, ranks in answers.items() for name, value in update_metrics(ranks, role, peak).items()
-        }
+        }, logprobs
 
     def update_critic(
         self, batch: Batch, scores: Scores, targets: Targets, *, responses_per_update: int, seed: int
@@ -182,7 +189,7 @@ class RunWorkers:
         merged = {name: flat for ranks in answers.values() for name, flat in merge_scores(ranks, batch).items()}
         final_values = merged.get("final_values")
         return Scores(
-            old_logprobs=merged.get("old_logprobs", torch.full((batch.num_tokens,), float("nan"))),
+            old_logprobs=merged.get("old_logprobs"),
             entropies=merged.get("entropies"),
             values=merged.get("values"),
             final_values=None if final_values is None else final_values[batch.last_sampled],

@@ -18,7 +18,7 @@ from sae_rl.algo.stats import (
     segment_stats,
 )
 
-from .oracle import make_batch, make_scores
+from .oracle import make_batch
 
 
 def test_explained_variance() -> None:
@@ -66,14 +66,15 @@ def test_rollout_stats() -> None:
 
 def test_mismatch_stats() -> None:
     batch = replace(make_batch([2, 1]), rollout_logprobs=torch.tensor([0.5, 0.25, 0.5]).log())
-    scores = make_scores(batch)
-    same = mismatch_stats(batch, replace(scores, old_logprobs=batch.rollout_logprobs))
+    same = mismatch_stats(batch, batch.rollout_logprobs)
     assert same == dict.fromkeys(same, 0.0)
-    off = mismatch_stats(batch, replace(scores, old_logprobs=torch.tensor([0.5, 0.5, 0.125]).log()))
+    off = mismatch_stats(batch, torch.tensor([0.5, 0.5, 0.125]).log())
     assert off["mismatch/logprob_abs_max"] == pytest.approx(math.log(4), rel=1e-6)
     assert off["mismatch/logprob_abs_mean"] == pytest.approx((math.log(2) + math.log(4)) / 3, rel=1e-6)
     expected = ((2 - 1 - math.log(2)) + (0.25 - 1 + math.log(4))) / 3
     assert off["mismatch/kl_mean"] == pytest.approx(expected, rel=1e-6)
+    known = mismatch_stats(batch, torch.tensor([math.nan, math.log(0.5), math.nan]))  # of one mini-batch
+    assert known["mismatch/logprob_abs_mean"] == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_explained_variance_by_place() -> None:

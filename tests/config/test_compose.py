@@ -151,6 +151,29 @@ def test_entropies_are_computed_where_a_segmenter_reads_them_however_deep() -> N
     assert not load_config([*MODEL, "algorithm/segmenter=union"]).algorithm.needs_entropies
 
 
+@pytest.mark.parametrize(
+    ("overrides", "scores_policy"),
+    [
+        (["learner.policy.num_mini_batches=4"], True),
+        (["learner.policy.num_mini_batches=1", "learner.policy.num_epochs=2"], True),
+        (["learner.policy.num_mini_batches=1"], False),
+        (["learner.policy.num_mini_batches=1", "algorithm.policy_loss.kl_coef=0.1"], False),
+        (["learner.policy.num_mini_batches=1", "algorithm.policy_loss.kl_coef=0.1", "learner.lora.rank=8"], True),
+        (["learner.policy.num_mini_batches=1", "algorithm.policy_loss.entropy_coef=0.1"], False),
+        (["learner.policy.num_mini_batches=1", "algorithm.token_rewards.kl_coef=0.1"], True),
+        (["learner.policy.num_mini_batches=1", "algorithm/segmenter=entropy"], True),
+        (["algorithm.policy_loss.old_logprobs=rollout"], False),
+        (["algorithm.policy_loss.old_logprobs=rollout", "algorithm.token_rewards.kl_coef=0.1"], False),
+        (["algorithm.policy_loss.old_logprobs=rollout", "algorithm/segmenter=entropy"], True),
+    ],
+)
+def test_the_policy_scores_a_batch_only_where_that_says_something_new(
+    overrides: list[str], scores_policy: bool
+) -> None:
+    entropy = ["algorithm.segmenter.threshold=1"] if "algorithm/segmenter=entropy" in overrides else []
+    assert load_config([*MODEL, *overrides, *entropy]).scores_policy is scores_policy
+
+
 def sections(config: Config) -> list[tuple[object, str]]:
     return [
         (config, "steps"),

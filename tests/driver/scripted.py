@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from sae_rl import checkpoint
 from sae_rl.config.compose import load_config
@@ -155,11 +156,11 @@ class ScriptedWorkers:
         self._write("score", batch=batch, scores=scores)
         return scores
 
-    def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:
+    def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> tuple[Metrics, Tensor]:
         self._write("update", batch=batch, scores=scores, targets=targets, seed=seed)
         if seed == self.fail_in_update:
             raise RuntimeError("a worker died")
-        return {"policy/loss": 0.5}
+        return {"policy/loss": 0.5}, batch.rollout_logprobs - 0.01
 
     def update_critic(
         self, batch: Batch, scores: Scores, targets: Targets, *, responses_per_update: int, seed: int
@@ -174,7 +175,7 @@ class ScriptedWorkers:
         """The fraction ``quality`` of each response's reward: an explained variance of 1 - (1 - quality)^2."""
         self._write("score_critic", batch=batch)
         values = self.quality * batch.rewards.repeat_interleave(batch.lengths)
-        return Scores(old_logprobs=torch.full_like(values, torch.nan), values=values, ref_logprobs=None)
+        return Scores(old_logprobs=None, values=values, ref_logprobs=None)
 
     def export_critic(self, folder: Path) -> None:
         self._write("export_critic", folder=folder)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sae_rl import checkpoint
 from sae_rl.driver import train
@@ -53,7 +54,7 @@ def updated(workers: ScriptedWorkers) -> list[Batch]:
 
 def test_the_next_batch_is_sampled_while_a_step_trains(tmp_path: Path) -> None:
     class Learning(Timed):
-        def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:
+        def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> tuple[Metrics, Tensor]:
             step = len(updated(self))
             if step < 5:  # the last step has none to come
                 until(lambda: f"step {step + 1}" in self.began)
@@ -99,7 +100,7 @@ def test_drained_updates_wait_for_responses_under_way(tmp_path: Path, updates: s
 
 def test_the_bound_on_staleness(tmp_path: Path) -> None:
     class Slow(Timed):
-        def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:
+        def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> tuple[Metrics, Tensor]:
             until(lambda: f"step {min(len(updated(self)) + 2, 5)}" in self.began)
             time.sleep(0.05)  # for a batch that would begin too early
             return super().update(batch, scores, targets, seed=seed)
@@ -172,7 +173,7 @@ def test_what_fails_while_learning_ends_the_sampling(tmp_path: Path) -> None:
             until(lambda: workers.interrupted)
 
     class Failing(Timed):
-        def update(self, *arguments: Any, seed: int) -> Metrics:
+        def update(self, *arguments: Any, seed: int) -> tuple[Metrics, Tensor]:
             if len(updated(self)) == 1:
                 raise RuntimeError("a worker died")
             return super().update(*arguments, seed=seed)
@@ -184,7 +185,7 @@ def test_what_fails_while_learning_ends_the_sampling(tmp_path: Path) -> None:
 
 def test_the_overlap_is_measured(tmp_path: Path) -> None:
     class Sleepy(Timed):
-        def update(self, *arguments: Any, seed: int) -> Metrics:
+        def update(self, *arguments: Any, seed: int) -> tuple[Metrics, Tensor]:
             time.sleep(0.2)
             return super().update(*arguments, seed=seed)
 

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from sae_rl import checkpoint
 from sae_rl.data.sampler import Sampler
@@ -54,7 +55,7 @@ def test_no_token_is_older_than_the_bound(tmp_path: Path) -> None:
     class Learning(ScriptedWorkers):
         """Learns as long as the next step takes to begin, so that every step begins as early as it may."""
 
-        def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> Metrics:
+        def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> tuple[Metrics, Tensor]:
             step = len(self.asked("update"))
             if step < 5:  # the last
                 until(lambda: len(self.asked("add")) > step + 1)

@@ -121,7 +121,9 @@ def write_sample_run(run_dir: Path, num_steps: int = 3, num_prompts: int = 2, ev
             record = step_record(step, num_prompts, skill, rng)
             batch, scores, targets = Batch.of(record.rollouts, record.rewards), record.scores, record.targets
             assert scores.values is not None and targets.returns is not None
-            metrics = rollout_stats(batch) | segment_stats(batch, record.opens) | mismatch_stats(batch, scores)
+            metrics = (
+                rollout_stats(batch) | segment_stats(batch, record.opens) | mismatch_stats(batch, scores.old_logprobs)
+            )
             metrics |= {
                 "critic/explained_variance": explained_variance(scores.values, targets.returns),
                 "policy/approx_kl": 2e-3 * rng.random() + 1e-3,

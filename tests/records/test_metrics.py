@@ -42,7 +42,7 @@ def computed_names() -> set[str]:
     )
     policy = loss(tokens)
     critic = ValueLoss(value_clip=0.2)(values, values + 1, values - 1)
-    stats = [rollout_stats(batch), segment_stats(batch, opens), mismatch_stats(batch, scores)]
+    stats = [rollout_stats(batch), segment_stats(batch, opens), mismatch_stats(batch, batch.rollout_logprobs)]
     return set().union(*stats, policy.stats, critic.stats)
 
 

@@ -28,14 +28,14 @@ def test_updates_with_nonfinite_gradients_are_skipped_and_counted(
     good = Targets(advantages=draw, returns=draw.abs())
     everywhere = Targets(advantages=draw * math.nan, returns=draw * math.inf)
     before = learners_weights(workers)
-    metrics = workers.update(batch, scores, everywhere, seed=0)
+    metrics, _ = workers.update(batch, scores, everywhere, seed=0)
     for role in ("policy", "critic"):
         assert metrics[f"{role}/skipped_updates"] == metrics[f"{role}/num_updates"] == 2
         assert math.isnan(metrics[f"{role}/grad_norm"])
     after = learners_weights(workers)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
-    metrics = workers.update(batch, scores, good, seed=0)
+    metrics, _ = workers.update(batch, scores, good, seed=0)
     for role in ("policy", "critic"):
         assert metrics[f"{role}/skipped_updates"] == 0 and metrics[f"{role}/grad_norm"] > 0
     learned = learners_weights(workers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -51,7 +51,7 @@ def differences(workers: RunWorkers, batch: Batch, expected: Expected) -> dict[s
     """The largest differences of scores, and of the gradients of one update."""
     scores = workers.score(batch)
     assert scores.entropies is not None and scores.values is not None
-    metrics = workers.update(batch, expected.given, expected.targets, seed=0)
+    metrics, _ = workers.update(batch, expected.given, expected.targets, seed=0)
     for name, value in expected.metrics.items():
         assert metrics[name] == pytest.approx(value, rel=1e-4), name
     after = learners_weights(workers)
@@ -67,6 +67,19 @@ def differences(workers: RunWorkers, batch: Batch, expected: Expected) -> dict[s
             for role in ("policy", "critic")
         },
     }
+
+
+def without_a_scoring_pass(workers: RunWorkers, saved: Path, batch: Batch, expected: Expected) -> None:
+    """A single update takes log pi_old from its own pass: its result is the same, and it returns them."""
+    weights = []
+    for old_logprobs in (expected.logprobs, None):
+        workers.load(saved)
+        scores = replace(expected.given, old_logprobs=old_logprobs)
+        metrics, logprobs = workers.update(batch, scores, expected.targets, seed=0)
+        assert metrics["policy/clip_fraction"] == 0 and metrics["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert largest_difference(logprobs, expected.logprobs) < 1e-5
+        weights.append(learners_weights(workers))
+    assert max(largest_difference(weights[0][name], weights[1][name]) for name in weights[0]) < 1e-5
 
 
 def sizes(expected: Expected) -> dict[str, float]:
@@ -113,6 +126,7 @@ class Layout:
             f"learner.critic_pretraining.checkpoint={critic_folder}",
             f"algorithm.policy_loss.entropy_coef={ENTROPY_COEF}",
             f"algorithm.value_loss.value_clip={VALUE_CLIP}",
+            "algorithm/segmenter=entropy",  # so that the policy scores a batch although there is one update
         ]
 
 
@@ -152,6 +166,7 @@ def test_every_layout_is_the_padded_update(
         found = differences(workers, batch, expected)
         exactness.record(table, f"{layout}, {budget} tokens a pass", found)
         assert all(gap < 1e-5 for gap in found.values()), found
+    without_a_scoring_pass(workers, config.output_dir, batch, expected)
     # With one response, all ranks but one run it without counting it.
     workers.load(config.output_dir)
     found = differences(workers, rollouts_of_many_lengths(1), expected_of_one)
@@ -167,6 +182,6 @@ def test_bfloat16_is_near_the_padded_update(
     workers = learners(config)
     scores = workers.score(batch)
     torch.testing.assert_close(scores.old_logprobs, expected.logprobs, atol=0.3, rtol=0.05)
-    metrics = workers.update(batch, expected.given, expected.targets, seed=0)
+    metrics, _ = workers.update(batch, expected.given, expected.targets, seed=0)
     for name in ("policy/grad_norm", "critic/grad_norm", "critic/loss"):
         assert metrics[name] == pytest.approx(expected.metrics[name], rel=0.1), name
