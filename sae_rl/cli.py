@@ -88,7 +88,7 @@ def pretrain_critic(arguments: list[str]) -> None:
 
 
 def warm_start(arguments: list[str]) -> None:
-    """supervised training: a small base model from scratch, or a local model on a file"""
+    """supervised training of a small base model on a task's demonstrations"""
     from sae_rl.commands.warm_start import WarmStartConfig, run_warm_start
     from sae_rl.config.compose import build, compose_tree
 

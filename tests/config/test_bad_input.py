@@ -366,7 +366,7 @@ def test_an_unknown_command(sae_rl: CommandLine) -> None:
         (["warm-start", "output_dir=base", "training.steps=0"], ["training", "steps", "0", "at least 1"]),
         (["warm-start", "output_dir=base", "shape.architecture=gpt"], ["shape.architecture", "'gpt'", "'qwen3'"]),
         (["warm-start", "output_dir=base", "+knobs.nothing=1"], ["has no 'knobs'", "demonstrations"]),
-        (["warm-start", "output_dir=base", "data=no.jsonl"], ["base_model"]),
+        (["warm-start", "output_dir=base", "data=no.jsonl"], ["has no 'data'", "demonstrations"]),
         (["warm-start", "output_dir=."], ["output_dir", "exists already"]),
         (["warm-start"], ["output_dir has no value"]),
         (["report"], ["one run"]),

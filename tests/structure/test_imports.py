@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "replay": ["driver", "records", "rollouts", "run"],
     "backends": ["algo", "config", "types"],
     "workers": ["algo", "backends", "config", "records", "seeds", "settings", "types"],
-    "sft": ["data", "knobs", "tasks"],
+    "sft": ["knobs", "tasks"],
     "analysis": ["evaluation", "records"],
 }
 # Folder -> its layers from the bottom to the top. A file imports files of lower layers only; "*" is every other file.
