@@ -131,7 +131,8 @@ def usage() -> str:
 
 def main() -> None:
     """Entry point of ``sae-rl``. Exit code 2: the user has to change something; 1: a run failed; 130: interrupted."""
-    from sae_rl.settings import ConfigError, nearest
+    from sae_rl.names import nearest
+    from sae_rl.settings import ConfigError
 
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from sae_rl.settings import ConfigError, Section, nearest
+from sae_rl.names import nearest
+from sae_rl.settings import ConfigError, Section
 from sae_rl.sft import ModelShape, WarmStart, warm_start
 from sae_rl.tasks.table import TASKS, make_task
 from sae_rl.tasks.task import Task

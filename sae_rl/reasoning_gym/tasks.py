@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from sae_rl.settings import BadKeys, describe, nearest
+from sae_rl.names import nearest
+from sae_rl.settings import BadKeys, describe
 
 OWN_KEYS = ("seed", "size")  # fields of every task's configuration that are no knobs of a source
 
@@ -81,18 +82,11 @@ def knobs_at(task: str, knobs: Mapping[str, Any], levels: Mapping[str, int] | in
     return {**knobs, **{name: getattr(config, name) for name in names}}
 
 
-def task_names() -> list[str]:
-    """The names of all tasks."""
-    from reasoning_gym.factory import DATASETS
-
-    return sorted(DATASETS)
-
-
 def _classes(task: str) -> tuple[type[Any], type[Any]]:
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        raise BadKeys(f"task {task!r} is unknown, {nearest(task, task_names())}")
+        raise BadKeys(f"task {task!r} is unknown, {nearest(task, DATASETS)}")
     dataset_class, config_class = DATASETS[task]
     return dataset_class, config_class
 

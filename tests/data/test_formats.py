@@ -83,7 +83,7 @@ def test_columns_on_top_of_a_layout(kind: str, tmp_path: Path) -> None:
 def test_broken_rows_of_every_format_are_named(kind: str, tmp_path: Path) -> None:
     def known(name: str) -> None:
         if name != "exact":
-            raise ValueError(f"reward: found {name!r}, allowed: exact")
+            raise ValueError(f"found {name!r}, allowed: exact")
 
     good = {"prompt": "one", "answer": "1", "id": "a", "reward": "exact"}
     rows = [
