@@ -19,9 +19,8 @@ class Metric:
 
     unit: str  # empty for plain numbers; a fraction is shown as a percentage
     meaning: str
-    title: str = (
-        ""  # names the curve in the report, or the phase of time on the console; empty: neither shows the metric
-    )
+    # Names the curve in the report, or the phase of time on the console; empty: neither shows the metric.
+    title: str = ""
 
 
 METRICS: dict[str, Metric] = {
@@ -196,13 +195,6 @@ def check_names(names: Iterable[str]) -> None:
     """Asserts that the table has every name."""
     unknown = sorted(name for name in set(names) if metric_of(name) is None)
     assert not unknown, f"metrics without a line in sae_rl.records.metrics.METRICS: {', '.join(unknown)}"
-
-
-def markdown_table() -> str:
-    """The table for the docs."""
-    escaped = {name: metric.meaning.replace("|", "\\|") for name, metric in METRICS.items()}
-    rows = [f"| `{name}` | {METRICS[name].unit or '-'} | {meaning} |" for name, meaning in escaped.items()]
-    return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows]) + "\n"
 
 
 def show(value: float, unit: str = "") -> str:

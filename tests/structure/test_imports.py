@@ -50,7 +50,7 @@ MAY_IMPORT = {
         *("protocols", "records", "rollouts", "run", "seeds", "types"),
     ],
     "overlapped": ["driver", "records", "rollouts", "run"],
-    "replay": ["driver", "records", "rollouts", "run"],
+    "replay": ["driver", "records", "rollouts", "run", "settings"],
     "backends": ["algo", "config", "types"],
     "workers": ["algo", "backends", "config", "records", "seeds", "settings", "types"],
     "sft": ["knobs", "tasks"],
@@ -78,7 +78,7 @@ LAYERS = {
         *("markup number_sizes numbers", "final_answer formulas"),
         *("expressions", "answers", "equality", "verifier"),
     ],
-    "rollouts": ["groups", "partial recorded step", "sampling_thread"],
+    "rollouts": ["groups", "partial step", "sampling_thread"],
     "sandbox": ["inside limits system_calls", "isolation", "programs", "probe"],
     "tasks": ["task tokenizer", "*", "table"],
     "workers": [
