@@ -163,7 +163,7 @@ def test_a_parquet_file_that_was_cut(tmp_path: Path) -> None:
     whole = file.read_bytes()
     source = file_source(file)
     file.write_bytes(whole[: len(whole) // 2])  # as an interrupted copy leaves it: without its footer
-    assert unreadable(source).startswith(f"{file}: not a parquet file, or one that was cut")
+    assert unreadable(source).startswith(f"{file}: cannot be read: Parquet magic bytes not found")
     file.write_bytes(whole[: len(whole) // 4] + bytes(len(whole) // 2) + whole[-(len(whole) // 4) :])  # a lost block
     assert unreadable(source).startswith(f"{file}: cannot be read behind row ")
 
