@@ -99,7 +99,6 @@ METRICS: dict[str, Metric] = {
     "pretraining/epoch": Metric("", "passes over the rollouts of the initial policy"),
     "pretraining/loss": Metric("", "critic loss per token of the epoch"),
     "pretraining/explained_variance": Metric("", "1 - Var(G - V) / Var(G) over tokens of held-out prompts"),
-    "pretraining/train_explained_variance": Metric("", "1 - Var(G - V) / Var(G) over tokens of training prompts"),
     # held-out prompts of all data sets; `metric_of` knows the metrics of single data sets
     "evaluation/success_mean": Metric("", "avg@n: mean score over prompts and n samples", "held-out success"),
     "evaluation/pass_at_n_mean": Metric("", "pass@n: prompts with at least one sample that passes", "held-out pass@n"),

@@ -196,7 +196,7 @@ class Wandb:
             self._run.define_metric("pretraining/*", step_metric="pretraining/epoch")
 
     def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
-        axis = {} if phase == "pretraining" else {"step": step}
+        axis = {"pretraining/epoch" if phase == "pretraining" else "step": step}
         with self._off_after_a_failure():
             if self._run is not None:
                 self._run.log({**metrics, **axis})
