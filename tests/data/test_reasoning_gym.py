@@ -160,7 +160,7 @@ def test_knobs_of_other_types_are_read_from_text() -> None:
     assert times.config.min_date == date(2001, 2, 3)
     words = make_dataset("word_sorting", {"transformation": "uppercase"}, seed=0, size=1)
     assert words[0]["answer"].isupper()
-    with pytest.raises(BadKeys, match=r"knobs.transformation: found 'louder': input should be"):
+    with pytest.raises(BadKeys, match=r"word_sorting refuses them: transformation: found 'louder': input should be"):
         make_dataset("word_sorting", {"transformation": "louder"}, seed=0, size=1)
 
 
