@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,25 +33,23 @@ DEMONSTRATION_SEED = 1_000_000  # added to the seed, so that reinforcement learn
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape(Knobs):
-    """A decoder-only model small enough to train in minutes."""
+    """A decoder-only model small enough to train in minutes, by the names of transformers' configurations."""
 
     # Qwen3 normalizes queries and keys: on *Level* 99 % of its responses were valid, and 63 % of Qwen2's (one seed).
     # Qwen2 is not offered, since transformers 5 replaces a tokenizer beside a Qwen2 model by Qwen2's own.
-    architecture: Literal["qwen3", "llama"] = choice("qwen3", allowed=("qwen3", "llama"))
-    num_layers: int = integer(2, low=1)
+    model_type: Literal["qwen3", "llama"] = choice("qwen3", allowed=("qwen3", "llama"))
+    num_hidden_layers: int = integer(2, low=1)
     hidden_size: int = integer(64, low=1)
     intermediate_size: int = integer(128, low=1)
-    num_heads: int = integer(2, low=1)  # vLLM's attention on a CPU needs a hidden_size / num_heads of at least 32
+    num_attention_heads: int = integer(2, low=1)  # vLLM's attention on a CPU needs heads of at least 32
     initializer_range: float = number(0.08, low=0)  # with the usual 0.02 a model this narrow does not learn to copy
     tie_word_embeddings: bool = False
     max_position_embeddings: int = integer(1024, low=1)
 
     def check_together(self) -> None:
-        if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(
-                f"ModelShape.hidden_size = {self.hidden_size}, but it must be a multiple of 2 * num_heads = "
-                f"{2 * self.num_heads}"
-            )
+        if self.hidden_size % (2 * self.num_attention_heads):
+            allowed = f"a multiple of 2 * num_attention_heads = {2 * self.num_attention_heads}"
+            raise ValueError(f"ModelShape.hidden_size = {self.hidden_size}, but it must be {allowed}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,17 +101,10 @@ def demonstration(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int, ind
 def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """Makes a model of ``shape`` with random weights and the tokenizer's vocabulary."""
     config = AutoConfig.for_model(
-        shape.architecture,
+        **asdict(shape),
         vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_heads,
-        head_dim=shape.hidden_size // shape.num_heads,
-        initializer_range=shape.initializer_range,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        max_position_embeddings=shape.max_position_embeddings,
+        num_key_value_heads=shape.num_attention_heads,
+        head_dim=shape.hidden_size // shape.num_attention_heads,
         **_special_tokens(tokenizer),
     )
     torch.manual_seed(seed)

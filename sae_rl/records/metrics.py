@@ -32,9 +32,7 @@ METRICS: dict[str, Metric] = {
     "rollout/truncated_fraction": Metric("fraction", "responses cut at the length limit", "truncated"),
     "rollout/overlong_penalty_mean": Metric("", "mean reward that responses lost for coming near the length limit"),
     "rollout/zero_variance_fraction": Metric("fraction", "groups whose responses all have the same reward"),
-    "rollout/staleness_mean": Metric(
-        "steps", "mean staleness of a token: the training step minus the step that sampled it"
-    ),
+    "rollout/staleness_mean": Metric("steps", "mean staleness of a token: training step minus step that sampled it"),
     "rollout/staleness_max": Metric("steps", "staleness of the oldest token"),
     "rollout/mixed_versions_fraction": Metric("fraction", "responses sampled by more than one version of the policy"),
     "rollout/num_lost_engines": Metric("", "rollout engines lost and replaced since the run began"),
@@ -153,9 +151,7 @@ for role in ("policy", "critic"):
         f"{role}/lr": Metric("", "learning rate of the last update"),
         f"{role}/num_updates": Metric("", "optimizer updates of the step, skipped ones included"),
         f"{role}/skipped_updates": Metric("", "optimizer updates skipped because of a non-finite gradient"),
-        f"time/{role}_update_s": Metric(
-            "s", f"the slowest rank's optimizer updates of the {role}, a part of time/update_s"
-        ),
+        f"time/{role}_update_s": Metric("s", f"the slowest rank's updates of the {role}, a part of time/update_s"),
         f"throughput/{role}_update_tflops": Metric(
             "TFLOP/s", f"model FLOPs of a rank's forward and backward passes / time/{role}_update_s"
         ),

@@ -10,7 +10,7 @@ from sae_rl.sft import IGNORED, ModelShape, WarmStart, batches, demonstration, p
 from sae_rl.tasks.level import Level
 
 TASK = Level(num_steps=2, need=1)
-SHAPE = ModelShape(hidden_size=32, num_heads=1, intermediate_size=64)
+SHAPE = ModelShape(hidden_size=32, num_attention_heads=1, intermediate_size=64)
 SETTINGS = WarmStart(steps=60, batch_size=8, warmup_steps=5, lr=1e-2)
 
 
@@ -97,7 +97,7 @@ def test_errors(trained: tuple) -> None:
         (lambda: WarmStart(steps=0), "WarmStart.steps = 0"),
         (lambda: WarmStart(lr=0.0), "WarmStart.lr = 0.0"),
         (lambda: ModelShape(hidden_size=65), "ModelShape.hidden_size = 65"),
-        (lambda: ModelShape(architecture="gpt5"), "ModelShape.architecture = 'gpt5'"),  # type: ignore[arg-type]
+        (lambda: ModelShape(model_type="gpt5"), "ModelShape.model_type = 'gpt5'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ValueError, match=message):
             make()

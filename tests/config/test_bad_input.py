@@ -364,7 +364,7 @@ def test_an_unknown_command(sae_rl: CommandLine) -> None:
         ),
         (["warm-start", "output_dir=base", "training.stepz=3"], ["training has no 'stepz'", "did you mean 'steps'?"]),
         (["warm-start", "output_dir=base", "training.steps=0"], ["training", "steps", "0", "at least 1"]),
-        (["warm-start", "output_dir=base", "shape.architecture=gpt"], ["shape.architecture", "'gpt'", "'qwen3'"]),
+        (["warm-start", "output_dir=base", "shape.model_type=gpt"], ["shape.model_type", "'gpt'", "'qwen3'"]),
         (["warm-start", "output_dir=base", "+knobs.nothing=1"], ["has no 'knobs'", "demonstrations"]),
         (["warm-start", "output_dir=base", "data=no.jsonl"], ["has no 'data'", "demonstrations"]),
         (["warm-start", "output_dir=."], ["output_dir", "exists already"]),

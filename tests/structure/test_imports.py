@@ -79,7 +79,7 @@ LAYERS = {
         *("expressions", "answers", "equality", "verifier"),
     ],
     "rollouts": ["groups", "partial step", "sampling_thread"],
-    "sandbox": ["inside limits system_calls", "isolation", "programs", "probe"],
+    "sandbox": ["inside system_calls", "isolation", "programs", "probe"],
     "tasks": ["task tokenizer", "*", "table"],
     "workers": [
         *("engine_client placement rank_results", "group", "engines learner rollout"),
