@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sae_rl.records.metrics import markdown_table
+from sae_rl.records.metrics import METRICS
 
 HEADER = """# Metrics
 
@@ -13,7 +13,9 @@ Written by `make docs`. Where there are several evaluation data sets, `evaluatio
 
 
 def page() -> str:
-    return HEADER + markdown_table()
+    escaped = {name: metric.meaning.replace("|", "\\|") for name, metric in METRICS.items()}
+    rows = [f"| `{name}` | {METRICS[name].unit or '-'} | {meaning} |" for name, meaning in escaped.items()]
+    return HEADER + "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows]) + "\n"
 
 
 if __name__ == "__main__":

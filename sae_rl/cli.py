@@ -88,7 +88,7 @@ def pretrain_critic(arguments: list[str]) -> None:
 
 
 def warm_start(arguments: list[str]) -> None:
-    """supervised training: a small base model from scratch, or a local model on a file"""
+    """supervised training of a small base model on a task's demonstrations"""
     from sae_rl.commands.warm_start import WarmStartConfig, run_warm_start
     from sae_rl.config.compose import build, compose_tree
 
@@ -131,7 +131,8 @@ def usage() -> str:
 
 def main() -> None:
     """Entry point of ``sae-rl``. Exit code 2: the user has to change something; 1: a run failed; 130: interrupted."""
-    from sae_rl.settings import ConfigError, nearest
+    from sae_rl.names import nearest
+    from sae_rl.settings import ConfigError
 
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -93,15 +93,7 @@ def evaluate_if_due(run: Run, steps_done: int) -> None:
     if not every or (steps_done % every and steps_done != config.steps):
         return
     with run.clock.phase("evaluate"):
-        result = evaluate(
-            run.heldout,
-            run.workers.rollout,
-            run.rewards,
-            run.clock,
-            config.evaluation,
-            config.rollout.max_response_tokens,
-            config.algorithm.segmenter,
-        )
+        result = evaluate(run.heldout, run.workers.rollout, run.rewards, run.clock, config)
     run.records.samples(steps_done, result.rollouts, result.rewards, result.opens)
     run.records.log(steps_done, result.metrics(), phase="evaluation")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sae_rl.driver import finish, learn, restore
-from sae_rl.records.rollouts import read_step
+from sae_rl.records.rollouts import FOLDER, read_step, step_files
 from sae_rl.rollouts.groups import StepSamples
-from sae_rl.rollouts.recorded import recorded_files
 from sae_rl.run import Run
+from sae_rl.settings import ConfigError
 
 
 def train_replay(run: Run) -> None:
@@ -28,3 +30,20 @@ def train_replay(run: Run) -> None:
             rollouts, rewards, reasons = read_step(file)
         samples = StepSamples(rollouts, rewards, reasons, metrics={}, sampler=run.sampler.state())
         finish(run, step, samples, learn(run, recorded_step, samples), {})
+
+
+def recorded_files(folder: Path, num_steps: int) -> list[tuple[int, Path]]:
+    """(step, file) of the first ``num_steps`` recorded steps of the run in ``folder``.
+
+    Raises:
+        ConfigError: fewer steps are recorded there.
+    """
+    files = step_files(folder / FOLDER)
+    if len(files) < num_steps:
+        raise ConfigError(
+            [
+                f"replay = {folder}: {len(files)} steps are recorded in {folder / FOLDER}, but steps = {num_steps}; lower "
+                "steps, or record more of them (logger.rollouts_every_steps=1)"
+            ]
+        )
+    return files[:num_steps]

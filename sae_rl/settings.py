@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
+
+from sae_rl.names import imported, nearest
+
+T = TypeVar("T")
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -56,13 +58,6 @@ def refuse_unknown_keys(node: Mapping[str, Any], allowed: Iterable[str], hint: C
     if unknown := [str(key) for key in node if key not in allowed]:
         problems = [f"has no {key!r}, {hint(key)}" for key in unknown]
         raise PydanticCustomError(UNKNOWN_KEYS, "{problems}", {"problems": problems})
-
-
-def nearest(word: str, allowed: Iterable[str]) -> str:
-    """ "did you mean 'x'?", or all that is allowed if nothing is near."""
-    names = sorted(set(allowed))
-    match = get_close_matches(word, names, n=1)
-    return f"did you mean {match[0]!r}?" if match else f"allowed: {', '.join(names)}"
 
 
 def describe(error: ValidationError, kind: type[Any] | None = None) -> list[str]:
@@ -112,7 +107,7 @@ def member_of(table: Mapping[str, type[Any]], requires: str | None = None) -> Ca
         name = knobs.pop("name", None)
         if not isinstance(name, str):
             raise ValueError(f"name is missing; allowed: {', '.join(sorted(table))}, or package.module:Class")
-        cls = import_object(name) if ":" in name else table.get(name)
+        cls = imported(name) if ":" in name else table.get(name)
         if cls is None:
             raise ValueError(f"name {name!r} is unknown, {nearest(name, table)}")
         if not dataclasses.is_dataclass(cls):
@@ -121,16 +116,25 @@ def member_of(table: Mapping[str, type[Any]], requires: str | None = None) -> Ca
             raise ValueError(f"{name} has no method __call__")
         if requires is not None and not hasattr(cls, requires):
             raise ValueError(f"{name} has no attribute {requires}, which must be true or false")
-        fields = [field.name for field in dataclasses.fields(cls) if field.init]
-        if unknown := [f"{name} has no knob {knob!r}, {nearest(knob, fields)}" for knob in knobs if knob not in fields]:
-            raise ValueError("; ".join(unknown))
-        knobs = {knob: _with_members(value, build) for knob, value in knobs.items()}
-        try:
-            return TypeAdapter(cls).validate_python(knobs)
-        except ValidationError as error:
-            raise ValueError("; ".join(describe(error))) from None
+        return from_knobs(cls, name, {knob: _with_members(value, build) for knob, value in knobs.items()})
 
     return build
+
+
+def from_knobs(cls: type[T], name: str, knobs: Mapping[str, Any]) -> T:
+    """A dataclass with these fields.
+
+    Raises:
+        ValueError: an unknown field, a wrong type or a wrong range. The message calls the class ``name``.
+    """
+    fields = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    # pydantic ignores unknown fields of a dataclass.
+    if unknown := [f"{name} has no knob {knob!r}, {nearest(knob, fields)}" for knob in knobs if knob not in fields]:
+        raise ValueError("; ".join(unknown))
+    try:
+        return TypeAdapter(cls).validate_python(knobs)
+    except ValidationError as error:
+        raise ValueError("; ".join(describe(error))) from None
 
 
 def _with_members(value: object, build: Callable[[object], object]) -> object:
@@ -152,12 +156,3 @@ def _plain(value: Any, table: Mapping[str, type[Any]]) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, table) for item in value]
     return tree_of(value, table) if dataclasses.is_dataclass(value) else value
-
-
-def import_object(path: str) -> Any:
-    """The object at ``package.module:attribute``. Raises ValueError if there is no such module or attribute."""
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {path!r}: {error}") from error

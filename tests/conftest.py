@@ -87,7 +87,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     tokenizer = build_tokenizer(Level().words())
-    save(build_model(ModelShape(num_layers=1, max_position_embeddings=512), tokenizer, seed=0), tokenizer, folder)
+    save(
+        build_model(ModelShape(num_hidden_layers=1, max_position_embeddings=512), tokenizer, seed=0), tokenizer, folder
+    )
     return folder
 
 

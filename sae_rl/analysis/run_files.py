@@ -13,7 +13,7 @@ import numpy as np
 from sae_rl.analysis.plots import Curve
 from sae_rl.records.metrics import data_set_of
 from sae_rl.records.records import read_jsonl
-from sae_rl.records.rollouts import rollout_files
+from sae_rl.records.rollouts import FOLDER, step_files
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class RunFiles:
 
     @cached_property
     def rollouts(self) -> list[tuple[int, Path]]:
-        return rollout_files(self.folder)
+        return step_files(self.folder / FOLDER)
 
     @property
     def config_text(self) -> str:

@@ -9,11 +9,12 @@ from itertools import accumulate, count, groupby
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
 from sae_rl.analysis.evaluation_table import extent, rows_of, summaries_of
 from sae_rl.analysis.pages import render
 from sae_rl.analysis.responses import DecodeText, split_at
 from sae_rl.evaluation.files import PAGE, SAMPLES, SUMMARY
-from sae_rl.records.samples import read_samples
 
 MAX_SIZE = 12_000_000  # estimated characters of the page
 SIZE_OF_SAMPLE, SIZE_OF_TOKEN = 500, 4  # characters of markup
@@ -28,7 +29,7 @@ def write_samples_page(folder: Path, decode: DecodeText) -> Path:
         decode: token ids to text without special tokens, to find where in a response segments open.
     """
     evaluation = json.loads((folder / SUMMARY).read_text())
-    rows = read_samples(folder / SAMPLES).to_pylist()
+    rows = pq.read_table(folder / SAMPLES).to_pylist()
     prompts = [list(group) for _, group in groupby(rows, key=lambda row: (row["data_set"], row["prompt_id"]))]
     shown = within_limits(prompts)
     summaries = summaries_of(evaluation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -68,14 +69,7 @@ def restore_sampler(sampler: PromptSampler, resume_from: Path) -> int:
 
 
 def reward_pool(config: RewardsConfig) -> RewardPool:
-    return RewardPool(
-        num_processes=config.num_processes,
-        deadline_s=config.deadline_s,
-        memory_gb=config.memory_gb,
-        failed_score=config.failed_score,
-        max_failed_fraction=config.max_failed_fraction,
-        verifiers=config.verifiers,
-    )
+    return RewardPool(**{field.name: getattr(config, field.name) for field in fields(RewardPool)})
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -28,15 +28,14 @@ def run_evaluation(config: Config) -> Path:
     """
     prepare_output(config)
     tokenizer = load_tokenizer(config.model.path)
-    segmenter = with_delimiters(config, tokenizer).algorithm.segmenter
-    prompts = load_heldout(config, tokenizer)
-    clock, max_tokens = Clock(), config.rollout.max_response_tokens
+    resolved = with_delimiters(config, tokenizer)
+    prompts, clock = load_heldout(config, tokenizer), Clock()
     with contextlib.ExitStack() as stack:
         stack.enter_context(ray_session(config))
         workers = stack.enter_context(start_workers(config, [], clock, roles=["rollout"]))
         rewards = stack.enter_context(reward_pool(config.rewards))
         with clock.phase("evaluate"):
-            result = evaluate(prompts, workers.rollout, rewards, clock, config.evaluation, max_tokens, segmenter)
+            result = evaluate(prompts, workers.rollout, rewards, clock, resolved)
     with unpublished(config.output_dir) as folder:
         write_evaluation(folder, config, result, clock.so_far()["time/evaluate_s"])
         write_samples_page(folder, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)))

@@ -10,8 +10,7 @@ from sae_rl.config.schema import Config
 from sae_rl.critic import card
 from sae_rl.driver import train
 from sae_rl.overlapped import train_overlapped
-from sae_rl.replay import train_replay
-from sae_rl.rollouts.recorded import recorded_files
+from sae_rl.replay import recorded_files, train_replay
 from sae_rl.run import Run
 from sae_rl.settings import ConfigError
 from sae_rl.workers.table import roles_of

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
-from sae_rl.settings import ConfigError, Section, nearest
+from sae_rl.names import nearest
+from sae_rl.settings import ConfigError, Section
 from sae_rl.sft import ModelShape, WarmStart, warm_start
 from sae_rl.tasks.table import TASKS, make_task
 from sae_rl.tasks.task import Task
 
 
 class DemonstrationsConfig(Section):
-    """What to imitate: a task's demonstrations or the responses in a file."""
+    """The task whose demonstrations the model imitates."""
 
     task: str
     knobs: dict[str, Any]
-    file: str | None
 
 
 class WarmStartConfig(Section):
@@ -28,19 +28,12 @@ class WarmStartConfig(Section):
 
     output_dir: Path
     demonstrations: DemonstrationsConfig
-    base_model: str | None
     shape: ModelShape
     training: WarmStart
 
 
-def source_of(config: DemonstrationsConfig) -> Task | str:
-    """The task, or the path of the file.
-
-    Raises:
-        ConfigError: the task is unknown or its knobs are wrong.
-    """
-    if config.file is not None:
-        return config.file
+def task_of(config: DemonstrationsConfig) -> Task:
+    """The task. Raises ConfigError if it is unknown or its knobs are wrong."""
     if config.task not in TASKS:
         raise ConfigError([f"demonstrations.task = {config.task!r} is unknown, {nearest(config.task, TASKS)}"])
     try:
@@ -50,29 +43,11 @@ def source_of(config: DemonstrationsConfig) -> Task | str:
 
 
 def run_warm_start(config: WarmStartConfig) -> None:
-    """Trains a model and saves it.
-
-    Raises:
-        ConfigError: the source, the base model or the output folder is wrong.
-    """
-    source = source_of(config.demonstrations)
-    console = Console(file=sys.stdout)
-    columns = (
-        TextColumn("supervised steps"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.3f}"),
-    )
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=config.training.steps, loss=float("nan"))
-        try:
-            losses = warm_start(
-                str(config.output_dir),
-                source,
-                config.base_model,
-                config.training,
-                config.shape,
-                on_progress=lambda step, loss: progress.update(bar, completed=step, loss=loss),
-            )
-        except ValueError as error:
-            raise ConfigError(str(error).splitlines()) from error
+    """Trains a model and saves it. Raises ConfigError if the task or the output folder is wrong."""
+    task, console = task_of(config.demonstrations), Console()
+    bar = partial(track, description="supervised steps", console=console, disable=not console.is_terminal)
+    try:
+        losses = warm_start(config.output_dir, task, config.training, config.shape, bar)
+    except ValueError as error:
+        raise ConfigError(str(error).splitlines()) from error
     console.print(f"{config.output_dir}: {len(losses)} steps, last loss {losses[-1]:.3f}")

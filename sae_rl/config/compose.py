@@ -22,7 +22,8 @@ from pydantic import ValidationError
 
 from sae_rl.config.checks import check, check_evaluation
 from sae_rl.config.schema import Config
-from sae_rl.settings import ConfigError, Section, describe, nearest
+from sae_rl.names import nearest
+from sae_rl.settings import ConfigError, Section, describe
 
 T = TypeVar("T", bound=Section)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +66,8 @@ def describe(config: Config) -> str:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    settings = {}
-    for name in MEANING:
-        found: Any = as_tree(config)
-        for part in name.split("."):
-            found = found[part]
-        settings[name] = found
-    return settings
+    tree = as_tree(config)
+    return {name: reduce(getitem, name.split("."), tree) for name in MEANING}
 
 
 def _read(file: Path, key: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Loader:
             try:
                 self.check_reward(reward)
             except ValueError as error:
-                self.problems.append(f"{self.key}.{error}")  # the message begins with "reward"
+                self.problems.append(f"{self.key}.reward: {error}")
         try:
             records, problems = read()
         except ValueError as error:

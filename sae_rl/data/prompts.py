@@ -32,22 +32,21 @@ class Record:
     where: str  # its place in the source, such as "line 3"
 
 
-class NoChatTemplateError(ValueError):
-    """The tokenizer has no chat template, so it cannot turn messages into text."""
-
-
 def tokenized(
     name: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_tokens: int, overlong: Overlong
 ) -> tuple[list[Prompt], list[str]]:
     """The prompts of the source ``name``, in order, and lines about everything that is wrong with them."""
+    messages = next((record for record in records if not isinstance(record.prompt, str)), None)
+    if messages is not None and tokenizer.chat_template is None:
+        return [], [
+            f"{name}: {messages.where} is a list of chat messages, but the tokenizer has no chat template; use an "
+            "instruction-tuned model, or give prompts as text (chat: false)"
+        ]
     prompts: list[Located] = []
     unreadable: list[str] = []
     for record in records:
         try:
-            text, token_ids = prompt_token_ids(record.prompt, tokenizer)
-        except NoChatTemplateError as error:
-            prompts, unreadable = [], [f"{record.where}: {error}"]
-            break  # every other record would say the same
+            text, token_ids = _text_and_token_ids(record.prompt, tokenizer)
         except Exception as error:  # a chat template is a program that came with the model
             said = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             unreadable.append(f"{record.where}: the tokenizer's chat template refuses the messages: {said}")
@@ -96,19 +95,10 @@ def _cut(prompt: Prompt, max_tokens: int, tokenizer: PreTrainedTokenizerBase) ->
     return replace(prompt, text=text, token_ids=token_ids)
 
 
-def prompt_token_ids(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
-    """The text that the model reads, and its token ids. Chat messages end where the model's answer begins.
-
-    Raises:
-        NoChatTemplateError: messages, and a tokenizer without chat template.
-    """
+def _text_and_token_ids(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+    """The text that the model reads, and its token ids. Chat messages end where the model's answer begins."""
     if isinstance(prompt, str):
         return prompt, tokenizer(prompt)["input_ids"]
-    if tokenizer.chat_template is None:
-        raise NoChatTemplateError(
-            "a prompt is a list of chat messages, but the tokenizer has no chat template; use an instruction-tuned model, "
-            "or give prompts as text (chat: false)"
-        )
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)
     # The template writes the special tokens itself.

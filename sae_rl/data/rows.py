@@ -69,13 +69,13 @@ def _rows(path: str, split: str | None, subset: str | None) -> Rows:
     kinds = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
     file = Path(path)
     if not file.exists() and file.suffix not in kinds and HUB_NAME.fullmatch(path):
-        return _hub_rows(path, split, subset)
+        return _placed(path, "row", _hub_rows(path, split, subset))
     if not file.exists():
         raise ValueError(f"{path}: there is no such file{'' if file.suffix in kinds else ' or folder'}")
     if subset is not None:
         raise ValueError(f"{path}: subset = {subset!r}, but it holds one data set; set subset to null")
     if file.is_dir():
-        return _saved_rows(path, split)
+        return _placed(path, "row", _saved_rows(path, split))
     if file.suffix not in kinds:
         raise ValueError(
             f"{path}: found a file ending in {file.suffix!r}, allowed: {', '.join(kinds)}, a folder of "
@@ -83,14 +83,27 @@ def _rows(path: str, split: str | None, subset: str | None) -> Rows:
         )
     if split is not None:
         raise ValueError(f"{path}: split = {split!r}, but it holds one data set; set split to null")
-    return kinds[file.suffix](file)
+    return _placed(path, "line" if file.suffix == ".jsonl" else "row", kinds[file.suffix](file))
 
 
-def _jsonl_rows(file: Path) -> Rows:
+def _placed(path: str, unit: str, rows: Iterator[Row | BrokenRow | None]) -> Rows:
+    """Adds the place of each row. None is counted, but it is no row. Raises ValueError if the rows cannot be read."""
+    import pyarrow
+
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            if row is not None:
+                yield f"{unit} {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        behind = f" behind {unit} {number}; it may have been cut" if number else ""
+        raise ValueError(f"{path}: cannot be read{behind}: {error}") from error
+
+
+def _jsonl_rows(file: Path) -> Iterator[Row | BrokenRow | None]:
     with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"line {number}", _json_row(line)
+        for line in lines:
+            yield _json_row(line) if line.strip() else None
 
 
 def _json_row(line: bytes) -> Row | BrokenRow:
@@ -107,54 +120,36 @@ def _json_row(line: bytes) -> Row | BrokenRow:
     return row if isinstance(row, dict) else BrokenRow(f"must be an object, found {shown(row)}")
 
 
-def _parquet_rows(file: Path) -> Rows:
-    import pyarrow
+def _parquet_rows(file: Path) -> Iterator[Row | BrokenRow]:
     from pyarrow import parquet
 
-    number = 0
-    try:
-        table = parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not a parquet file, or one that was cut: {error}") from error
-    try:
-        for chunk in table.iter_batches():
-            for struct in chunk.to_struct_array():
-                number += 1
-                try:
-                    row = struct.as_py()
-                except UnicodeDecodeError as error:
-                    row = BrokenRow(f"not UTF-8: {error.object[:60]!r}")
-                yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: cannot be read behind row {number}; it may have been cut: {error}") from error
+    for chunk in parquet.ParquetFile(file).iter_batches():
+        for struct in chunk.to_struct_array():
+            try:
+                yield struct.as_py()
+            except UnicodeDecodeError as error:
+                yield BrokenRow(f"not UTF-8: {error.object[:60]!r}")
 
 
-def _saved_rows(folder: str, split: str | None) -> Rows:
-    import pyarrow
+def _saved_rows(folder: str, split: str | None) -> Iterator[Row]:
     from datasets import DatasetDict, load_from_disk
 
-    number = 0
     try:
         saved = load_from_disk(folder)
-        if isinstance(saved, DatasetDict):
-            if split not in saved:
-                raise ValueError(f"split = {split!r}: choose one of {', '.join(map(repr, saved))}")
-            saved = saved[split]
-        elif split is not None:
-            raise ValueError(f"split = {split!r}, but it holds one data set; set split to null")
-        for row in saved:
-            number += 1
-            yield f"row {number}", row
     except FileNotFoundError as error:
         raise ValueError(f"{folder}: it is a folder, but not a whole one of datasets.save_to_disk ({error})") from error
     except IndexError:  # the library cannot read its own file of a data set without rows
         return
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        behind = f"cannot be read behind row {number}: " if number else ""
-        raise ValueError(f"{folder}: {behind}{error}") from error
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise ValueError(f"{folder}: split = {split!r}: choose one of {', '.join(map(repr, saved))}")
+        saved = saved[split]
+    elif split is not None:
+        raise ValueError(f"{folder}: split = {split!r}, but it holds one data set; set split to null")
+    yield from saved
 
 
-def _hub_rows(name: str, split: str | None, subset: str | None) -> Rows:
+def _hub_rows(name: str, split: str | None, subset: str | None) -> Iterator[Row]:
     from datasets import Dataset, load_dataset
 
     try:
@@ -167,8 +162,7 @@ def _hub_rows(name: str, split: str | None, subset: str | None) -> Rows:
         ) from error
     if not isinstance(loaded, Dataset):
         raise ValueError(f"{name}: split = {split!r}: choose one of {', '.join(map(repr, loaded))}")
-    for number, row in enumerate(loaded, start=1):
-        yield f"row {number}", row
+    yield from loaded
 
 
 def shown(value: Any) -> str:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sae_rl.algo.segmentation import Segmenter
-from sae_rl.config.schema import EvaluationConfig
+from sae_rl.config.schema import Config
 from sae_rl.evaluation.segments import cut
 from sae_rl.evaluation.summary import Summary, summarize
 from sae_rl.protocols import RolloutEngines
@@ -42,20 +41,17 @@ def evaluate(
     engines: RolloutEngines,
     rewards: RewardPool,
     clock: Clock,
-    config: EvaluationConfig,
-    max_tokens: int,
-    segmenter: Segmenter,
+    config: Config,
 ) -> Evaluation:
-    """Samples n responses to each prompt and summarizes them. Every evaluation uses the same seeds.
+    """Samples n responses to each prompt, cuts them with the run's segmenter, and summarizes them.
 
-    Args:
-        segmenter: the run's, to report how it cuts these responses.
+    Every evaluation uses the same seeds.
     """
-    n, sampling = config.samples_per_prompt, config.sampling(max_tokens)
+    n, sampling = config.evaluation.samples_per_prompt, config.evaluation.sampling(config.rollout.max_response_tokens)
     rollouts, checked = sample(
         prompts, engines, rewards, clock, group_size=n, sampling=sampling, seed_name="evaluation"
     )
-    found = cut(rollouts, segmenter, sampling)
+    found = cut(rollouts, config.algorithm.segmenter, sampling)
     opens, left_out = (None, found) if isinstance(found, str) else (found, None)
-    overall, by_data_set = summarize(rollouts, checked, n, config.pass_score, opens)
+    overall, by_data_set = summarize(rollouts, checked, n, config.evaluation.pass_score, opens)
     return Evaluation(rollouts, checked, overall, by_data_set, opens, left_out)

@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_rl.algo.segmentation import Segmenter, segment
 from sae_rl.types import Batch, Rollout, Sampling, Scores, sampled_only
-
-
-class NotScoredError(Exception):
-    """A segmenter read a field of `Unscored`."""
-
-
-class Unscored(Scores):
-    """The scores of an evaluation, which has no trained networks: every field raises `NotScoredError`."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        """Sets no field."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise NotScoredError(name)
 
 
 def cut(rollouts: Sequence[Rollout], segmenter: Segmenter, sampling: Sampling) -> list[Tensor] | str:
@@ -43,10 +26,13 @@ def cut(rollouts: Sequence[Rollout], segmenter: Segmenter, sampling: Sampling) -
         return f"{', '.join(changed)}: the logprobs are not those of a policy that a run would segment"
     batch = Batch.of(rollouts, [0.0] * len(rollouts))
     batch, _ = sampled_only(batch, Scores(old_logprobs=batch.rollout_logprobs, values=None, ref_logprobs=None))
+    unscored = object.__new__(Scores)  # without fields: reading one raises AttributeError
     try:
-        opens = segment(segmenter, batch, Unscored())
-    except NotScoredError as missing:
-        return f"the segmenter {type(segmenter).__name__} reads scores.{missing}, which an evaluation does not compute"
+        opens = segment(segmenter, batch, unscored)
+    except AttributeError as missing:
+        if missing.obj is not unscored:
+            raise
+        return f"the segmenter {type(segmenter).__name__} reads scores.{missing.name}, which an evaluation does not compute"
     return [
         torch.zeros(r.token_ids.shape, dtype=opens.dtype).masked_scatter(r.dense_action_mask, sampled)
         for r, sampled in zip(rollouts, opens.split(batch.lengths.tolist()), strict=True)

@@ -16,8 +16,10 @@ import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
 
 from sae_rl.reasoning_gym import lossless_json
 from sae_rl.reasoning_gym.tasks import knobs_at, make_dataset
@@ -118,13 +120,16 @@ def _deadline(task: str) -> Iterator[None]:
 class PuzzleProcess:
     """Draws problems of reasoning-gym in another process, which starts with the first call of `draw`."""
 
-    def __init__(self) -> None:
-        self._process: multiprocessing.process.BaseProcess | None = None
+    @cached_property
+    def _pool(self) -> ProcessPool:
+        # codeio runs a program to draw a problem, and some of these programs write files.
+        self._folder = tempfile.TemporaryDirectory(prefix="puzzles_", ignore_cleanup_errors=True)
+        return ProcessPool(1, 0, _prepare, (self._folder.name,), multiprocessing.get_context("spawn"))
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
+        if "_pool" in vars(self):
+            self._pool.stop()
+            self._pool.join()
             self._folder.cleanup()
 
     def draw(self, source: Puzzles) -> list[Problem]:
@@ -134,41 +139,17 @@ class PuzzleProcess:
             BadKeys: as `draw_problems`.
             RuntimeError: the process ended.
         """
-        if self._process is None:
-            self._process = self._started()
-        try:
-            self._connection.send(source)
-            drawn = self._connection.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            ended = f"the process that draws problems of {source.task} ended with {self._process.exitcode}"
-            raise RuntimeError(ended) from None
-        if isinstance(drawn, BadKeys):
-            raise drawn
-        return cast(list[Problem], drawn)
-
-    def _started(self) -> multiprocessing.process.BaseProcess:
-        # codeio runs a program to draw a problem, and some of these programs write files.
-        self._folder = tempfile.TemporaryDirectory(prefix="puzzles_", ignore_cleanup_errors=True)
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self._folder.name), daemon=True)
         hashes = os.environ.get("PYTHONHASHSEED", "random")
         os.environ["PYTHONHASHSEED"] = "0"  # read by the new interpreter
-        process.start()
-        os.environ["PYTHONHASHSEED"] = hashes
-        theirs.close()
-        return process
+        try:
+            return self._pool.schedule(draw_problems, [source]).result()
+        except ProcessExpired as error:
+            ended = f"the process that draws problems of {source.task} ended with {error.exitcode}"
+            raise RuntimeError(ended) from None
+        finally:
+            os.environ["PYTHONHASHSEED"] = hashes
 
 
-def _serve(requests: Connection, folder: str) -> None:
-    """Answers each request, a `Puzzles`, with its problems or with BadKeys, until the other side closes."""
+def _prepare(folder: str) -> None:
     os.chdir(folder)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # some tasks print while they draw
-    with contextlib.suppress(EOFError):
-        while True:
-            source = requests.recv()
-            try:
-                requests.send(draw_problems(source))
-            except BadKeys as error:
-                requests.send(error)

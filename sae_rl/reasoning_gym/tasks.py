@@ -5,15 +5,13 @@ reasoning-gym is imported inside functions, because its import takes seconds and
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from sae_rl.names import nearest
+from sae_rl.settings import BadKeys, from_knobs
 
-from sae_rl.settings import BadKeys, describe, nearest
-
-OWN_KEYS = ("seed", "size")  # fields of every task's configuration that are no knobs of a source
+OWN_KEYS = ("seed", "size")  # fields of every task's configuration that the source sets
 
 
 def make_dataset(task: str, knobs: Mapping[str, Any], *, seed: int, size: int) -> Any:
@@ -23,16 +21,11 @@ def make_dataset(task: str, knobs: Mapping[str, Any], *, seed: int, size: int) -
         BadKeys: there is no such task, or it refuses these knobs.
     """
     dataset_class, config_class = _classes(task)
-    fields = [field.name for field in dataclasses.fields(config_class) if field.name not in OWN_KEYS]
-    unknown = [f"knobs has no {knob!r}, {nearest(knob, fields)}" for knob in knobs if knob not in fields]
-    if unknown:
-        raise BadKeys(*unknown)
+    if own := [knob for knob in knobs if knob in OWN_KEYS]:
+        raise BadKeys(f"knobs.{own[0]}: it is a key of the source, beside knobs")
     try:
         # pydantic reads dates, tuples and enumerations from YAML values and checks types; reasoning-gym checks ranges.
-        config = TypeAdapter(config_class).validate_python({**knobs, "seed": seed, "size": size})
-        return dataset_class(config=config)
-    except ValidationError as error:
-        raise BadKeys(*(f"knobs.{line}" for line in describe(error))) from None
+        return dataset_class(config=from_knobs(config_class, task, {**knobs, "seed": seed, "size": size}))
     except (AssertionError, ValueError, TypeError) as error:
         raise BadKeys(f"knobs = {dict(knobs)}: {task} refuses them: {error}") from error
 
@@ -81,18 +74,11 @@ def knobs_at(task: str, knobs: Mapping[str, Any], levels: Mapping[str, int] | in
     return {**knobs, **{name: getattr(config, name) for name in names}}
 
 
-def task_names() -> list[str]:
-    """The names of all tasks."""
-    from reasoning_gym.factory import DATASETS
-
-    return sorted(DATASETS)
-
-
 def _classes(task: str) -> tuple[type[Any], type[Any]]:
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
-        raise BadKeys(f"task {task!r} is unknown, {nearest(task, task_names())}")
+        raise BadKeys(f"task {task!r} is unknown, {nearest(task, DATASETS)}")
     dataset_class, config_class = DATASETS[task]
     return dataset_class, config_class
 

@@ -19,9 +19,8 @@ class Metric:
 
     unit: str  # empty for plain numbers; a fraction is shown as a percentage
     meaning: str
-    title: str = (
-        ""  # names the curve in the report, or the phase of time on the console; empty: neither shows the metric
-    )
+    # Names the curve in the report, or the phase of time on the console; empty: neither shows the metric.
+    title: str = ""
 
 
 METRICS: dict[str, Metric] = {
@@ -33,9 +32,7 @@ METRICS: dict[str, Metric] = {
     "rollout/truncated_fraction": Metric("fraction", "responses cut at the length limit", "truncated"),
     "rollout/overlong_penalty_mean": Metric("", "mean reward that responses lost for coming near the length limit"),
     "rollout/zero_variance_fraction": Metric("fraction", "groups whose responses all have the same reward"),
-    "rollout/staleness_mean": Metric(
-        "steps", "mean staleness of a token: the training step minus the step that sampled it"
-    ),
+    "rollout/staleness_mean": Metric("steps", "mean staleness of a token: training step minus step that sampled it"),
     "rollout/staleness_max": Metric("steps", "staleness of the oldest token"),
     "rollout/mixed_versions_fraction": Metric("fraction", "responses sampled by more than one version of the policy"),
     "rollout/num_lost_engines": Metric("", "rollout engines lost and replaced since the run began"),
@@ -100,7 +97,6 @@ METRICS: dict[str, Metric] = {
     "pretraining/epoch": Metric("", "passes over the rollouts of the initial policy"),
     "pretraining/loss": Metric("", "critic loss per token of the epoch"),
     "pretraining/explained_variance": Metric("", "1 - Var(G - V) / Var(G) over tokens of held-out prompts"),
-    "pretraining/train_explained_variance": Metric("", "1 - Var(G - V) / Var(G) over tokens of training prompts"),
     # held-out prompts of all data sets; `metric_of` knows the metrics of single data sets
     "evaluation/success_mean": Metric("", "avg@n: mean score over prompts and n samples", "held-out success"),
     "evaluation/pass_at_n_mean": Metric("", "pass@n: prompts with at least one sample that passes", "held-out pass@n"),
@@ -155,9 +151,7 @@ for role in ("policy", "critic"):
         f"{role}/lr": Metric("", "learning rate of the last update"),
         f"{role}/num_updates": Metric("", "optimizer updates of the step, skipped ones included"),
         f"{role}/skipped_updates": Metric("", "optimizer updates skipped because of a non-finite gradient"),
-        f"time/{role}_update_s": Metric(
-            "s", f"the slowest rank's optimizer updates of the {role}, a part of time/update_s"
-        ),
+        f"time/{role}_update_s": Metric("s", f"the slowest rank's updates of the {role}, a part of time/update_s"),
         f"throughput/{role}_update_tflops": Metric(
             "TFLOP/s", f"model FLOPs of a rank's forward and backward passes / time/{role}_update_s"
         ),
@@ -196,13 +190,6 @@ def check_names(names: Iterable[str]) -> None:
     """Asserts that the table has every name."""
     unknown = sorted(name for name in set(names) if metric_of(name) is None)
     assert not unknown, f"metrics without a line in sae_rl.records.metrics.METRICS: {', '.join(unknown)}"
-
-
-def markdown_table() -> str:
-    """The table for the docs."""
-    escaped = {name: metric.meaning.replace("|", "\\|") for name, metric in METRICS.items()}
-    rows = [f"| `{name}` | {METRICS[name].unit or '-'} | {meaning} |" for name, meaning in escaped.items()]
-    return "\n".join(["| metric | unit | meaning |", "|---|---|---|", *rows]) + "\n"
 
 
 def show(value: float, unit: str = "") -> str:

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from sae_rl.config.schema import Config, as_tree
 from sae_rl.records.metrics import Phase, check_names
-from sae_rl.records.rollouts import rollout_files, write_rollouts
-from sae_rl.records.samples import samples_file, step_samples, write_samples
+from sae_rl.records.rollouts import FOLDER as ROLLOUTS
+from sae_rl.records.rollouts import step_files, write_rollouts
+from sae_rl.records.samples import FOLDER as SAMPLES
+from sae_rl.records.samples import write_samples
 from sae_rl.records.terminal import Terminal
 from sae_rl.rewards.pool import Rewards
 from sae_rl.types import Rollout, StepRecord
@@ -54,8 +56,8 @@ class Records:
         self._config, self._run_dir = config, run_dir
         starts = first_steps(first_step, resumed or first_step > 0)
         run_dir.mkdir(parents=True, exist_ok=True)
-        repeated = [file for step, file in rollout_files(run_dir) if step >= starts["train"]]
-        repeated += [file for step, file in step_samples(run_dir) if step >= starts["evaluation"]]
+        repeated = [file for step, file in step_files(run_dir / ROLLOUTS) if step >= starts["train"]]
+        repeated += [file for step, file in step_files(run_dir / SAMPLES) if step >= starts["evaluation"]]
         for file in repeated:
             file.unlink()
         self._terminal = Terminal(config, first_step)
@@ -99,7 +101,7 @@ class Records:
     def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards, opens: Sequence[Tensor] | None) -> None:
         """Writes a parquet file with a row per response of an evaluation, if ``evaluation.record_samples``."""
         if self._config.evaluation.record_samples:
-            write_samples(samples_file(self._run_dir, step), rollouts, rewards, opens)
+            write_samples(self._run_dir / SAMPLES / f"step_{step:06d}.parquet", rollouts, rewards, opens)
 
 
 class Jsonl:
@@ -194,7 +196,7 @@ class Wandb:
             self._run.define_metric("pretraining/*", step_metric="pretraining/epoch")
 
     def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:
-        axis = {} if phase == "pretraining" else {"step": step}
+        axis = {"pretraining/epoch" if phase == "pretraining" else "step": step}
         with self._off_after_a_failure():
             if self._run is not None:
                 self._run.log({**metrics, **axis})

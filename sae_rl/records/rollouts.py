@@ -21,11 +21,6 @@ FOLDER = "rollouts"
 OLD_NAMES = {"sampled": "action_mask"}  # columns of earlier recordings
 
 
-def rollout_files(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, file) of every recorded step, in order."""
-    return step_files(run_dir / FOLDER)
-
-
 def step_files(folder: Path) -> list[tuple[int, Path]]:
     """(step, file) of every ``step_000012.parquet`` in a folder, in order."""
     found = [(re.fullmatch(r"step_(\d+)\.parquet", file.name), file) for file in folder.glob("*.parquet")]

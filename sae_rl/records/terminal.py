@@ -23,8 +23,7 @@ COLUMNS = {  # label: (metric, width)
 }
 PRETRAINING_COLUMNS = {
     "loss": ("pretraining/loss", 0),
-    "explained variance": ("pretraining/train_explained_variance", 0),
-    "held out": ("pretraining/explained_variance", 0),
+    "held-out explained variance": ("pretraining/explained_variance", 0),
 }
 
 

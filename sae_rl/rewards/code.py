@@ -14,7 +14,7 @@ from typing import Any, cast
 from sae_rl.knobs import Knobs, integer, number
 from sae_rl.rewards.verdict import Sample, TimeLimit, Verdict, shown
 from sae_rl.sandbox.inside import Answer
-from sae_rl.sandbox.limits import Limits
+from sae_rl.sandbox.isolation import Limits
 from sae_rl.sandbox.probe import chosen
 from sae_rl.sandbox.programs import Ended, run_program
 

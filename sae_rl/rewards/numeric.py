@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from sae_rl.knobs import Knobs, number
 from sae_rl.rewards.extraction.final_answer import final_answer
 from sae_rl.rewards.extraction.markup import ascii_of, tidy
 from sae_rl.rewards.extraction.numbers import Number
@@ -17,21 +17,16 @@ SEVERAL = re.compile(r",(?!\d{3})|;|\b(?:or|and)\b|\\(?:lor|vee|land|wedge)(?![A
 
 
 @dataclass(frozen=True, slots=True)
-class Numeric:
+class Numeric(Knobs):
     """1 if the final answer is a number within ``max(absolute, relative * |answer|)`` of the right one.
 
     `final_answer` says what the final answer is. Thousands separators, percentages, scientific notation, fractions, currency
     signs and units are read; x % is x or x/100.
     """
 
-    relative: float = 1e-6
-    absolute: float = 0.0
+    relative: float = number(1e-6, low=0)
+    absolute: float = number(0.0, low=0)
     boxed_only: bool = False  # no answer without a box
-
-    def __post_init__(self) -> None:
-        for knob, value in (("relative", self.relative), ("absolute", self.absolute)):
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"Numeric.{knob} = {value}, but it must be finite and at least 0")
 
     def __call__(self, sample: Sample) -> Verdict:
         """Raises ValueError if the right answer is no number."""

@@ -10,11 +10,12 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sae_rl.names import nearest
 from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.exact import Exact
 from sae_rl.rewards.format import Format
-from sae_rl.rewards.function import Function, did_you_mean, imported
+from sae_rl.rewards.function import Function
 from sae_rl.rewards.http import Http
 from sae_rl.rewards.math.verifier import Math
 from sae_rl.rewards.math_verify import MathVerify
@@ -58,12 +59,12 @@ def resolve(name: str, configured: Mapping[str, Verifier]) -> Verifier:
     if name in READY:
         return READY[name]
     if ":" in name:
-        imported(name)  # raises for a misspelt path now, before any check
-        return Function(name)
-    names = sorted({*READY, *configured})
-    needs_knobs = f"; {name!r} needs knobs: give it a name in rewards.verifiers"
-    hint = needs_knobs if name in VERIFIERS else did_you_mean(name, names)
-    raise ValueError(f"reward: found {name!r}, allowed: {', '.join(names)}, or package.module:function{hint}")
+        function = Function(name)
+        function.function()  # raises for a misspelt path now, before any check
+        return function
+    if name in VERIFIERS:
+        raise ValueError(f"{name!r} needs knobs: give it a name in rewards.verifiers")
+    raise ValueError(f"name {name!r} is unknown, {nearest(name, {*READY, *configured})}, or package.module:function")
 
 
 def parts_of(verifier: Verifier) -> Iterator[Verifier]:
@@ -86,11 +87,11 @@ def check_verifier(name: str, verifier: Verifier, deadline_s: float) -> None:
     if longest_s > deadline_s:
         told = " and ".join(f"{limit.seconds:g} s by {limit.knobs}" for limit in limits)
         raise ValueError(
-            f"reward {name!r} may take {longest_s:g} s ({told}), but rewards.deadline_s = {deadline_s:g}: raise it, or "
+            f"{name!r} may take {longest_s:g} s ({told}), but rewards.deadline_s = {deadline_s:g}: raise it, or "
             "lower these in rewards.verifiers"
         )
     if runs_programs(verifier):
         try:
             chosen()
         except OSError as error:
-            raise ValueError(f"reward {name!r}: {error}") from error
+            raise ValueError(f"{name!r}: {error}") from error

@@ -10,11 +10,11 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from sae_rl.sandbox.inside import PROGRAM, SCRATCH
-from sae_rl.sandbox.limits import Limits
 
 Isolation = Literal["bubblewrap", "unshare"]
 INSIDE = Path(__file__).with_name("inside.py")
@@ -23,6 +23,18 @@ SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache
 DEVICES = ("null", "zero", "full", "random", "urandom")
 FIRST_USER, NUM_USERS = 61000, 4000  # user ids that no system gives out; the kernel counts processes by user
 DROP_RIGHTS = ("setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits of all processes of one program together, except for ``time_s`` and ``output_kb``."""
+
+    time_s: float = 5.0  # wall-clock time for one input
+    memory_mb: int = 512  # resident memory; a page that two processes share counts twice
+    num_processes: int = 16  # processes and threads
+    files_mb: int = 16  # in /tmp, the only folder that a program can write to
+    num_files: int = 4096  # files and folders in /tmp
+    output_kb: int = 1024  # on stdout, for one input
 
 
 def command(isolation: Isolation, folder: Path, arguments: Sequence[str], limits: Limits) -> list[str]:

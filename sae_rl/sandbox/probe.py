@@ -6,8 +6,7 @@ import shutil
 import subprocess
 from typing import get_args
 
-from sae_rl.sandbox.isolation import Isolation
-from sae_rl.sandbox.limits import Limits
+from sae_rl.sandbox.isolation import Isolation, Limits
 from sae_rl.sandbox.programs import run_program
 
 PROBE_S = 10.0

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from sae_rl.sandbox.inside import PROGRAM, SCRATCH, STDERR_BYTES, Options
-from sae_rl.sandbox.isolation import INSIDE, Isolation, command
-from sae_rl.sandbox.limits import Limits
+from sae_rl.sandbox.isolation import INSIDE, Isolation, Limits, command
 from sae_rl.sandbox.system_calls import system_call_filter
 
 KB, MB = 1024, 2**20

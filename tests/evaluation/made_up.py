@@ -109,14 +109,13 @@ class MadeUpRewards:
 
 
 def made_up(config: Config, prompts: Sequence[Prompt] | None = None, segmenter: Segmenter | None = None) -> Evaluation:
+    algorithm = config.algorithm.model_copy(update={"segmenter": segmenter or LowProbability(0.2)})
     return evaluate(
         make_prompts() if prompts is None else prompts,
         MadeUpEngines(),
         cast(RewardPool, MadeUpRewards(config.rewards.failed_score)),
         Clock(),
-        config.evaluation,
-        config.rollout.max_response_tokens,
-        segmenter or LowProbability(0.2),
+        config.model_copy(update={"algorithm": algorithm}),
     )
 
 

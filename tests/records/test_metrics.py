@@ -11,7 +11,7 @@ import pytest
 from sae_rl.algo.corrections import ImportanceCorrection
 from sae_rl.algo.losses import PolicyLoss, PolicyTokens, ValueLoss
 from sae_rl.algo.stats import mismatch_stats, rollout_stats, segment_stats
-from sae_rl.records.metrics import METRICS, PHASES, check_names, markdown_table, show
+from sae_rl.records.metrics import METRICS, PHASES, check_names, show
 from sae_rl.records.terminal import lines_of
 from sae_rl.types import Batch
 
@@ -65,12 +65,6 @@ def test_names_follow_the_rule() -> None:
         assert not name.endswith("_s") or metric.unit in ("s", "tokens/s"), name
         assert not name.endswith("_gb") or metric.unit == "GiB", name
     assert len(PHASES) == 10 and PHASES[-1] == "time/driver_s" and "time/policy_update_s" not in PHASES
-
-
-def test_markdown_has_one_row_of_three_cells_per_metric() -> None:
-    rows = markdown_table().strip().split("\n")
-    assert len(rows) == len(METRICS) + 2
-    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {5}
 
 
 @pytest.mark.parametrize(

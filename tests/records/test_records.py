@@ -16,8 +16,7 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from sae_rl.records.records import Jsonl, Records, _wandb_mode, first_steps, read_jsonl
-from sae_rl.records.rollouts import read_rollouts, read_step, rollout_files, write_rollouts
-from sae_rl.records.samples import read_samples, samples_file, step_samples
+from sae_rl.records.rollouts import read_rollouts, read_step, step_files, write_rollouts
 from sae_rl.types import Batch
 from tests.evaluation.made_up import made_up
 
@@ -114,7 +113,7 @@ def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
     with Records(config, tmp_path, first_step=0) as records:
         for step in (1, 3, 9):
             records.rollouts(replace(record, step=step))
-    assert [step for step, _ in rollout_files(tmp_path)] == [3, 9], "every third step, and the last"
+    assert [step for step, _ in step_files(tmp_path / "rollouts")] == [3, 9], "every third step, and the last"
     assert [file.name for file in (tmp_path / "rollouts").iterdir() if "tmp" in file.name] == []
     rows = read_rollouts(tmp_path / "rollouts" / "step_000003.parquet").to_pylist()
     assert scores.values is not None
@@ -136,7 +135,7 @@ def test_parquet_keeps_ragged_lists(tmp_path: Path) -> None:
         assert (row["finish_reason"], row["temperature"]) == (rollout.finish_reason, 1.0)
         assert row["policy_versions"] == [3] * len(row["token_ids"])
     with Records(config, tmp_path, first_step=9):
-        assert [step for step, _ in rollout_files(tmp_path)] == [3], "step 9 is sampled again"
+        assert [step for step, _ in step_files(tmp_path / "rollouts")] == [3], "step 9 is sampled again"
 
 
 def test_a_recording_of_an_earlier_version_is_read(tmp_path: Path) -> None:
@@ -181,18 +180,20 @@ def test_samples_of_evaluations_are_recorded_when_asked_for_and_dropped_with_wha
     kept_apart = tmp_path / "evaluation" / "001_policy" / "samples.parquet"
     kept_apart.parent.mkdir()
     kept_apart.write_bytes(b"of sae-rl evaluate")
-    assert [step for step, _ in step_samples(tmp_path)] == [0, 2, 4]
-    rows = read_samples(samples_file(tmp_path, 2)).to_pylist()
+    assert [step for step, _ in step_files(tmp_path / "evaluation")] == [0, 2, 4]
+    rows = pq.read_table(tmp_path / "evaluation" / "step_000002.parquet").to_pylist()
     assert [row["response"] for row in rows] == [r.text for r in result.rollouts]
     with Records(config, tmp_path, first_step=2):
-        assert [step for step, _ in step_samples(tmp_path)] == [0, 2], "evaluated before the checkpoint of step 2"
+        assert [step for step, _ in step_files(tmp_path / "evaluation")] == [0, 2], (
+            "evaluated before the checkpoint of step 2"
+        )
     with Records(config, tmp_path, first_step=0, resumed=True):
-        assert [step for step, _ in step_samples(tmp_path)] == [0]
+        assert [step for step, _ in step_files(tmp_path / "evaluation")] == [0]
     with Records(config, tmp_path, first_step=0):
-        assert step_samples(tmp_path) == [] and kept_apart.exists()
+        assert step_files(tmp_path / "evaluation") == [] and kept_apart.exists()
     with Records(make_config(tmp_path), tmp_path, first_step=0) as records:
         records.samples(0, result.rollouts, result.rewards, result.opens)
-    assert step_samples(tmp_path) == [], "not asked for"
+    assert step_files(tmp_path / "evaluation") == [], "not asked for"
 
 
 def test_every_sink_takes_metrics_of_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,7 @@ AS_NOBODY = """
 import json, os, sys, threading, time
 from typing import get_args
 from sae_rl.sandbox.isolation import Isolation
-from sae_rl.sandbox.limits import Limits
+from sae_rl.sandbox.isolation import Limits
 from sae_rl.sandbox.probe import problem_with
 from sae_rl.sandbox.programs import run_program
 

@@ -77,8 +77,8 @@ def test_resolve() -> None:
         "zzz": "allowed: choice, code, countdown, exact, level, math, math_verify, mine, numeric, reasoning_gym, or package",
         "weighted": "needs knobs: give it a name in rewards.verifiers",
         "sae_rl.tasks.level:leven": "did you mean 'level'",
-        "no_such_package:f": "cannot import 'no_such_package'",
-        ":f": "cannot import ''",
+        "no_such_package:f": "cannot import 'no_such_package:f'",
+        ":f": "cannot import ':f'",
         "sae_rl.tasks.countdown:LARGEST": "is int, not a function",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -10,7 +10,7 @@ import torch
 
 from sae_rl import checkpoint
 from sae_rl.records.records import read_jsonl
-from sae_rl.records.rollouts import read_rollouts, read_step, rollout_files
+from sae_rl.records.rollouts import read_rollouts, read_step, step_files
 from tests.stack.conftest import Killed, killed, train_rows, trained
 
 pytestmark = pytest.mark.alone
@@ -48,7 +48,7 @@ def test_an_overlapped_run(interrupted: Killed) -> None:
     assert all(row["sync/logprob_diff_max"] < 1e-4 and row["ahead/overlap"] > 0 for row in rows)
     assert all(row["correction/weight_mean"] > 0 and row["rollout/num_lost_engines"] == 0 for row in rows)
     assert [row["sampling/left_over_fraction"] for row in rows] == [0, *[0.5] * (STEPS - 1)]
-    asked = [read_rollouts(file)["prompt_id"].to_pylist() for _, file in rollout_files(interrupted.output)]
+    asked = [read_rollouts(file)["prompt_id"].to_pylist() for _, file in step_files(interrupted.output / "rollouts")]
     assert all(len(set(names)) == 4 for names in asked)
     rows = read_jsonl(interrupted.output / "metrics.jsonl")
     evaluated = [row["step"] for row in rows if row["phase"] == "evaluation"]
@@ -71,7 +71,7 @@ def test_its_recorded_rollouts_are_learnt_from_again(interrupted: Killed, tiny_m
                      "rollout/reward_mean", "segment/tokens_mean", "rollout/staleness_mean"):  # fmt: skip
             assert again[name] == pytest.approx(before[name], rel=1e-4, abs=1e-7), name
         assert "time/sync_s" not in again
-    files = [rollout_files(folder)[STEPS - 1][1] for folder in (interrupted.output, tmp_path / "again")]
+    files = [step_files(folder / "rollouts")[STEPS - 1][1] for folder in (interrupted.output, tmp_path / "again")]
     (rollouts, rewards, _), (copies, same_rewards, _) = read_step(files[0]), read_step(files[1])
     assert rewards == same_rewards
     for rollout, copy in zip(rollouts, copies, strict=True):

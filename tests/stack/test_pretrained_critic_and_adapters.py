@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from sae_rl.records.records import read_jsonl
-from sae_rl.records.rollouts import read_rollouts, rollout_files
+from sae_rl.records.rollouts import read_rollouts, step_files
 from tests.conftest import call
 from tests.stack.conftest import KL, LORA, overrides, train_rows, trained
 
@@ -66,7 +66,7 @@ def finished(pretrained: Path, tied_model: Path, tmp_path_factory: pytest.TempPa
 def responses(output: Path, step: int, model: Path) -> Iterator[tuple[dict[str, Any], int, Tensor]]:
     """Recorded responses of a step, the tokens of their prompts, and (1, tokens) prompt and response together."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    for row in read_rollouts(dict(rollout_files(output))[step]).to_pylist()[:6]:
+    for row in read_rollouts(dict(step_files(output / "rollouts"))[step]).to_pylist()[:6]:
         prompt = tokenizer(row["prompt"]).input_ids
         yield row, len(prompt), torch.tensor([prompt + row["token_ids"]])
 

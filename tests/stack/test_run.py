@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import ray
 import torch
@@ -27,8 +28,7 @@ from sae_rl.cli import COMMANDS
 from sae_rl.config.compose import load_config
 from sae_rl.records.metrics import show
 from sae_rl.records.records import read_jsonl
-from sae_rl.records.rollouts import read_rollouts, rollout_files
-from sae_rl.records.samples import read_samples, step_samples
+from sae_rl.records.rollouts import read_rollouts, step_files
 from sae_rl.tasks.level import Level
 from sae_rl.workers.session import ray_session
 from tests.conftest import CommandLine, call
@@ -67,14 +67,14 @@ def test_records_of_a_run(finished: Path) -> None:
     assert last["mismatch/logprob_abs_max"] < 1e-4 and last["sync/logprob_diff_max"] < 1e-4
     phases = sum(value for name, value in last.items() if name.startswith("time/") and name.count("_update") == 0)
     assert phases == pytest.approx(2 * last["time/step_s"], rel=1e-3), "phases and driver add up to the step"
-    table = read_rollouts(rollout_files(finished)[-1][1])
+    table = read_rollouts(step_files(finished / "rollouts")[-1][1])
     assert table.num_rows == 16
     assert {version for versions in table.column("policy_versions").to_pylist() for version in versions} == {3}
     assert list((finished / "tensorboard").rglob("events.*"))
     evaluations = {row["step"]: row for row in rows if row["phase"] == "evaluation"}
-    assert [step for step, _ in step_samples(finished)] == list(evaluations)
-    for step, file in step_samples(finished):
-        samples = read_samples(file)
+    assert [step for step, _ in step_files(finished / "evaluation")] == list(evaluations)
+    for step, file in step_files(finished / "evaluation"):
+        samples = pq.read_table(file)
         assert mean(samples["score"].to_pylist()) == pytest.approx(evaluations[step]["evaluation/success_mean"])
         assert mean(samples["num_tokens"].to_pylist()) == evaluations[step]["evaluation/response_tokens_mean"]
 
@@ -147,7 +147,7 @@ def test_the_numbers_of_an_evaluation_follow_from_its_samples(evaluated: tuple[P
     folder, _ = evaluated
     summary, rows = (
         json.loads((folder / "summary.json").read_text()),
-        read_samples(folder / "samples.parquet").to_pylist(),
+        pq.read_table(folder / "samples.parquet").to_pylist(),
     )
     assert summary["versions"]["sae-rl"] and summary["config"]["evaluation"]["samples_per_prompt"] == 4
     assert summary["data_sets"].keys() == {"even", "odd/<i>"} and len(rows) == 24
@@ -187,7 +187,7 @@ def test_the_page_and_the_console_show_an_evaluation(evaluated: tuple[Path, str]
         line = next(line for line in console.splitlines() if line.strip().startswith(label))
         assert show(summary["all"][name]["value"]) in line and f"[{show(summary['all'][name]['low'])}" in line
     text = re.sub(r"<[^>]*>", "", page)
-    for row in read_samples(folder / "samples.parquet").to_pylist():
+    for row in pq.read_table(folder / "samples.parquet").to_pylist():
         assert html.escape(row["response"]) in text and html.escape(row["prompt"]) in text
         assert html.escape(row["why"]) in text
     assert "odd/<i>" not in page and "remainder 1 <b>" not in page

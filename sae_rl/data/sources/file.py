@@ -14,7 +14,8 @@ from sae_rl.data.loader import Loader
 from sae_rl.data.prompts import Record
 from sae_rl.data.rows import BrokenRow, Row, parse_rows, shown
 from sae_rl.data.sources.source import ShapedSource
-from sae_rl.settings import Positive, nearest
+from sae_rl.names import nearest
+from sae_rl.settings import Positive
 from sae_rl.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class _Reader:
             try:
                 self._check_reward(record.reward)
             except ValueError as error:
-                raise BrokenRow(f"{self._columns['reward']!r}: {str(error).removeprefix('reward: ')}") from error
+                raise BrokenRow(f"{self._columns['reward']!r}: {error}") from error
         first = self._first.setdefault(record.id, record)
         if first is record:
             return record

@@ -11,7 +11,8 @@ from sae_rl.data.sources.file import FileSource
 from sae_rl.data.sources.procedural import ProceduralSource
 from sae_rl.data.sources.reasoning_gym import ReasoningGymSource
 from sae_rl.data.sources.source import Source
-from sae_rl.settings import nearest, refuse_unknown_keys
+from sae_rl.names import nearest
+from sae_rl.settings import refuse_unknown_keys
 from sae_rl.tasks.table import TASKS
 
 KINDS: dict[str, type[Source]] = {

@@ -9,8 +9,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from sae_rl.data.loader import Loader
 from sae_rl.data.prompts import Record
 from sae_rl.data.sources.source import Source
-from sae_rl.settings import BadKeys, NonNegative, Positive, nearest, refuse_unknown_keys
-from sae_rl.tasks.table import knobs_of, make_task
+from sae_rl.settings import BadKeys, NonNegative, Positive
+from sae_rl.tasks.table import make_task
 from sae_rl.tasks.task import MAX_BARREN_DRAWS, Split
 from sae_rl.types import Prompt
 
@@ -28,8 +28,6 @@ class ProceduralSource(Source):
     @field_validator("knobs")
     @classmethod
     def _fit_the_task(cls, knobs: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        allowed = knobs_of(info.data["name"])
-        refuse_unknown_keys(knobs, allowed, lambda knob: nearest(knob, allowed))
         make_task(info.data["name"], knobs)
         return knobs
 
