@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from sae_rl.backends.attention import PACKED_SDPA
+from sae_rl.backends.attention import IMPLEMENTATIONS
 from sae_rl.backends.logprobs import OutputHead
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.backends.sequence_parallel import ULYSSES, SequenceGroup
 from sae_rl.config.schema import ModelConfig
 
-ATTENTION = {"sdpa": PACKED_SDPA}  # other implementations support packed rows themselves
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Weights = Iterable[tuple[str, Tensor]]  # (name, full tensor); a tensor is only valid until the next one
 
@@ -27,7 +26,7 @@ def load_causal_lm(model: ModelConfig, group: SequenceGroup | None = None) -> An
 
 
 def _load(kind: Any, path: str, model: ModelConfig, group: SequenceGroup | None, **arguments: Any) -> Any:
-    attention = ATTENTION.get(model.attention, model.attention)
+    attention = IMPLEMENTATIONS[model.attention]
     if group is not None:
         group.attend_with(AutoConfig.from_pretrained(path), attention)
         attention = ULYSSES

@@ -40,7 +40,7 @@ class MicroBatch:
         return replace(self, **moved)
 
     def attention_arguments(self) -> dict[str, Any]:
-        """Keyword arguments that tell flash attention and `attention.packed_sdpa` where sequences begin and end."""
+        """Keyword arguments that tell the functions of `attention` where sequences begin and end."""
         ends = torch.tensor([0, *self.lengths], device=self.input_ids.device).cumsum(0, dtype=torch.int32)
         return {
             "cu_seq_lens_q": ends,

@@ -59,7 +59,8 @@ class AlgorithmConfig(Section):
 class ModelConfig(Section):
     path: str  # a local Hugging Face folder, one of our checkpoints, or a hub name such as Qwen/Qwen3-8B-Base
     precision: Precision  # weights and activations; DeepSpeed keeps fp32 master weights beside bfloat16
-    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    # auto: varlen for bfloat16 on GPUs, otherwise sdpa
+    attention: Literal["auto", "varlen", "sdpa", "eager"]
     logprobs: Literal["chunked", "cut_cross_entropy"]  # how logprobs are computed without holding all logits
     context_tokens: Positive | None = None  # null: max_position_embeddings of the model's config.json
 
