@@ -113,6 +113,10 @@ class ClusterConfig(Section):
     start_timeout_s: PositiveFloat
     call_timeout_s: PositiveFloat  # limit of one remote call
 
+    @property
+    def shares_learner_gpus(self) -> bool:
+        return self.device == "cuda" and self.share_learner_gpus
+
 
 class DynamicSamplingConfig(Section):
     """The choice of a step's groups. DAPO (arXiv 2503.14476) replaces groups whose responses all have the same reward."""
