@@ -122,11 +122,11 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
     token_index = torch.cat(tokens)
     return MicroBatch(
         rows=rows,
-        input_ids=torch.cat(ids)[None],
+        input_ids=torch.cat(ids)[None].long(),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         lengths=lengths,
         state_index=torch.cat(states),
-        token_ids=batch.token_ids[token_index],
+        token_ids=batch.token_ids[token_index].long(),
         token_index=token_index,
         final_index=torch.tensor(ends) - 1,
         counts=batch.num_sampled[rows],

@@ -80,12 +80,6 @@ def test_64_micro_batches_add_up_in_float32(
     after = policys_weights(workers)
     expected = sum_of_single_gradients(config, batch, scores, targets)
     gap = sum(float((before[name] - after[name] - gradient).square().sum()) for name, gradient in expected.items())
-    print(
-        {
-            n: (float((before[n] - after[n] - g).norm() / g.norm()), float(((before[n] - after[n]).norm() / g.norm())))
-            for n, g in expected.items()
-        }
-    )
     norm = sum(float(gradient.square().sum()) for gradient in expected.values())
     # Without float32 the gap is 1e-2 of the norm.
     assert (gap / norm) ** 0.5 < 2e-4
