@@ -61,11 +61,11 @@ class Rollout:
 
     prompt: Prompt
     sample: int  # 0 .. group_size-1 within the prompt's group
-    token_ids: Tensor  # (T,) int64
+    token_ids: Tensor  # (T,) int32
     rollout_logprobs: Tensor  # (T,) float32, log pi_rollout(a_t | s_t) at `temperature`, untruncated
     text: str
     finish_reason: FinishReason  # "length": cut at the limit, the end token was not sampled
-    policy_versions: Tensor  # (T,) int64, the step whose weights sampled each token
+    policy_versions: Tensor  # (T,) int32, the step whose weights sampled each token
     temperature: float
     action_mask: Tensor | None = None  # (T,) bool, see `Batch.action_mask`
 
@@ -92,12 +92,12 @@ class Rollout:
 class Batch:
     """The rollouts of one step, flat and with their rewards."""
 
-    prompt_token_ids: Tensor  # (M,) int64
+    prompt_token_ids: Tensor  # (M,) int32
     prompt_offsets: Tensor  # (B+1,) int64
-    token_ids: Tensor  # (N,) int64, responses only
+    token_ids: Tensor  # (N,) int32, responses only
     offsets: Tensor  # (B+1,) int64
     rollout_logprobs: Tensor  # (N,) float32
-    policy_versions: Tensor  # (N,) int64
+    policy_versions: Tensor  # (N,) int32
     rewards: Tensor  # (B,) float32, R(x, y) of the whole response
     groups: Tensor  # (B,) int64, responses to the same prompt share a number
     truncated: Tensor  # (B,) bool, cut at the length limit
@@ -129,12 +129,12 @@ class Batch:
         if len(temperatures) != 1:
             raise ValueError(f"rollouts of one batch need one temperature, found {sorted(temperatures)}")
         return Batch(
-            prompt_token_ids=torch.tensor([t for r in rollouts for t in r.prompt.token_ids], dtype=torch.int64),
+            prompt_token_ids=torch.tensor([t for r in rollouts for t in r.prompt.token_ids], dtype=torch.int32),
             prompt_offsets=offsets_of([len(r.prompt.token_ids) for r in rollouts]),
-            token_ids=torch.cat([r.token_ids for r in rollouts]),
+            token_ids=torch.cat([r.token_ids for r in rollouts]).int(),  # half of what learners are sent
             offsets=offsets_of([r.token_ids.numel() for r in rollouts]),
             rollout_logprobs=torch.cat([r.rollout_logprobs for r in rollouts]),
-            policy_versions=torch.cat([r.policy_versions for r in rollouts]),
+            policy_versions=torch.cat([r.policy_versions for r in rollouts]).int(),
             rewards=torch.tensor(rewards, dtype=torch.float32),
             groups=torch.tensor(groups, dtype=torch.int64),
             truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),

@@ -109,6 +109,7 @@ class Learner:
                 betas=options.betas,
                 eps=options.eps,
                 weight_decay=options.weight_decay,
+                fused=True,  # torch's own kernel for GPUs and CPUs; DeepSpeed's are compiled when a run starts
             )
             if self._clips_itself:
                 optimizer.register_step_pre_hook(self._clip)
@@ -121,7 +122,11 @@ class Learner:
         stage = self.config.zero_stage
         if not trainable and stage in (1, 2):
             stage = 0  # these stages shard gradients and optimizer states, which a frozen network does not have
-        zero: dict[str, Any] = {"stage": stage, "overlap_comm": False}
+        if trainable and stage == 0 and model.precision == "bfloat16":
+            stage = 1  # DeepSpeed accumulates bfloat16 gradients in float32 from here on
+        # DeepSpeed refuses to overlap under ZeRO 1, because `_backward` has no fixed number of micro-batches.
+        # A bucket has as many bytes as DeepSpeed's default bucket in bfloat16.
+        zero: dict[str, Any] = {"stage": stage, "overlap_comm": stage == 3, "reduce_bucket_size": 250_000_000}
         if stage >= 1 and self.config.offload_optimizer and trainable:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.rank.device == "cuda"}
         if stage == 3 and self.config.offload_parameters:
@@ -133,6 +138,9 @@ class Learner:
             "managed_gradient_accumulation": False,
             "gradient_clipping": 0.0 if self._clips_itself else self.config.optimizer.max_grad_norm,
             "bf16": {"enabled": model.precision == "bfloat16"},
+            # In bfloat16, the gradients of a few tokens would be rounded away beside the sum of many micro-batches.
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -244,7 +252,10 @@ class Learner:
             # A loaded checkpoint brings the options that it was saved with; the configuration's are used instead.
             group.update(lr=lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
         self.engine.step()
-        self._num_skipped = 0 if math.isfinite(self.grad_norm) else self._num_skipped + 1
+        is_skipped = not math.isfinite(self.grad_norm)
+        if is_skipped and self.config.offload_optimizer and self.config.zero_stage in (1, 2):
+            self.engine.optimizer.averaged_gradients.clear()  # DeepSpeed 0.19.8 would add the next gradients to these
+        self._num_skipped = self._num_skipped + 1 if is_skipped else 0
         if self._num_skipped > options.max_skipped_updates:
             raise FloatingPointError(
                 f"the gradient's norm is {self.grad_norm} in update {self.engine.global_steps}, as in the "
@@ -305,6 +316,11 @@ class Learner:
             return torch.cuda.max_memory_allocated() / 2**30
         status = Path("/proc/self/status").read_text()  # getrusage may report the parent process's peak
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+    def release_memory(self) -> None:
+        """Gives the GPU's unused memory, which torch keeps for later, to the other processes on the GPU."""
+        if self.rank.device == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         if dist.is_initialized():

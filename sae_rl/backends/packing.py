@@ -40,7 +40,7 @@ class MicroBatch:
         return replace(self, **moved)
 
     def attention_arguments(self) -> dict[str, Any]:
-        """Keyword arguments that tell flash attention and `attention.packed_sdpa` where sequences begin and end."""
+        """Keyword arguments that tell the functions of `attention` where sequences begin and end."""
         ends = torch.tensor([0, *self.lengths], device=self.input_ids.device).cumsum(0, dtype=torch.int32)
         return {
             "cu_seq_lens_q": ends,
@@ -122,11 +122,11 @@ def build_micro_batch(batch: Batch, rows: Tensor) -> MicroBatch:
     token_index = torch.cat(tokens)
     return MicroBatch(
         rows=rows,
-        input_ids=torch.cat(ids)[None],
+        input_ids=torch.cat(ids)[None].long(),
         position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
         lengths=lengths,
         state_index=torch.cat(states),
-        token_ids=batch.token_ids[token_index],
+        token_ids=batch.token_ids[token_index].long(),
         token_index=token_index,
         final_index=torch.tensor(ends) - 1,
         counts=batch.num_sampled[rows],

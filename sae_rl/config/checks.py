@@ -93,15 +93,16 @@ def _learner_rules(config: Config) -> Iterator[str]:
             if getattr(learner, key) and learner.zero_stage < stage:
                 needs = f"learner.{role}.zero_stage of at least {stage}, found {learner.zero_stage}"
                 yield f"learner.{role}.{key} = true needs {needs}"
-    if model.logprobs == "cut_cross_entropy" and (device, model.precision) != ("cuda", "bfloat16"):
-        yield (
-            "model.logprobs = cut_cross_entropy is a kernel for cluster.device=cuda and model.precision=bfloat16, found "
-            f"{device} and {model.precision}: use chunked"
-        )
+    kernels = (("logprobs", "cut_cross_entropy", "chunked"), ("attention", "varlen", "sdpa or auto"))
+    for key, kernel, others in kernels:
+        if getattr(model, key) == kernel and (device, model.precision) != ("cuda", "bfloat16"):
+            yield (
+                f"model.{key} = {kernel} is a kernel for cluster.device=cuda and model.precision=bfloat16, found {device} "
+                f"and {model.precision}: use {others}"
+            )
     if sharing > 1 and model.attention == "eager":
         yield (
-            f"learner.sequence_parallel_size = {sharing}: model.attention=eager cannot share rows; use sdpa or "
-            "flash_attention_2"
+            f"learner.sequence_parallel_size = {sharing}: model.attention=eager cannot share rows; use auto, varlen or sdpa"
         )
 
 

@@ -67,7 +67,8 @@ class AlgorithmConfig(Section):
 class ModelConfig(Section):
     path: str  # a local Hugging Face folder, one of our checkpoints, or a hub name such as Qwen/Qwen3-8B-Base
     precision: Precision  # weights and activations; DeepSpeed keeps fp32 master weights beside bfloat16
-    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    # auto: varlen for bfloat16 on GPUs, otherwise sdpa
+    attention: Literal["auto", "varlen", "sdpa", "eager"]
     logprobs: Literal["chunked", "cut_cross_entropy"]  # how logprobs are computed without holding all logits
     context_tokens: Positive | None = None  # null: max_position_embeddings of the model's config.json
 
@@ -119,6 +120,10 @@ class ClusterConfig(Section):
     colocate_rollout: bool  # engines run on the learners' GPUs and sleep while the learners work
     start_timeout_s: PositiveFloat
     call_timeout_s: PositiveFloat  # limit of one remote call
+
+    @property
+    def shares_learner_gpus(self) -> bool:
+        return self.device == "cuda" and self.share_learner_gpus
 
 
 class DynamicSamplingConfig(Section):

@@ -105,11 +105,11 @@ def _rollout(row: dict[str, Any]) -> Rollout:
             reward=row["verifier"],
         ),
         sample=row["sample"],
-        token_ids=torch.tensor(row["token_ids"]),
+        token_ids=torch.tensor(row["token_ids"], dtype=torch.int32),
         rollout_logprobs=torch.tensor(row["rollout_logprobs"], dtype=torch.float32),
         text=row["text"],
         finish_reason=row["finish_reason"],
-        policy_versions=torch.tensor(row["policy_versions"]),
+        policy_versions=torch.tensor(row["policy_versions"], dtype=torch.int32),
         temperature=row["temperature"],
         action_mask=None if bool(action_mask.all()) else action_mask,
     )

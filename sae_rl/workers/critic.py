@@ -61,7 +61,7 @@ class CriticWorker(LearnerWorker):
             values, final = self._learner.engine(micro, self._with_final_values)
             return {"values": values} if final is None else {"values": values, "final_values": final}
 
-        return self._learner.score(batch, forward)
+        return self._score(batch, forward)
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, seed: int) -> list[dict[str, float]]:
         """All epochs and mini-batches of one step; for each update, sums over this rank's tokens."""

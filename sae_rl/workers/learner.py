@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class LearnerWorker(Process):
         join_group(rank)
         self._model, self._config = model, config
         self._learner = Learner(build, model, config, rank, num_steps=num_steps)
+        self._learner.release_memory()
 
     def _train(
         self,
@@ -50,27 +52,46 @@ class LearnerWorker(Process):
         Returns:
             For each update, sums over this rank's tokens.
         """
-        return [
-            self._learner.update(batch, rows, loss, total(rows))
-            for epoch in range(num_epochs)
-            for rows in draw_mini_batches(batch.num_responses, num_mini_batches, seed + epoch)
-        ]
+        with self._at_work():
+            return [
+                self._learner.update(batch, rows, loss, total(rows))
+                for epoch in range(num_epochs)
+                for rows in draw_mini_batches(batch.num_responses, num_mini_batches, seed + epoch)
+            ]
+
+    def _score(
+        self, batch: Batch, forward: Callable[[MicroBatch], dict[str, Tensor]]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`Learner.score`."""
+        with self._at_work():
+            return self._learner.score(batch, forward)
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Around a phase that needs memory: other learners or an engine may have the GPU next, and find it empty."""
+        try:
+            yield
+        finally:
+            self._learner.release_memory()
 
     def save(self, folder: Path) -> None:
         """Writes weights, optimizer, schedule and random states."""
-        self._learner.save(folder)
+        with self._at_work():
+            self._learner.save(folder)
 
     def load(self, folder: Path) -> None:
-        self._learner.load(folder)
+        with self._at_work():
+            self._learner.load(folder)
 
     def export(self, folder: Path) -> None:
         """Writes a Hugging Face folder: all ranks gather the weights, rank 0 writes."""
         weights = self._learner.full_weights()
-        if self._learner.rank.index == 0:
-            self._learner.network.export(weights, self._model.path, folder)
-        else:
-            for _ in weights:
-                pass
+        with self._at_work():
+            if self._learner.rank.index == 0:
+                self._learner.network.export(weights, self._model.path, folder)
+            else:
+                for _ in weights:
+                    pass
 
     def close(self) -> None:
         self._learner.close()

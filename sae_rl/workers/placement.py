@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from sae_rl.config.schema import Config
 
@@ -44,7 +44,7 @@ def plan(config: Config, roles: Sequence[str]) -> Placement:
     cluster = config.cluster
     on_gpu = cluster.device == "cuda"
     sharing: list[str] = []
-    if on_gpu and cluster.share_learner_gpus:
+    if cluster.shares_learner_gpus:
         sharing = [role for role in roles if role != "rollout" or cluster.colocate_rollout]
     bundles: list[Resources] = []
     slots: dict[str, list[Slot]] = {}
@@ -111,3 +111,31 @@ def reserve(placement: Placement, timeout_s: float) -> PlacementGroup:
             f"{ray.available_resources()} free. Other jobs may hold the rest: see `ray status`"
         )
     return group
+
+
+def nodes_of_bundles(group: PlacementGroup) -> dict[int, str]:
+    """Ray's id of the node that has each bundle."""
+    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return nodes
+
+
+def order_ranks(placement: Placement, nodes: Mapping[int, str], group_size: int) -> Placement:
+    """Orders each role's ranks by node, so that as many as can of the groups that share rows lie within a node.
+
+    Args:
+        nodes: the node that has each bundle.
+        group_size: ranks, consecutive by index, that share rows.
+    """
+    return replace(
+        placement, slots={role: _by_node(slots, nodes, group_size) for role, slots in placement.slots.items()}
+    )
+
+
+def _by_node(slots: Sequence[Slot], nodes: Mapping[int, str], group_size: int) -> list[Slot]:
+    whole_groups, others = [], []
+    for node in dict.fromkeys(nodes[slot.bundle] for slot in slots):
+        here = [slot for slot in slots if nodes[slot.bundle] == node]
+        end = len(here) - len(here) % group_size
+        whole_groups += here[:end]
+        others += here[end:]
+    return whole_groups + others

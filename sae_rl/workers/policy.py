@@ -78,7 +78,7 @@ class PolicyWorker(LearnerWorker):
                     scores["ref_logprobs"], _ = self._learner.engine(micro, batch.temperature, False)
             return scores
 
-        return self._learner.score(batch, forward)
+        return self._score(batch, forward)
 
     def update(
         self, batch: Batch, scores: Scores, targets: Targets, seed: int
@@ -141,4 +141,5 @@ class PolicyWorker(LearnerWorker):
         """Sends the weights to the connected engines. All ranks take part, since ZeRO-3 shards are gathered."""
         assert self._sender is not None, "open_weight_transfer comes first"
         self._engines.version = version
-        self._sender.send()
+        with self._at_work():
+            self._sender.send()

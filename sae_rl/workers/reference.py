@@ -32,6 +32,6 @@ class ReferenceWorker(LearnerWorker):
 
     def score(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """(n,) the indices of this rank's tokens among all N, and ``ref_logprobs`` (n,) of those tokens."""
-        return self._learner.score(
+        return self._score(
             batch, lambda micro: {"ref_logprobs": self._learner.engine(micro, batch.temperature, False)[0]}
         )

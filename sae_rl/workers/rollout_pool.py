@@ -157,10 +157,10 @@ def _rollout(job: Job, index: int, sample: Sample, engine: Engine) -> Rollout:
     return Rollout(
         prompt=job.prompt,
         sample=index,
-        token_ids=torch.tensor(sample.token_ids, dtype=torch.int64),
+        token_ids=torch.tensor(sample.token_ids, dtype=torch.int32),
         rollout_logprobs=torch.tensor(sample.logprobs, dtype=torch.float32),
         text=sample.text,
         finish_reason=sample.finish_reason,
-        policy_versions=torch.tensor(versions).repeat_interleave(counts),
+        policy_versions=torch.tensor(versions, dtype=torch.int32).repeat_interleave(counts),
         temperature=job.requests[index].sampling.temperature,
     )

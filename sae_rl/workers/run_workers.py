@@ -105,7 +105,7 @@ class RunWorkers:
         with self._clock.phase("update"), self._policy_lock:
             self._free_gpus()
             shared = [ray.put(value) for value in (batch, scores, targets)]
-            answers = self._run_all(self._trained, lambda worker, _: worker.update.remote(*shared, seed))
+            answers = self._take_turns(self._trained, lambda worker, _: worker.update.remote(*shared, seed))
             if self._weights is not None:
                 self._weights.version += 1
         logprobs = merge_scores([tokens for _, tokens in answers["policy"]], batch).get("logprobs", scores.old_logprobs)
@@ -183,7 +183,7 @@ class RunWorkers:
 
     def _score(self, batch: Batch, roles: Sequence[str]) -> Scores:
         shared = ray.put(batch)
-        answers = self._run_all(
+        answers = self._take_turns(
             {role: self._groups[role] for role in roles}, lambda worker, _: worker.score.remote(shared)
         )
         merged = {name: flat for ranks in answers.values() for name, flat in merge_scores(ranks, batch).items()}
@@ -195,6 +195,14 @@ class RunWorkers:
             final_values=None if final_values is None else final_values[batch.last_sampled],
             ref_logprobs=merged.get("ref_logprobs"),
         )
+
+    def _take_turns(
+        self, groups: dict[str, WorkerGroup], call: Callable[[ActorHandle, str], Any]
+    ) -> dict[str, list[Any]]:
+        """`_run_all`, but one role after the other where they share GPUs, whose memory has room for one role's work."""
+        if not self._config.cluster.shares_learner_gpus:
+            return self._run_all(groups, call)
+        return {role: self._run_all({role: group}, call)[role] for role, group in groups.items()}
 
     def _run_all(self, groups: dict[str, WorkerGroup], call: Callable[[ActorHandle, str], Any]) -> dict[str, list[Any]]:
         """A remote call on every rank of several roles at the same time; results by role and rank."""

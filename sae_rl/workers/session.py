@@ -17,7 +17,7 @@ from sae_rl.records.clock import Clock
 from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
 from sae_rl.workers.group import WorkerGroup, start_worker
-from sae_rl.workers.placement import Placement, check_resources, plan, reserve
+from sae_rl.workers.placement import Placement, check_resources, nodes_of_bundles, order_ranks, plan, reserve
 from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.table import WORKERS, roles_of
 
@@ -76,6 +76,7 @@ def start_workers(
     reserved = reserve(placement, config.cluster.start_timeout_s)
     groups: dict[str, WorkerGroup] = {}
     try:
+        placement = order_ranks(placement, nodes_of_bundles(reserved), config.learner.sequence_parallel_size)
         groups = _spawn(config, placement, reserved)
         workers = RunWorkers(config, groups, probe_prompts, clock, note)
         workers.start()

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from sae_rl.backends import attention
 from sae_rl.backends.flops import PassCost
 from sae_rl.backends.models import CriticNetwork, PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import build_micro_batch
 from sae_rl.config.schema import ModelConfig
 from sae_rl.types import Batch, offsets_of
+from tests.backends.flash_on_cpu import Kernels, flash_on_cpu
 from tests.exactness import Exactness, largest_difference
 
 VOCABULARY, TEMPERATURE = 61, 0.8
@@ -33,6 +37,8 @@ ARCHITECTURES = {
     "qwen2 tied": Qwen2Config(**SIZE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZE, head_dim=16, tie_word_embeddings=True),
     "llama": LlamaConfig(**SIZE, tie_word_embeddings=False),
+    # The first layer sees all tokens, the second a window of six.
+    "qwen2 with a window": Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=6, max_window_layers=1),
 }
 LENGTHS = [(3, 5), (2, 1), (4, 17), (1, 9), (3, 5)]  # prompt and response
 
@@ -66,8 +72,8 @@ def batch() -> Batch:
     )
 
 
-def model_config(folder: Path, attention: Any = "sdpa") -> ModelConfig:
-    return ModelConfig(path=str(folder), precision="float32", attention=attention, logprobs="chunked")
+def model_config(folder: Path, kind: Any = "auto") -> ModelConfig:
+    return ModelConfig(path=str(folder), precision="float32", attention=kind, logprobs="chunked")
 
 
 def padded(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -96,7 +102,14 @@ def padded_answers(folder: Path, batch: Batch) -> tuple[Any, Tensor, Tensor, Ten
     return model, torch.cat(logprobs), torch.cat(entropies), torch.cat(states)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[Kernels]:
+    """A CPU has no kernel for model.attention=varlen."""
+    with flash_on_cpu() as calls:
+        yield calls
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen", "eager"])
 @pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4]], [[2, 0], [4, 3, 1]]], ids=["one row", "two rows"])
 def test_policy(
     folder: Path, batch: Batch, exactness: Exactness, attention: str, parts: list[list[int]], request: Any
@@ -169,15 +182,51 @@ def test_no_token_sees_another_sequence(folder: Path, batch: Batch) -> None:
     assert not bool(torch.isclose(before[~middle], after[~middle]).all())
 
 
-def test_a_sliding_window_is_refused_where_it_matters(tmp_path: Path, batch: Batch) -> None:
-    config = Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=12, max_window_layers=0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    policy = PolicyNetwork(load_causal_lm(model_config(tmp_path)))
-    assert bool(policy(build_micro_batch(batch, torch.tensor([0, 1])), 1.0, False)[0].isfinite().all())
-    with pytest.raises(
-        NotImplementedError, match="a sequence of 21 tokens is longer than the model's sliding window of 12"
-    ):
-        policy(build_micro_batch(batch, torch.tensor([0, 2])), 1.0, False)
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_varlen_runs_one_kernel_for_a_layer(folder: Path, batch: Batch, kernels: Kernels, recomputed: bool) -> None:
+    """Two sequences of equal and three of other lengths; the bounds are computed once for the row."""
+    policy = PolicyNetwork(load_causal_lm(model_config(folder, "varlen"))).train()
+    if recomputed:
+        policy.causal_lm.gradient_checkpointing_enable()
+    policy(build_micro_batch(batch, torch.arange(5)), 1.0, False)[0].sum().backward()
+    layers = SIZE["num_hidden_layers"]
+    assert len(kernels.windows) == layers * (1 + recomputed) and kernels.num_backward == layers
+    assert all(bounds is kernels.bounds[0] for bounds in kernels.bounds)
+    window = policy.causal_lm.config.to_dict().get("sliding_window")
+    assert set(kernels.windows) == ({(-1, 0)} if window is None else {(-1, 0), (window - 1, 0)})
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_a_window_beyond_the_longest_sequence_is_none(
+    tmp_path: Path, batch: Batch, kernels: Kernels, attention: str
+) -> None:
+    logprobs = []
+    for window in (None, 21):
+        config = Qwen2Config(**SIZE, use_sliding_window=window is not None, sliding_window=window, max_window_layers=0)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+        policy = PolicyNetwork(load_causal_lm(model_config(tmp_path, attention)))
+        logprobs.append(policy(build_micro_batch(batch, torch.arange(5)), 1.0, False)[0])
+    assert torch.equal(*logprobs)
+    assert set(kernels.windows) <= {(-1, 0)}
+
+
+def test_auto_is_varlen_for_half_numbers_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "packed_varlen", lambda *_, **__: "varlen")
+    monkeypatch.setattr(attention, "packed_sdpa", lambda *_, **__: "sdpa")
+
+    def chosen(is_cuda: bool, dtype: torch.dtype) -> Any:
+        return attention.packed_attention(nn.Identity(), cast(Tensor, SimpleNamespace(is_cuda=is_cuda, dtype=dtype)))
+
+    assert chosen(True, torch.bfloat16) == chosen(True, torch.float16) == "varlen"
+    assert chosen(True, torch.float32) == chosen(False, torch.bfloat16) == chosen(False, torch.float32) == "sdpa"
+
+
+def test_varlen_refuses_dropout() -> None:
+    rows = [torch.zeros(1, 2, 3, 8)] * 3
+    bounds = torch.tensor([0, 3], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match=r"attention_dropout = 0\.1, but model.attention = varlen"):
+        attention.packed_varlen(nn.Identity(), *rows, None, cu_seq_lens_q=bounds, max_length_q=3, dropout=0.1)
 
 
 def test_the_length_at_which_attention_costs_as_much_as_the_matrices(folder: Path) -> None:

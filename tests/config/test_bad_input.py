@@ -152,6 +152,14 @@ CONFIGURATION = {
         ["rollout.dynamic_sampling.success_low = 0.9", "success_high = 0.1"],
     ),
     "a kernel for GPUs": (["model.logprobs=cut_cross_entropy"], ["model.logprobs = cut_cross_entropy", "use chunked"]),
+    "an attention kernel for GPUs": (
+        ["model.attention=varlen"],
+        ["model.attention = varlen is a kernel for cluster.device=cuda", "found cpu and float32", "use sdpa or auto"],
+    ),
+    "an attention kernel for 16-bit numbers": (
+        ["model.attention=varlen", "cluster.device=cuda"],
+        ["model.attention = varlen", "model.precision=bfloat16, found cuda and float32", "use sdpa or auto"],
+    ),
     "ranks that cannot share rows": (
         ["learner.sequence_parallel_size=2", "cluster.policy.num_workers=2"],
         ["cluster.critic.num_workers = 1", "learner.sequence_parallel_size = 2"],

@@ -16,7 +16,7 @@ from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Config
 from sae_rl.settings import ConfigError
 from sae_rl.workers.group import _advice
-from sae_rl.workers.placement import Placement, check_resources, plan, reserve
+from sae_rl.workers.placement import Placement, check_resources, nodes_of_bundles, order_ranks, plan, reserve
 from sae_rl.workers.table import roles_of
 
 FILES = ("task.train.path=/no/train.parquet", "task.evaluation.path=/no/heldout.parquet")
@@ -176,10 +176,29 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         cluster.shutdown()
 
 
-def nodes_of_bundles(group: Any) -> dict[int, str]:
-    from ray.util import placement_group_table
+def assert_neighbours(placement: Placement, nodes: dict[int, str], group_size: int, crossing: int = 0) -> None:
+    """All but ``crossing`` groups of policy ranks that share rows lie within a node; roles that share GPUs still do."""
+    bundles = {role: [slot.bundle for slot in slots] for role, slots in placement.slots.items()}
+    assert bundles["policy"] == bundles["critic"]
+    groups = [bundles["policy"][i : i + group_size] for i in range(0, len(bundles["policy"]), group_size)]
+    assert sum(len({nodes[bundle] for bundle in group}) > 1 for group in groups) == crossing
 
-    return placement_group_table(group)["bundles_to_node_id"]  # type: ignore[no-any-return]
+
+@pytest.mark.parametrize(
+    ("nodes", "group_size", "crossing"),
+    [
+        ("abababab", 2, 0),
+        ("abababab", 4, 0),
+        ("aababbab", 4, 0),
+        ("aaabbccc", 2, 1),  # two nodes have an odd number of ranks, so one pair cannot be on one node
+        ("abcabcab", 1, 0),
+    ],
+)
+def test_ranks_that_share_rows_are_on_one_node(nodes: str, group_size: int, crossing: int) -> None:
+    placement = placed(paper("paper_8b"))
+    assert [slot.bundle for slot in placement.slots["policy"]] == list(range(8, 16))
+    where = {bundle: "engines" for bundle in range(8)} | {8 + i: node for i, node in enumerate(nodes)}
+    assert_neighbours(order_ranks(placement, where, group_size), where, group_size, crossing)
 
 
 def ray_nodes() -> list[dict[str, float]]:
@@ -199,6 +218,8 @@ def assert_reserved(experiment: str, num_nodes: int) -> None:
         assert sorted(where) == list(range(len(placement.bundles)))
         on_node = [sum(placement.bundles[b]["GPU"] for b in where if where[b] == n) for n in set(where.values())]
         assert on_node == [8.0] * num_nodes
+        ordered = order_ranks(placement, where, group_size=2)
+        assert_neighbours(ordered, where, group_size=2)
     finally:
         remove_placement_group(group)
 

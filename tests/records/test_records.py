@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
+from sae_rl.backends.packing import build_micro_batch
 from sae_rl.records.records import Jsonl, Records, _wandb_mode, first_steps, read_jsonl
 from sae_rl.records.rollouts import read_rollouts, read_step, step_files, write_rollouts
 from sae_rl.types import Batch
@@ -155,6 +157,24 @@ def test_a_recording_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     for found, expected in zip(rollouts, masked, strict=True):
         assert found.text == expected.text and torch.equal(found.dense_action_mask, expected.dense_action_mask)
     assert [rollout.action_mask is None for rollout in rollouts] == [True, False, True, True]
+
+
+def test_learners_are_sent_32_bit_ids_and_versions(tmp_path: Path) -> None:
+    """Also from recordings with 64-bit columns."""
+    record = step_record(2, num_prompts=2, skill=0.5, rng=random.Random(0))
+    file = write_rollouts(tmp_path, record)
+    rows = pq.read_table(file)
+    for name in ("prompt_token_ids", "token_ids", "policy_versions"):
+        wide = rows[name].cast(pa.large_list(pa.int64()))
+        rows = rows.set_column(rows.column_names.index(name), name, wide)
+    pq.write_table(rows, file)
+    rollouts, rewards, _ = read_step(file)
+    for batch in (Batch.of(rollouts, rewards), Batch.of(record.rollouts, record.rewards)):
+        for ids in (batch.token_ids, batch.prompt_token_ids, batch.policy_versions):
+            assert ids.dtype == torch.int32
+        micro = build_micro_batch(batch, torch.arange(batch.num_responses))
+        assert micro.input_ids.dtype == micro.token_ids.dtype == torch.int64, "what torch's layers index with"
+        assert micro.token_ids.tolist() == [t for rollout in record.rollouts for t in rollout.token_ids.tolist()]
 
 
 def test_parquet_without_a_critic_and_with_soft_segments(tmp_path: Path) -> None:
