@@ -14,6 +14,7 @@ from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import LearnerConfig, ModelConfig
 from sae_rl.types import Batch
 from sae_rl.workers.group import Process
+from sae_rl.workers.shared_folder import FileSizes, answer_nonce, sizes_of
 
 
 class LearnerWorker(Process):
@@ -56,21 +57,26 @@ class LearnerWorker(Process):
             for rows in draw_mini_batches(batch.num_responses, num_mini_batches, seed + epoch)
         ]
 
-    def save(self, folder: Path) -> None:
-        """Writes weights, optimizer, schedule and random states."""
-        self._learner.save(folder)
+    def answer_nonce(self, nonce: Path) -> str | None:
+        """Shows the driver whether this process and the driver see the same storage."""
+        return answer_nonce(nonce)
+
+    def save(self, folder: Path) -> FileSizes:
+        """Writes weights, optimizer, schedule and random states. Returns this rank's files."""
+        return sizes_of(self._learner.save(folder))
 
     def load(self, folder: Path) -> None:
         self._learner.load(folder)
 
-    def export(self, folder: Path) -> None:
-        """Writes a Hugging Face folder: all ranks gather the weights, rank 0 writes."""
+    def export(self, folder: Path) -> FileSizes:
+        """Writes a Hugging Face folder: all ranks gather the weights, rank 0 writes. Returns this rank's files."""
         weights = self._learner.full_weights()
         if self._learner.rank.index == 0:
             self._learner.network.export(weights, self._model.path, folder)
-        else:
-            for _ in weights:
-                pass
+            return sizes_of(file for file in folder.rglob("*") if file.is_file())
+        for _ in weights:
+            pass
+        return {}
 
     def close(self) -> None:
         self._learner.close()

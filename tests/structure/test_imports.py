@@ -81,7 +81,7 @@ LAYERS = {
     "sandbox": ["inside limits system_calls", "isolation", "programs", "probe"],
     "tasks": ["task tokenizer", "*", "table"],
     "workers": [
-        *("engine_client placement rank_results", "group", "engines learner rollout"),
+        *("engine_client placement rank_results", "group", "engines rollout shared_folder", "learner"),
         *("critic policy reference rollout_pool", "table weight_sync", "run_workers", "session"),
     ],
 }
