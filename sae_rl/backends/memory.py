@@ -51,7 +51,7 @@ class Shape:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
             with torch.device("meta"):
                 model: Any = AutoModelForCausalLM.from_config(config)
-            size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
             keys = config.num_key_value_heads * size
             widths = config.hidden_size, config.intermediate_size, config.num_attention_heads * size, keys
         except (OSError, ValueError, AttributeError) as error:

@@ -15,7 +15,9 @@ from sae_rl.config.schema import Device, ModelConfig, RolloutConfig
 from sae_rl.types import FinishReason, Sampling
 
 ALIVE_S = 1.0  # interval between checks that the engine's process is alive
-CPU_BATCHED_TOKENS = 8192  # tokens of one step of the engine on a CPU, unless the configuration or the context says more
+CPU_BATCHED_TOKENS = (
+    8192  # tokens of one step of the engine on a CPU, unless the configuration or the context says more
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,7 +93,7 @@ def write_table(file: Path, columns: Mapping[str, pa.Array]) -> Path:
 
 def _holds_floats(kind: pa.DataType) -> bool:
     """Whether a column has a list of floats in each row: a number for every token."""
-    return pa.types.is_large_list(kind) and pa.types.is_floating(kind.value_type)
+    return bool(pa.types.is_large_list(kind) and pa.types.is_floating(kind.value_type))
 
 
 def _paths(table: pa.Table) -> list[str]:

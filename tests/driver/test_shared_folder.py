@@ -62,7 +62,9 @@ def test_shared_storage_is_recognized_and_left_clean(tmp_path: Path) -> None:
 def test_the_nodes_that_do_not_share_are_named(tmp_path: Path) -> None:
     for disk in ("b", "c"):
         (tmp_path / disk / "run").mkdir(parents=True)  # the same path exists there
-    with pytest.raises(ConfigError, match=r"policy 1, critic 0 on node-b; critic 1 on node-c\. .*set output_dir") as error:
+    with pytest.raises(
+        ConfigError, match=r"policy 1, critic 0 on node-b; critic 1 on node-c\. .*set output_dir"
+    ) as error:
         check(tmp_path, [HERE, "b"], ["b", "c"])
     assert "output_dir = " in str(error.value)
     assert [list((tmp_path / disk / "run").iterdir()) for disk in (HERE, "b", "c")] == [[], [], []]

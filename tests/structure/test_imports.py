@@ -63,7 +63,7 @@ LAYERS = {
         *("losses recursion segmenters", "estimators standalone"),
     ],
     "analysis": ["plots", "*", "report samples_page"],
-    "backends": ["*", "sequence_parallel vllm", "deepspeed models", "weight_sender"],
+    "backends": ["*", "memory sequence_parallel vllm", "deepspeed models", "weight_sender"],
     "commands": ["prompts run_folder warm_start", "assemble", "*", "demo"],
     "config": ["schema", "checks", "compose"],
     "critic": ["*"],
