@@ -107,6 +107,23 @@ def test_every_recipe_fits_its_gpus(models: dict[str, Path], recipe: tuple[str, 
     assert found.responses(share) > 16, "an engine decodes enough responses of full length at the same time"
 
 
+def test_the_page_states_the_estimate(models: dict[str, Path]) -> None:
+    page = (Path(__file__).parents[2] / "docs/clusters.md").read_text()
+    for recipe, (size, _) in RECIPES.items():
+        if recipe[-1] != "cluster=gpus_2":
+            config, found = composed(models, size, *recipe)
+            host = sum(each.host for each in found.learners) * config.cluster.policy.num_workers
+            sizes = (
+                f"{found.learning / GIB:.1f} | {host / GIB:.0f} | {found.engine / GIB:.1f} | {found.response / GIB:.2f}"
+            )
+            (row,) = [
+                line
+                for line in page.splitlines()
+                if line.startswith(f"| `{' '.join(recipe)}`") and "sharing" not in line
+            ]
+            assert f"| {found.held / GIB:.1f}" in row and row.endswith(f"| {sizes} |")
+
+
 def test_without_offload_they_do_not_fit(models: dict[str, Path]) -> None:
     for recipe, size, gpu in (
         (("experiment=one_gpu", "learner=paper"), "0.6B", 24),
