@@ -18,7 +18,7 @@ USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
 def train(arguments: list[str]) -> None:
-    """train as configured; -m sweeps, --print shows the configuration and stops"""
+    """train as configured; -m sweeps, --print shows the configuration and an estimate of GPU memory, and stops"""
     from sae_rl.config.compose import load_config
 
     if {"-m", "--multirun"} & set(arguments):
@@ -56,13 +56,19 @@ def sweep(overrides: list[str]) -> None:
 
 
 def show(overrides: list[str]) -> None:
-    """Prints the resolved and validated configuration."""
+    """Prints the resolved and validated configuration; for GPUs also, in comments, an estimate of their memory."""
     import yaml
 
     from sae_rl.config.compose import load_config
     from sae_rl.config.schema import as_tree
 
-    print(yaml.safe_dump(as_tree(load_config(overrides)), sort_keys=False), end="")
+    config = load_config(overrides)
+    print(yaml.safe_dump(as_tree(config), sort_keys=False), end="")
+    if config.cluster.device == "cuda":
+        from sae_rl.backends.memory import describe
+
+        for line in describe(config):
+            print(f"# {line}")
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -265,8 +265,8 @@ class Learner:
             )
         return lr
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's shard of weights and optimizer, and its schedule and random state."""
+    def save(self, folder: Path) -> list[str]:
+        """Writes this rank's shard of weights and optimizer, and its schedule and random state; returns its files."""
         progress = {"num_scheduled": self.schedule.num_done}
         self.engine.save_checkpoint(
             str(folder), "state", progress, save_latest=False, exclude_frozen_parameters=self._has_frozen
@@ -274,7 +274,12 @@ class Learner:
         random_state = {"cpu": torch.get_rng_state()}  # dropout continues after a resume as in an uninterrupted run
         if self.rank.device == "cuda":
             random_state["cuda"] = torch.cuda.get_rng_state()
-        torch.save(random_state, folder / f"random_state_{self.rank.index}.pt")
+        file = folder / f"random_state_{self.rank.index}.pt"
+        torch.save(random_state, file)
+        # The stage decides which ranks write weights and optimizer states. DeepSpeed says it in these two attributes.
+        weights = [self.engine._get_ckpt_name(folder, "state")] if self.engine.save_non_zero_checkpoint else []
+        optimizer = [self.engine._get_zero_ckpt_name(folder, "state")] if self.engine.save_zero_checkpoint else []
+        return [str(file), *weights, *optimizer]
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote.

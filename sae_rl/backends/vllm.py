@@ -15,7 +15,9 @@ from sae_rl.config.schema import Device, ModelConfig, RolloutConfig
 from sae_rl.types import FinishReason, Sampling
 
 ALIVE_S = 1.0  # interval between checks that the engine's process is alive
-PREFILL_TOKENS = 8192  # limit of prompt tokens in one prefill on a CPU
+CPU_BATCHED_TOKENS = (
+    8192  # tokens of one step of the engine on a CPU, unless the configuration or the context says more
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,23 +84,11 @@ class RolloutEngine:
         """
         from vllm import AsyncEngineArgs
         from vllm.config.weight_transfer import WeightTransferConfig
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
-        from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
         from sae_rl.backends import weight_receiver
 
-        options: dict[str, Any] = {}
-        if device == "cpu" and rollout.tensor_parallel_size == 1:
-            # A worker in a separate process would be awaited in a busy loop on a core that others need. The executor is
-            # given as a class, since vLLM replaces the name "uni" on a CPU.
-            options["distributed_executor_backend"] = UniProcExecutor
-        if rollout.kv_cache_gb is not None:  # the configuration requires it on a CPU
-            options["kv_cache_memory_bytes"] = int(rollout.kv_cache_gb * 2**30)
-        if device == "cpu":
-            # After a partial prefill vLLM rewinds a seeded generator, which torch's CPU generators do not support, and
-            # the engine dies. Without chunks no prefill is partial.
-            options["enable_chunked_prefill"] = False
-            options["max_num_batched_tokens"] = max(max_model_tokens, PREFILL_TOKENS)
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=model.path,
@@ -118,8 +108,10 @@ class RolloutEngine:
                 enable_sleep_mode=sleeps,
                 worker_extension_cls=f"{weight_receiver.__name__}.{weight_receiver.WorkerExtension.__name__}",
                 disable_log_stats=True,
-                **options,
-            )
+                **_device_options(rollout, device, max_model_tokens),
+            ),
+            # vLLM's limits for offline batches: without this it computes 2,048 tokens in a step on every GPU.
+            usage_context=UsageContext.LLM_CLASS,
         )
         self._tokenizer = AutoTokenizer.from_pretrained(model.path)
         self._count = 0
@@ -211,6 +203,30 @@ class RolloutEngine:
 
     def close(self) -> None:
         self._engine.shutdown()
+
+
+def _device_options(rollout: RolloutConfig, device: Device, max_model_tokens: int) -> dict[str, Any]:
+    """The engine's arguments that depend on the device, or on the number of its GPUs."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    options: dict[str, Any] = {"max_num_batched_tokens": rollout.max_num_batched_tokens}
+    if rollout.tensor_parallel_size > 1:
+        # Inside an actor of a placement group vLLM would choose its Ray executor, which refuses bundles of several GPUs.
+        # The actor sees all GPUs of its bundle, and so do processes that it starts.
+        options["distributed_executor_backend"] = "mp"
+    elif device == "cpu":
+        # A worker in a separate process would be awaited in a busy loop on a core that others need. The executor is
+        # given as a class, since vLLM replaces the name "uni" on a CPU.
+        options["distributed_executor_backend"] = UniProcExecutor
+    if rollout.kv_cache_gb is not None:  # the configuration requires it on a CPU
+        options["kv_cache_memory_bytes"] = int(rollout.kv_cache_gb * 2**30)
+    if device == "cpu":
+        # After a partial prefill vLLM rewinds a seeded generator, which torch's CPU generators do not support, and
+        # the engine dies. Without chunks no prefill is partial.
+        options["enable_chunked_prefill"] = False
+        if rollout.max_num_batched_tokens is None:
+            options["max_num_batched_tokens"] = max(max_model_tokens, CPU_BATCHED_TOKENS)
+    return options
 
 
 @contextlib.contextmanager

@@ -75,6 +75,15 @@ def _engine_rules(config: Config) -> Iterator[str]:
         yield "cluster.rollout.num_workers = 0, but at least one engine must sample"
     if on_cpu and parallel > 1:
         yield f"rollout.tensor_parallel_size = {parallel}: on cluster.device=cpu use 1"
+    batched, total = (
+        config.rollout.max_num_batched_tokens,
+        config.task.max_prompt_tokens + config.rollout.max_response_tokens,
+    )
+    if on_cpu and batched is not None and batched < total:
+        yield (
+            f"rollout.max_num_batched_tokens = {batched}: on cluster.device=cpu prefills are whole, so at least "
+            f"task.max_prompt_tokens + rollout.max_response_tokens = {total}, or null"
+        )
     if on_cpu and config.rollout.kv_cache_gb is None:
         yield "rollout.kv_cache_gb = null: on cluster.device=cpu state the size of the KV cache, for example 1"
 

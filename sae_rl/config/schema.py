@@ -145,6 +145,9 @@ class RolloutConfig(Section):
     temperature: PositiveFloat
     tensor_parallel_size: Positive
     max_num_seqs: Positive  # responses that one engine decodes at the same time
+    # Tokens that one engine computes in a step, prefills included; null: 8,192 on a CPU, and vLLM's limit for offline
+    # batches on a GPU (16,384 from 70 GiB on, A100 excepted, and 8,192 below)
+    max_num_batched_tokens: Positive | None
     kv_cache_gb: PositiveFloat | None  # on CPU; on GPU null: what gpu_memory_utilization leaves
     gpu_memory_utilization: Fraction
     enforce_eager: bool

@@ -72,10 +72,28 @@ def response_columns(rollouts: Sequence[Rollout], flat: Mapping[str, Tensor | No
 def write_table(file: Path, columns: Mapping[str, pa.Array]) -> Path:
     """Writes a parquet file, and its folder if needed. A killed process leaves no partial file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.stem}.tmp")
-    pq.write_table(pa.table(dict(columns)), temporary, compression="zstd")
+    temporary, table = file.with_name(f".{file.stem}.tmp"), pa.table(dict(columns))
+    floats = [name for name, column in columns.items() if _holds_floats(column.type)]
+    pq.write_table(
+        table,
+        temporary,
+        compression="zstd",
+        # The bytes of floats of equal significance lie together, which compresses to two thirds; a dictionary only adds.
+        use_byte_stream_split=[f"{name}.list.element" for name in floats],
+        use_dictionary=[path for path in _paths(table) if path.partition(".")[0] not in floats],
+    )
     temporary.replace(file)
     return file
+
+
+def _holds_floats(kind: pa.DataType) -> bool:
+    """Whether a column has a list of floats in each row: a number for every token."""
+    return bool(pa.types.is_large_list(kind) and pa.types.is_floating(kind.value_type))
+
+
+def _paths(table: pa.Table) -> list[str]:
+    """The columns as parquet names them."""
+    return [f"{f.name}.list.element" if pa.types.is_nested(f.type) else f.name for f in table.schema]
 
 
 def read_rollouts(file: Path) -> pa.Table:

@@ -15,6 +15,7 @@ from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import LearnerConfig, ModelConfig
 from sae_rl.types import Batch
 from sae_rl.workers.group import Process
+from sae_rl.workers.shared_folder import FileSizes, answer_nonce, sizes_of
 
 
 class LearnerWorker(Process):
@@ -74,24 +75,29 @@ class LearnerWorker(Process):
         finally:
             self._learner.release_memory()
 
-    def save(self, folder: Path) -> None:
-        """Writes weights, optimizer, schedule and random states."""
+    def answer_nonce(self, nonce: Path) -> str | None:
+        """Shows the driver whether this process and the driver see the same storage."""
+        return answer_nonce(nonce)
+
+    def save(self, folder: Path) -> FileSizes:
+        """Writes weights, optimizer, schedule and random states. Returns this rank's files."""
         with self._at_work():
-            self._learner.save(folder)
+            return sizes_of(self._learner.save(folder))
 
     def load(self, folder: Path) -> None:
         with self._at_work():
             self._learner.load(folder)
 
-    def export(self, folder: Path) -> None:
-        """Writes a Hugging Face folder: all ranks gather the weights, rank 0 writes."""
+    def export(self, folder: Path) -> FileSizes:
+        """Writes a Hugging Face folder: all ranks gather the weights, rank 0 writes. Returns this rank's files."""
         weights = self._learner.full_weights()
         with self._at_work():
             if self._learner.rank.index == 0:
                 self._learner.network.export(weights, self._model.path, folder)
-            else:
-                for _ in weights:
-                    pass
+                return sizes_of(file for file in folder.rglob("*") if file.is_file())
+            for _ in weights:
+                pass
+            return {}
 
     def close(self) -> None:
         self._learner.close()

@@ -21,6 +21,7 @@ from sae_rl.workers.group import Call, WorkerGroup, wait_for
 from sae_rl.workers.placement import plan
 from sae_rl.workers.rank_results import merge_scores, update_metrics
 from sae_rl.workers.rollout_pool import RolloutPool
+from sae_rl.workers.shared_folder import FileSizes, check_shared, check_written
 from sae_rl.workers.table import WORKERS
 from sae_rl.workers.weight_sync import WeightSync
 
@@ -63,11 +64,16 @@ class RunWorkers:
             )
 
     def start(self) -> None:
-        """Loads all models, at the same time where they do not share GPUs with engines."""
+        """Loads all models, at the same time where they do not share GPUs with engines.
+
+        Raises:
+            ConfigError: a learner writes to another ``output_dir`` than the driver.
+        """
         config = self._config
         limit = config.cluster.start_timeout_s
         for group in self._groups.values():
             group.locate(limit)
+        check_shared(self._trained, config.output_dir)
         calls = []
         for role, group in self._groups.items():  # "rollout" is the first
             calls.append(group.start(self._load_engine) if role == "rollout" else self._start_learner(role))
@@ -137,20 +143,28 @@ class RunWorkers:
 
     def save(self, folder: Path) -> None:
         with self._clock.phase("checkpoint"), self._policy_lock:
-            self._run_all(self._trained, lambda worker, role: worker.save.remote(folder.absolute() / role))
-            self._groups["policy"].run(lambda worker: worker.export.remote(folder.absolute() / "hf"))
+            answers = self._run_all(self._trained, lambda worker, role: worker.save.remote(folder.absolute() / role))
+            for role, ranks in answers.items():
+                check_written(self._groups[role], ranks)
+            self._export("policy", folder / "hf")
 
     def load(self, folder: Path) -> None:
         self._run_all(self._trained, lambda worker, role: worker.load.remote(folder.absolute() / role))
 
     def save_critic(self, folder: Path) -> None:
-        self._groups["critic"].run(lambda worker: worker.save.remote(folder.absolute() / "critic"))
+        group = self._groups["critic"]
+        check_written(group, group.run(lambda worker: worker.save.remote(folder.absolute() / "critic")))
 
     def load_critic(self, folder: Path) -> None:
         self._groups["critic"].run(lambda worker: worker.load.remote(folder.absolute() / "critic"))
 
     def export_critic(self, folder: Path) -> None:
-        self._groups["critic"].run(lambda worker: worker.export.remote(folder.absolute()))
+        self._export("critic", folder)
+
+    def _export(self, role: str, folder: Path) -> None:
+        group = self._groups[role]
+        exported: list[FileSizes] = group.run(lambda worker: worker.export.remote(folder.absolute()))
+        check_written(group, exported[:1])  # rank 0 writes
 
     def _load_engine(self, worker: ActorHandle) -> Any:
         return worker.start.remote(*WORKERS["rollout"].settings(self._config))

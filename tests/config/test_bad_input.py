@@ -173,6 +173,10 @@ CONFIGURATION = {
         ],
         ["learner.sequence_parallel_size = 2", "model.attention=eager", "sdpa"],
     ),
+    "prefills in parts on CPU": (
+        ["rollout.max_num_batched_tokens=64"],
+        ["rollout.max_num_batched_tokens = 64", "prefills are whole", "or null"],
+    ),
     "KV cache of unknown size": (["rollout.kv_cache_gb=null"], ["rollout.kv_cache_gb = null", "cluster.device=cpu"]),
     "a plugin that is not there": (
         ["algorithm.segmenter.name=nowhere:Mine"],

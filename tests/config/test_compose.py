@@ -31,6 +31,7 @@ NEEDED = {  # what an option leaves for the user to say
     "task=mixture": ("task.train.parts.gsm8k.path=/no/a.jsonl", "task.evaluation.parts.gsm8k.path=/no/b.jsonl"),
     "algorithm=custom": ("algorithm.estimator.name=sae_rl.algo.estimators:SAE",),
     "algorithm/segmenter=custom": ("algorithm.segmenter.name=sae_rl.algo.segmenters:LowProbability",),
+    "cluster=gpus_1": ("rollout.max_engine_losses=0",),
     "rollout=paper": ("rollout.max_response_tokens=448", "rollout.kv_cache_gb=1"),
 }
 PAPER = {"paper_4b": 8, "paper_8b": 16, "paper_14b": 32}
@@ -99,7 +100,7 @@ def test_the_papers_experiments(experiment: str, num_gpus: int) -> None:
 
 
 def test_every_experiment_is_tested_here() -> None:
-    assert {file.stem for file in (CONF / "experiment").glob("*.yaml")} == {*PAPER, "demo"}
+    assert {file.stem for file in (CONF / "experiment").glob("*.yaml")} == {*PAPER, "demo", "one_gpu"}
 
 
 def test_the_demo_reads_its_model_from_its_own_folder(tiny_model: Path, tmp_path: Path) -> None:

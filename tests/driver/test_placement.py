@@ -57,6 +57,9 @@ CONFIGS = {
     "paper, each learner with GPUs of its own": lambda: paper("paper_8b", "cluster.share_learner_gpus=false"),
     "paper, engines on the learners' GPUs": lambda: paper("paper_8b", *COLOCATED),
     "paper, fewer critics": lambda: paper("paper_8b", "cluster.critic.num_workers=4"),
+    "one GPU": lambda: paper("one_gpu"),
+    "one GPU with a reference": lambda: paper("one_gpu", "algorithm.policy_loss.kl_coef=0.1"),
+    "two GPUs": lambda: paper("one_gpu", "cluster=gpus_2"),
     "paper, tensor parallel": lambda: paper(
         "paper_8b", "rollout.tensor_parallel_size=4", "cluster.rollout.num_workers=2"
     ),
@@ -118,6 +121,15 @@ def test_engines_on_the_learners_gpus() -> None:
 def test_engines_on_the_learners_gpus_need_all_of_this(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         paper("paper_8b", *COLOCATED, *overrides)
+
+
+def test_small_machines_are_used_whole() -> None:
+    placement = placed(paper("one_gpu"))
+    assert placement.bundles == [{"CPU": 4.0, "GPU": 1.0}]
+    assert list(placement.slots) == ["rollout", "policy", "critic"]
+    placement = placed(paper("one_gpu", "cluster=gpus_2"))
+    assert placement.bundles == [{"CPU": 2.0, "GPU": 1}, {"CPU": 2.0, "GPU": 1.0}]
+    assert placed(paper("paper_8b", "cluster=gpus_8", "learner=offload")).total["GPU"] == 8
 
 
 def test_a_tensor_parallel_engine_has_its_gpus_on_one_node() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from sae_rl.backends.packing import build_micro_batch
+from sae_rl.config.compose import CONF
 from sae_rl.records.records import Jsonl, Records, _wandb_mode, first_steps, read_jsonl
 from sae_rl.records.rollouts import read_rollouts, read_step, step_files, write_rollouts
-from sae_rl.types import Batch
+from sae_rl.types import Batch, Prompt, Rollout, Scores, StepRecord, Targets
 from tests.evaluation.made_up import made_up
 
 from .sample_run import make_config, step_record
@@ -305,3 +307,46 @@ def test_a_failing_wandb_ends_no_run(
     monkeypatch.setattr(wandb, "init", lambda **_: Foreign())
     with pytest.raises(KeyError), Records(config, tmp_path, first_step=0) as records:
         records.log(0, {"rollout/reward_mean": 0.5})
+
+
+def full_length_step(num_responses: int, length: int, vocabulary: int) -> StepRecord:
+    """Responses of frequent and rare words, with numbers that do not repeat."""
+    draw = torch.Generator().manual_seed(0)
+    ids = (vocabulary ** torch.rand(num_responses, length, generator=draw)).long()  # frequencies fall as 1 / rank
+    prompt = Prompt(id="0", text="question " * 50, token_ids=tuple(range(200)), answer="1", task="math", reward="math")
+    rollouts = [
+        Rollout(
+            prompt=prompt,
+            sample=i,
+            token_ids=ids[i],
+            rollout_logprobs=-torch.rand(length, generator=draw).square(),
+            text=" ".join(f"{number:x}" for number in ids[i].tolist()),
+            finish_reason="length",
+            policy_versions=torch.full((length,), 7),
+            temperature=1.0,
+        )
+        for i in range(num_responses)
+    ]
+    batch = Batch.of(rollouts, [0.0] * num_responses)
+    numbers = torch.randn(3, batch.num_tokens, generator=draw)
+    old_logprobs = batch.rollout_logprobs + 0.01 * numbers[0]
+    return StepRecord(
+        step=0,
+        rollouts=rollouts,
+        rewards=[0.0] * num_responses,
+        reasons=["wrong"] * num_responses,
+        opens=old_logprobs.exp() < 0.2,
+        scores=Scores(old_logprobs=old_logprobs, values=0.5 + 0.1 * numbers[1], ref_logprobs=None),
+        targets=Targets(advantages=numbers[2], returns=numbers[2]),
+    )
+
+
+def test_a_step_of_paper_size_takes_what_its_recipe_says(tmp_path: Path) -> None:
+    """Bytes per token of a recorded step, times the tokens of 512 x 8 responses of full length."""
+    record = full_length_step(num_responses=16, length=4096, vocabulary=151_936)
+    file = write_rollouts(tmp_path, record)
+    gigabytes = file.stat().st_size / (16 * 4096) * 512 * 8 * 8192 / 1e9
+    said = [re.search(r"take ([\d.]+) GB", recipe.read_text()) for recipe in CONF.glob("experiment/paper_*.yaml")]
+    assert {float(match[1]) if match else None for match in said} == {round(gigabytes, 1)}, gigabytes
+    rollouts, _, _ = read_step(file)
+    assert torch.equal(rollouts[3].rollout_logprobs, record.rollouts[3].rollout_logprobs)

@@ -64,7 +64,7 @@ LAYERS = {
         *("losses recursion segmenters", "estimators standalone"),
     ],
     "analysis": ["plots", "*", "report samples_page"],
-    "backends": ["*", "sequence_parallel vllm", "deepspeed models", "weight_sender"],
+    "backends": ["*", "memory sequence_parallel vllm", "deepspeed models", "weight_sender"],
     "commands": ["prompts run_folder warm_start", "assemble", "*", "demo"],
     "config": ["schema", "checks", "compose"],
     "critic": ["*"],
@@ -80,7 +80,7 @@ LAYERS = {
     "sandbox": ["inside system_calls", "isolation", "programs", "probe"],
     "tasks": ["task tokenizer", "*", "table"],
     "workers": [
-        *("engine_client placement rank_results", "group", "engines learner rollout"),
+        *("engine_client placement rank_results", "group", "engines rollout shared_folder", "learner"),
         *("critic policy reference rollout_pool", "table weight_sync", "run_workers", "session"),
     ],
 }
