@@ -71,4 +71,4 @@ class EngineClient:
             except ray.exceptions.RayError as error:
                 cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
                 raise TransferFailed(f"rollout engine {ranks[done[0]]} did not {phase}: {cause}") from None
-        return results
+        return {rank: results[rank] for rank in calls}
