@@ -24,10 +24,6 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from sae_rl.backends.weight_transfer import buckets, checksum, numbers
 
@@ -123,6 +119,12 @@ def unloaded_layers(model: nn.Module) -> list[str]:
 
     vLLM keeps the old weights of a layer that got none, and takes uninitialised memory for a part that did not come.
     """
+    # The policy's processes import this module too, but not vLLM's models.
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+
     found = []
     for name, layer in model.named_modules():
         info = get_layerwise_info(layer)

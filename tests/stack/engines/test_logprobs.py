@@ -50,7 +50,9 @@ def test_tied_weights_arrive_under_zero_3_and_what_is_missing_is_noticed(shared:
         workers.update(batch, scores, Targets(advantages=batch.rollout_logprobs, returns=scores.values), seed=version)
         tell(workers, forget)
         try:
-            with pytest.raises(RuntimeError, match=f"engine 0, process 0 did not get all weights of some layers: {layer};"):
+            with pytest.raises(
+                RuntimeError, match=f"engine 0, process 0 did not get all weights of some layers: {layer};"
+            ):
                 workers.sync_weights(version)
         finally:
             tell(workers, remember)
