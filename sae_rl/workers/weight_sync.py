@@ -19,9 +19,9 @@ from sae_rl.workers.group import WorkerError, WorkerGroup, wait_for
 from sae_rl.workers.rollout_pool import RolloutPool
 from sae_rl.workers.weight_check import LogprobDifferences, WeightCheck
 
-PROBE_TOKENS = 512  # of all engines together
+PROBE_TOKENS = 512  # sampled by all engines together
 PROBE_LENGTH = 16  # tokens of a response; short ones, since engines decode many at the same time
-LATER_S = 30.0
+LATER_S = 30.0  # the deadline of learners is so much later than that of engines
 
 
 class WeightSync:

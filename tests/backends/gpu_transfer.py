@@ -79,6 +79,7 @@ class World:
         self.policy, self.transfer = threading.Barrier(num_ranks), threading.Barrier(1 + num_engines)
         self.gathered: list[Any] = [None] * num_ranks
         self.sent: Tensor | None = None  # by a broadcast that rank 0 has not waited for
+        self.is_blocked = threading.Event()  # rank 0 waits for engines
         self.num_updates = self.num_broadcasts = self.num_destroyed = 0
         self.rank = threading.local()
         self.workers: list[Worker] = []
@@ -112,6 +113,7 @@ class World:
     def wait(self) -> None:
         self.event("wait")
         if self.rank.index == 0 and self.sent is not None:
+            self.is_blocked.set()
             with contextlib.suppress(threading.BrokenBarrierError):  # NCCL's kernels end when they are aborted
                 self.transfer.wait()
                 self.transfer.wait()
@@ -153,6 +155,7 @@ class World:
     def update_weights(self, update_info: Any) -> None:
         self.num_updates += 1
         if self.num_updates == self.fails_at:
+            assert self.is_blocked.wait(PATIENCE_S)
             raise TransferFailed("rollout engine 0 did not receive weights: it died")
         with ThreadPoolExecutor(self.num_engines) as threads:
             list(threads.map(lambda worker: worker.receive(update_info), self.workers))
@@ -205,6 +208,7 @@ class Shim:
 def replace_cuda_ipc(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Handles of CUDA IPC become tensors of this process, and each rank's default group that of the world."""
     buffers: dict[int, Tensor] = {}
+    world.is_blocked.set()  # rank 0 calls the engines itself
 
     def export(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
         buffers[id(tensor)] = tensor
