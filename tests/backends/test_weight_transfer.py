@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen2Config
+from vllm import SamplingParams
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
 
 from sae_rl.backends import weight_sender
-from sae_rl.backends.vllm import FIRST, Request, RolloutEngine
+from sae_rl.backends.vllm import FIRST, RolloutEngine
+from sae_rl.backends.vllm import Request as OurRequest
 from sae_rl.backends.weight_transfer import TransferFailed, buckets, checksum
 from sae_rl.types import Sampling
 from sae_rl.workers.engine_client import EngineClient
 from sae_rl.workers.policy import PolicyWorker
 from tests.backends.gpu_transfer import World, replace_cuda_ipc
 
+pytestmark = pytest.mark.slow  # vLLM's imports take ten seconds
 BUCKET_BYTES = 100
 LOST = "rollout engine 0 did not receive weights: it died"
 
@@ -172,10 +182,43 @@ def engine() -> RolloutEngine:
 
 
 def test_probes_are_queued_before_a_pause_ends(engine: RolloutEngine) -> None:
-    request = Request(prompt_token_ids=(1, 2), sampling=Sampling(max_tokens=4), seed=0)
+    request = OurRequest(prompt_token_ids=(1, 2), sampling=Sampling(max_tokens=4), seed=0)
     samples = asyncio.run(engine.resume([request, request]))
     assert len(samples) == 2 and FIRST < 0
     assert engine._engine.asked == [f"request with priority {FIRST}"] * 2 + ["resume_generation"]
+
+
+def scheduled_behind_a_pause(folder: Path, policy: Any) -> list[str]:
+    """Ids of the requests that vLLM's own scheduler takes up after a pause, with two slots, four requests and a probe."""
+    options: Any = {"max_num_seqs": 2, "max_num_batched_tokens": 64, "max_model_len": 64, "is_encoder_decoder": False}
+    config = VllmConfig(
+        model_config=ModelConfig(model=str(folder), dtype="float32", max_model_len=64, skip_tokenizer_init=True),
+        scheduler_config=SchedulerConfig(policy=policy, async_scheduling=False, **options),
+        cache_config=CacheConfig(block_size=16),
+    )
+    config.cache_config.num_gpu_blocks = 100
+    layer = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    cache = KVCacheConfig(num_blocks=100, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], layer)])
+    scheduler = Scheduler(config, cache, StructuredOutputManager(config), block_size=16)
+
+    def add(name: str, arrival_time: float, priority: int) -> None:
+        parameters = SamplingParams(max_tokens=8)
+        options: Any = {"pooling_params": None, "arrival_time": arrival_time, "priority": priority}
+        scheduler.add_request(Request(name, [1, 2, 3], parameters, **options))
+
+    for i in range(4):
+        add(f"request {i}", float(i), 0)
+    assert list(scheduler.schedule().num_scheduled_tokens) == ["request 0", "request 1"]
+    scheduler.reset_prefix_cache(reset_running_requests=True)  # what a pause with `clear_cache` does
+    add("probe", 4.0, FIRST)
+    return list(scheduler.schedule().num_scheduled_tokens)
+
+
+def test_a_probe_comes_before_responses_under_way(tmp_path: Path) -> None:
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Qwen2Config(**size, vocab_size=61, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
+    assert scheduled_behind_a_pause(tmp_path, "priority") == ["probe", "request 0"]
+    assert scheduled_behind_a_pause(tmp_path, "fcfs") == ["request 0", "request 1"]
 
 
 def test_an_engine_ends_its_connection_before_the_next(engine: RolloutEngine) -> None:
