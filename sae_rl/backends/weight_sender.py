@@ -92,6 +92,8 @@ class Sender(WeightSource):
             TransferFailed: an engine failed or was late.
         """
         self._pending, self._checksums = self._learner.full_weights(), []
+        if self._learner.rank.device == "cuda":
+            torch.cuda.synchronize()  # the optimizer may work on streams of its own
         try:
             self._engine.send_weights()
             if isinstance(self._engine.client, FailsLate):

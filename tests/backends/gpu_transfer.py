@@ -86,6 +86,7 @@ class World:
         streams = [SimpleNamespace(synchronize=lambda: None)] * 2
         monkeypatch.setattr(packed_tensor, "_get_streams", lambda *_: streams)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.event("synchronize"))
         monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
         monkeypatch.setattr(weight_sender, "own_stream", contextlib.nullcontext)
         monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda _: self)

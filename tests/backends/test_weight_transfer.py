@@ -64,8 +64,11 @@ def test_all_ranks_gather_a_bucket_before_rank_0_sends_it(monkeypatch: pytest.Mo
     in_buckets = [(["embed", "a", "exact"], 244), (["large", "norm"], 248), (["last"], 20)]
     gathers = [[f"gather {name}" for name in names] for names, _ in in_buckets]
     sends = [f"broadcast {size}" for _, size in in_buckets]
-    of_sender = [event for g, send in zip(gathers, sends, strict=True) for event in (*g, "wait", send, "wait")]
-    of_others = [event for g in gathers for event in (*g, "wait")]
+    of_sender = [
+        "synchronize",
+        *(event for g, send in zip(gathers, sends, strict=True) for event in (*g, "wait", send, "wait")),
+    ]
+    of_others = ["synchronize", *(event for g in gathers for event in (*g, "wait"))]
     assert world.events == [[*of_sender, "wait"], [*of_others, "wait"], [*of_others, "wait"]]
 
 
