@@ -11,13 +11,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from sae_rl.backends.weight_transfer import HeldWeights
 from sae_rl.config.schema import Device, ModelConfig, RolloutConfig
 from sae_rl.types import FinishReason, Sampling
 
 ALIVE_S = 1.0  # interval between checks that the engine's process is alive
-CPU_BATCHED_TOKENS = (
-    8192  # tokens of one step of the engine on a CPU, unless the configuration or the context says more
-)
+# Tokens of one step of the engine on a CPU, unless the configuration or the context says more.
+CPU_BATCHED_TOKENS = 8192
+FIRST = -1  # vLLM's priority of requests that come before all others, which have 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +102,7 @@ class RolloutEngine:
                 # Raw logprobs ignore the temperature, so they differ from the sampling distribution.
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # ignores sampling defaults in the model's folder
+                scheduling_policy="priority",  # for `resume`; requests of one priority come in their order of arrival
                 seed=seed,
                 weight_transfer_config=WeightTransferConfig(
                     backend="ipc" if sleeps else {"cpu": weight_receiver.GLOO, "cuda": "nccl"}[device]
@@ -129,7 +131,7 @@ class RolloutEngine:
         """Returns when the engine's process has responded; raises EngineLost if that process died."""
         await self._call(self._engine.is_paused())
 
-    async def _call(self, request: Coroutine[Any, Any, Any]) -> None:
+    async def _call(self, request: Coroutine[Any, Any, Any]) -> Any:
         """Awaits a request to the engine's process; raises EngineLost if it died, where vLLM would wait forever."""
         task = asyncio.ensure_future(request)
         while not (await asyncio.wait({task}, timeout=ALIVE_S))[0]:
@@ -137,9 +139,16 @@ class RolloutEngine:
                 task.cancel()
                 raise EngineLost("vLLM's engine died")
         with _engine_lost():
-            await task
+            return await task
 
     async def _generate_one(self, request: Request) -> Sample:
+        async for output in self._engine.generate(*self._prepare(request)):
+            if output.finished:
+                return self._sample(output.outputs[0])
+        raise RuntimeError(f"vLLM ended request {self._count} without a finished response")
+
+    def _prepare(self, request: Request, **options: Any) -> tuple[dict[str, Any], Any, str]:
+        """Prompt, parameters and id of a request; ``options`` are more of vLLM's sampling parameters."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -150,13 +159,10 @@ class RolloutEngine:
             flat_logprobs=True,
             detokenize=False,  # vLLM would decode after every token; only the complete text is needed
             output_kind=RequestOutputKind.FINAL_ONLY,
+            **options,
         )
         self._count += 1
-        prompt = {"prompt_token_ids": list(request.prompt_token_ids)}
-        async for output in self._engine.generate(prompt, parameters, request_id=str(self._count)):
-            if output.finished:
-                return self._sample(output.outputs[0])
-        raise RuntimeError(f"vLLM ended request {self._count} without a finished response")
+        return {"prompt_token_ids": list(request.prompt_token_ids)}, parameters, str(self._count)
 
     def _sample(self, output: Any) -> Sample:
         token_ids, logprobs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
@@ -174,13 +180,16 @@ class RolloutEngine:
         )
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """Connects vLLM's worker processes with the policy; ends an earlier connection."""
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        await self._call(self._engine.shutdown_weight_transfer_engine())
         await self._call(self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info)))
 
     async def start_weight_update(self) -> None:
         """Pauses generation. Pending requests continue with the new weights, which recompute their keys and values."""
-        await self._call(self._engine.pause_generation(mode="keep", clear_cache=True))
+        await self.pause()
+        await self._call(self._engine.collective_rpc("watch_weights"))
         await self._call(self._engine.start_weight_update())
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -188,10 +197,37 @@ class RolloutEngine:
 
         await self._call(self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info)))
 
-    async def finish_weight_update(self, weight_version: str) -> None:
-        """Names the new weights ``weight_version`` and resumes generation."""
+    async def finish_weight_update(self, weight_version: str) -> list[HeldWeights]:
+        """Names the new weights ``weight_version``; generation stays paused until `resume`.
+
+        Returns:
+            What each of vLLM's worker processes received and holds, in the order of their tensor-parallel ranks.
+        """
+        received = await self._call(self._engine.collective_rpc("received_weights"))
         await self._call(self._engine.finish_weight_update(weight_version=weight_version))
+        held = await self._call(self._engine.collective_rpc("held_weights"))
+        return [
+            HeldWeights(received=sums, unloaded=tuple(unloaded), held=parameters)
+            for (sums, unloaded), parameters in zip(received, held, strict=True)
+        ]
+
+    async def pause(self) -> None:
+        """Stops generation between two tokens and puts all requests back to the queue; they keep their tokens."""
+        await self._call(self._engine.pause_generation(mode="keep", clear_cache=True))
+
+    async def resume(self, requests: Sequence[Request]) -> list[Sample]:
+        """Ends a pause. Samples responses of full length to these requests, before all others.
+
+        They are added during the pause and have priority, so they wait for no response under way.
+        """
+        with _engine_lost():
+            collectors = []
+            for request in requests:
+                prompt, parameters, name = self._prepare(request, ignore_eos=True)
+                collectors.append(await self._engine.add_request(name, prompt, parameters, priority=FIRST))
         await self._call(self._engine.resume_generation())
+        with _engine_lost():
+            return [self._sample((await collector.get()).outputs[0]) for collector in collectors]
 
     async def sleep(self) -> None:
         """Frees GPU memory: moves the weights to host memory and discards the KV cache."""

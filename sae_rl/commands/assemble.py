@@ -22,7 +22,7 @@ from sae_rl.run import Run
 from sae_rl.settings import ConfigError
 from sae_rl.workers.session import ray_session, start_workers
 
-NUM_PROBE_PROMPTS = 2
+NUM_PROBE_PROMPTS = 16
 
 
 @contextlib.contextmanager

@@ -154,7 +154,9 @@ class RolloutConfig(Section):
     dynamic_sampling: DynamicSamplingConfig
     health_timeout_s: PositiveFloat  # an engine that does not answer a health check for so long is replaced
     max_engine_losses: NonNegative  # engines that may die or stop answering in one run; one more ends the run
-    logprob_tolerance: PositiveFloat  # nats between vLLM and the trainer after a weight sync
+    sync_timeout_s: PositiveFloat  # limit of one weight sync: of connecting, of sending, and of its probe
+    logprob_tolerance_mean: PositiveFloat  # nats between vLLM and the trainer after a weight sync: mean over tokens
+    logprob_tolerance_p99: PositiveFloat  # and their 99th percentile
 
     @classmethod
     def hint(cls, key: str) -> str:

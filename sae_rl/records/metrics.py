@@ -64,7 +64,9 @@ METRICS: dict[str, Metric] = {
     "mismatch/logprob_abs_mean": Metric("nats", "mean over tokens of |log pi_rollout - log pi_old|"),
     "mismatch/logprob_abs_max": Metric("nats", "maximum over tokens of |log pi_rollout - log pi_old|"),
     "mismatch/kl_mean": Metric("nats", "KL(pi_rollout || pi_old) per token, estimated by k3"),
-    "sync/logprob_diff_max": Metric("nats", "maximum of |log pi_rollout - log pi_theta| on probe prompts after a sync"),
+    "sync/logprob_diff_mean": Metric("nats", "mean of |log pi_rollout - log pi_theta| on probe prompts after a sync"),
+    "sync/logprob_diff_p99": Metric("nats", "99th percentile of the same differences"),
+    "sync/logprob_diff_max": Metric("nats", "maximum of the same differences"),
     # the policy's update; means over the tokens of all optimizer updates of the step
     "policy/loss": Metric("", "policy loss per token"),
     "policy/clip_fraction": Metric("fraction", "tokens where the clip binds: clip(r) A < r A", "clipped"),

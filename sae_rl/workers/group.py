@@ -29,7 +29,7 @@ class WorkerError(RuntimeError):
     """A worker died, failed or did not answer. The message names its role and rank and ends with its last log lines.
 
     Args:
-        died: the role of a worker whose process is gone; None: the process lives.
+        died: the role of a worker whose process is gone or does not answer; None: the process answered.
     """
 
     def __init__(self, message: str, *, died: str | None = None) -> None:
@@ -86,8 +86,16 @@ class Call:
     references: dict[int, Any]  # by rank
 
 
-def wait_for(calls: Sequence[Call], timeout_s: float) -> list[list[Any]]:
+START_OR_CALL = "cluster.call_timeout_s, or cluster.start_timeout_s at the start"
+
+
+def wait_for(
+    calls: Sequence[Call], timeout_s: float, *, doing: str = "answer", key: str = START_OR_CALL
+) -> list[list[Any]]:
     """Waits for remote calls. Returns their results by call and rank.
+
+    Args:
+        doing, key: what the calls do and the key of their time limit, for the message of a late rank.
 
     Raises:
         WorkerError: a rank failed or died, or did not answer in time; raised as soon as that is known.
@@ -99,19 +107,16 @@ def wait_for(calls: Sequence[Call], timeout_s: float) -> list[list[Any]]:
     while pending:
         done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
-            raise WorkerError(_late(owners, pending, timeout_s))
+            raise _late(owners, pending, f"{doing} within {timeout_s:g} s ({key})")
         group, rank = owners[done[0]]
         results[done[0]] = group.result(rank, done[0])
     return [[results[reference] for reference in call.references.values()] for call in calls]
 
 
-def _late(owners: dict[Any, tuple[WorkerGroup, int]], pending: list[Any], timeout_s: float) -> str:
+def _late(owners: dict[Any, tuple[WorkerGroup, int]], pending: list[Any], what: str) -> WorkerError:
     names = ", ".join(f"{owners[reference][0].role} {owners[reference][1]}" for reference in pending)
     group, rank = owners[pending[0]]
-    return (
-        f"worker(s) {names} did not answer within {timeout_s:g} s (cluster.call_timeout_s, or cluster.start_timeout_s "
-        f"at the start){group.last_lines(rank)}"
-    )
+    return WorkerError(f"worker(s) {names} did not {what}{group.last_lines(rank)}", died=group.role)
 
 
 class WorkerGroup:

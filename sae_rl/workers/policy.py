@@ -13,6 +13,7 @@ from sae_rl.backends.lora import add_adapters, without_adapters
 from sae_rl.backends.models import PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.backends.sequence_parallel import SequenceGroup
+from sae_rl.backends.weight_transfer import HeldWeights
 from sae_rl.config.schema import Config, LearnerConfig, LoraConfig, ModelConfig
 from sae_rl.types import Batch, Scores, Targets
 from sae_rl.workers.engine_client import EngineClient
@@ -123,10 +124,17 @@ class PolicyWorker(LearnerWorker):
         return updates, (torch.cat([at for at, _ in first]), {"logprobs": torch.cat([flat for _, flat in first])})
 
     def open_weight_transfer(self, engines: EngineClient, shares_gpus: bool, address: str, port: int) -> None:
-        """Connects rank 0 with vLLM's worker processes; ``shares_gpus``: each rank with the engine on its GPU."""
+        """Connects rank 0 with vLLM's worker processes; ``shares_gpus``: each rank with the engine on its GPU.
+
+        Ends an earlier connection.
+        """
         from sae_rl.backends.weight_sender import Sender
 
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
         self._engines = engines
+        engines.begin("")
         self._sender = Sender(
             self._learner,
             engines,
@@ -137,9 +145,13 @@ class PolicyWorker(LearnerWorker):
             timeout_s=engines.timeout_s,
         )
 
-    def send_weights(self, version: str) -> None:
-        """Sends the weights to the connected engines. All ranks take part, since ZeRO-3 shards are gathered."""
+    def send_weights(self, version: str) -> tuple[dict[str, int], dict[int, list[HeldWeights]]]:
+        """Sends the weights to the connected engines. All ranks take part, since ZeRO-3 shards are gathered.
+
+        Returns:
+            The checksums of what was sent, and what each engine holds, by its rank. Ranks other than 0 know neither.
+        """
         assert self._sender is not None, "open_weight_transfer comes first"
-        self._engines.version = version
+        self._engines.begin(version)
         with self._at_work():
-            self._sender.send()
+            return self._sender.send(), self._engines.held

@@ -18,7 +18,7 @@ from sae_rl.config.schema import Config
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Prompt, Rollout, Sampling
 from sae_rl.workers.engines import Engine, Engines, Job
-from sae_rl.workers.group import WorkerError
+from sae_rl.workers.group import Call, WorkerError, wait_for
 
 UNSYNCED = "default"  # vLLM's name for the version of weights that it loaded from disk
 
@@ -92,15 +92,42 @@ class RolloutPool:
     def request(self, prompt: Prompt, seed: tuple[str | int | None, ...], sampling: Sampling) -> Request:
         return Request(prompt_token_ids=prompt.token_ids, sampling=sampling, seed=derive_seed(self._config.seed, *seed))
 
-    def generate_on(self, ranks: Sequence[int], prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout]:
-        """One response to each prompt from each of these engines, engine after engine, for the check of a weight sync."""
+    def probe(
+        self, ranks: Sequence[int], prompts: Sequence[Prompt], num_responses: int, max_tokens: int, again: bool
+    ) -> list[list[Rollout]]:
+        """Ends the pause of a weight sync with responses of full length from each of these engines, in their order.
+
+        Engines begin with different prompts and have different seeds.
+
+        Args:
+            num_responses: from each engine.
+            again: engines have resumed since the sync; they are paused once more, and get other seeds.
+
+        Raises:
+            WorkerError: an engine failed, or did not answer within ``rollout.sync_timeout_s``.
+        """
+        rollout, group = self._config.rollout, self._group
         engines = [engine for engine in self.engines if engine.rank in ranks]
-        requests = [self.request(prompt, ("probe", engines[0].version, prompt.id), sampling) for prompt in prompts]
-        answers = self._group.run(lambda worker: worker.generate.remote(requests), [e.rank for e in engines])
+        jobs: dict[int, list[Job]] = {}
+        for engine in engines:
+            at = range(engine.rank * num_responses, (engine.rank + 1) * num_responses)
+            asked = [(prompts[i % len(prompts)], ("probe", engine.version, i, int(again))) for i in at]
+            sampling = rollout.sampling(max_tokens)
+            jobs[engine.rank] = [
+                Job(prompt, [self.request(prompt, seed, sampling)], None, since=engine.version)
+                for prompt, seed in asked
+            ]
+        if again:
+            group.run(lambda worker: worker.pause.remote(), [engine.rank for engine in engines])
+        calls = {
+            rank: group.workers[rank].resume.remote([job.requests[0] for job in of_engine])
+            for rank, of_engine in jobs.items()
+        }
+        limit = {"doing": "answer the probe of a weight sync", "key": "rollout.sync_timeout_s"}
+        (answers,) = wait_for([Call(group, calls)], rollout.sync_timeout_s, **limit)
         return [
-            _rollout(Job(prompt, requests, None, since=engine.version), 0, sample, engine)
+            [_rollout(job, 0, sample, engine) for job, sample in zip(jobs[engine.rank], answer, strict=True)]
             for engine, answer in zip(engines, answers, strict=True)
-            for prompt, sample in zip(prompts, answer, strict=True)
         ]
 
     def interrupt(self) -> None:

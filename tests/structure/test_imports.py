@@ -64,7 +64,7 @@ LAYERS = {
         *("losses recursion segmenters", "estimators standalone"),
     ],
     "analysis": ["plots", "*", "report samples_page"],
-    "backends": ["*", "memory sequence_parallel vllm", "deepspeed models", "weight_sender"],
+    "backends": ["weight_transfer", "*", "memory sequence_parallel vllm", "deepspeed models", "weight_sender"],
     "commands": ["prompts run_folder warm_start", "assemble", "*", "demo"],
     "config": ["schema", "checks", "compose"],
     "critic": ["*"],
@@ -81,7 +81,7 @@ LAYERS = {
     "tasks": ["task tokenizer", "*", "table"],
     "workers": [
         *("engine_client placement rank_results", "group", "engines rollout shared_folder", "learner"),
-        *("critic policy reference rollout_pool", "table weight_sync", "run_workers", "session"),
+        *("critic policy reference rollout_pool weight_check", "table weight_sync", "run_workers", "session"),
     ],
 }
 EMPTY_NAMES = {"utils", "common", "helpers", "base", "misc", "core"}
