@@ -40,10 +40,6 @@ def recorded_files(folder: Path, num_steps: int) -> list[tuple[int, Path]]:
     """
     files = step_files(folder / FOLDER)
     if len(files) < num_steps:
-        raise ConfigError(
-            [
-                f"replay = {folder}: {len(files)} steps are recorded in {folder / FOLDER}, but steps = {num_steps}; lower "
-                "steps, or record more of them (logger.rollouts_every_steps=1)"
-            ]
-        )
+        found = f"replay = {folder}: {len(files)} steps are recorded in {folder / FOLDER}, but steps = {num_steps}"
+        raise ConfigError([f"{found}; lower steps, or record more of them (logger.rollouts_every_steps=1)"])
     return files[:num_steps]

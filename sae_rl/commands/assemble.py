@@ -78,9 +78,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ConfigError([f"model.path = {path}: no tokenizer can be loaded from there ({error})"]) from error
     if len(tokenizer) < 2:  # transformers returns an empty tokenizer for a folder without tokenizer files
-        raise ConfigError(
-            [f"model.path = {path}: the folder has no tokenizer; add tokenizer.json and its configuration"]
-        )
+        raise ConfigError([f"model.path = {path}: the folder has no tokenizer; add the files of its tokenizer"])
     return tokenizer
 
 

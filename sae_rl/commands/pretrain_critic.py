@@ -28,9 +28,7 @@ def run_critic_pretraining(config: Config) -> Path:
     """
     key, folder = "learner.critic_pretraining", config.output_dir / "critic"
     if not config.algorithm.needs_critic:
-        raise ConfigError(
-            ["algorithm.estimator has no critic that could be pre-trained: choose algorithm=sae, gae, ..."]
-        )
+        raise ConfigError(["algorithm.estimator has no critic to pre-train: choose algorithm=sae, gae, ..."])
     if not config.learner.critic_pretraining.num_prompts:
         raise ConfigError([f"{key}.num_prompts = 0: pre-training needs prompts, at least 2"])
     for found, what in ((folder, "a critic"), (checkpoint.newest(config.output_dir / "checkpoints"), "a run")):
@@ -40,9 +38,7 @@ def run_critic_pretraining(config: Config) -> Path:
     with assembled(config, pretraining_roles(config), None) as run:
         explained_variance, num_responses = pretrain(run)
         if not math.isfinite(explained_variance):
-            raise RuntimeError(
-                "all responses had the same return, so the critic learned nothing; are all rewards equal?"
-            )
+            raise RuntimeError("all responses had the same return, so the critic learned nothing")
         partial = folder.with_name(".partial_critic")
         shutil.rmtree(partial, ignore_errors=True)
         run.workers.export_critic(partial)

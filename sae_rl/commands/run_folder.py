@@ -35,12 +35,8 @@ def find_checkpoint(config: Config) -> Path | None:
     if newest is None:
         return None
     if not config.resume:
-        raise ConfigError(
-            [
-                f"output_dir = {config.output_dir} holds {newest.name} of another run; resume=true continues it, or choose "
-                "another output_dir"
-            ]
-        )
+        found = f"output_dir = {config.output_dir} holds {newest.name} of another run"
+        raise ConfigError([f"{found}; resume=true continues it, or choose another output_dir"])
     return newest
 
 

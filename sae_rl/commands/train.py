@@ -30,12 +30,8 @@ def run_training(config: Config) -> None:
     resume_from = find_checkpoint(config)
     if resume_from is not None and is_finished(config, resume_from):
         publish_policy(config)  # the finished run may have been killed before it published
-        raise ConfigError(
-            [
-                f"{resume_from} has done all of steps = {config.steps}: nothing is left to train; raise steps, or choose "
-                "another output_dir"
-            ]
-        )
+        done = f"{resume_from} has done all of steps = {config.steps}: nothing is left to train"
+        raise ConfigError([f"{done}; raise steps, or choose another output_dir"])
     notes = []
     if config.algorithm.needs_critic and config.learner.critic_pretraining.checkpoint is not None:
         notes.append(card.describe(config))

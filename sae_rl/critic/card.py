@@ -42,12 +42,8 @@ def describe(config: Config) -> str:
     key, folder = "learner.critic_pretraining.checkpoint", Path(config.learner.critic_pretraining.checkpoint or "")
     shape = _read(folder / "config.json", key)
     if not any(name.endswith("ForTokenClassification") for name in shape.get("architectures") or ()):
-        raise ConfigError(
-            [
-                f"{key} = {folder} holds {shape.get('architectures')}, but a critic is a token classifier with one label; "
-                "make one with `sae-rl pretrain-critic`"
-            ]
-        )
+        found = f"{key} = {folder} holds {shape.get('architectures')}, but a critic is a token classifier"
+        raise ConfigError([f"{found}; make one with `sae-rl pretrain-critic`"])
     model = Path(config.model.path) / "config.json"
     if model.exists() and shape["vocab_size"] != (ours := _read(model, "model.path")["vocab_size"]):
         raise ConfigError([f"{key} = {folder} knows {shape['vocab_size']} tokens, but {config.model.path} {ours}"])

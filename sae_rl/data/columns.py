@@ -97,9 +97,8 @@ def checked_text(text: str, column: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BrokenRow(
-            f"{column!r} holds half a character (U+{ord(text[error.start]):04X}), which neither tokenizers nor files take"
-        ) from error
+        half = f"U+{ord(text[error.start]):04X}"
+        raise BrokenRow(f"{column!r} holds half a character ({half}), which tokenizers do not take") from error
     return text
 
 

@@ -105,9 +105,7 @@ class Sampler:
     def load_state(self, state: SamplerState) -> None:
         check_kind(state, "shuffle")
         if state["fingerprint"] != self._fingerprint:
-            raise ValueError(
-                "the saved sampler walked through other prompts than these; resume with the same data, or start anew"
-            )
+            raise ValueError("the saved sampler had other prompts; resume with the same data, or start anew")
         if state["seed"] != self._seed:
             raise ValueError(f"the saved sampler has seed {state['seed']}, this one {self._seed}; use the saved seed")
         self._begin(state["epoch"], state["position"], state["postponed"])
@@ -125,10 +123,7 @@ class Sampler:
 def check_num_prompts(num_prompts: int, size: int, whole: str) -> None:
     """Raises ValueError unless ``size`` prompts, the size of ``whole``, are enough for a step."""
     if not 1 <= num_prompts <= size:
-        raise ValueError(
-            f"a step asks for {num_prompts} prompts, allowed: 1 to {size}, the size of {whole}; ask for fewer prompts per "
-            "step or give more data"
-        )
+        raise ValueError(f"a step asks for {num_prompts} prompts, allowed: 1 to {size}, the size of {whole}")
 
 
 def check_kind(state: SamplerState, kind: str) -> None:

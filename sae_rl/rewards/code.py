@@ -145,9 +145,7 @@ def read_tests(answer: str) -> Tests:
     if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs or len(inputs) != len(outputs):
         raise ValueError(f"{form}, as many outputs as inputs and at least one; found {shown(answer)}")
     if function is not None and not (isinstance(function, str) and function.isidentifier() and not iskeyword(function)):
-        raise ValueError(
-            f'code: "fn_name" must be the name of a function or of a method of Solution; found {function!r}'
-        )
+        raise ValueError(f'code: "fn_name" must name a function or a method of Solution; found {function!r}')
     kind = list if function is not None else str
     for i, given in enumerate(inputs):
         if not isinstance(given, kind) or (kind is str and not isinstance(outputs[i], str)):

@@ -49,10 +49,8 @@ class Format(Knobs):
             try:
                 found = match(sample.response, timeout=self.timeout_s)
             except TimeoutError:
-                raise TimeoutError(
-                    f"format: {self.pattern!r} found no end within Format.timeout_s = {self.timeout_s:g} on "
-                    f"{len(sample.response)} characters"
-                ) from None
+                limit = f"Format.timeout_s = {self.timeout_s:g} on {len(sample.response)} characters"
+                raise TimeoutError(f"format: {self.pattern!r} found no end within {limit}") from None
             if found is None:
                 return Verdict(0.0, f"does not match {self.pattern}")
         return Verdict(1.0, "has the format")

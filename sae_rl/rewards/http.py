@@ -79,7 +79,5 @@ class Http(Knobs):
             raise ValueError(f"http: {self.url} replied with score = {score!r}, which is not a number")
         for key, text in (("why", why), ("answer", answer)):
             if not isinstance(text, str) and (key == "why" or text is not None):
-                raise ValueError(
-                    f"http: {self.url} replied with {key} = {shown(repr(text), MAX_SHOWN)}, which is not text"
-                )
+                raise ValueError(f"http: {self.url} replied {key} = {shown(repr(text), MAX_SHOWN)}, which is not text")
         return Verdict(float(score), why, answer)

@@ -20,10 +20,8 @@ class Weighted:
 
     def __post_init__(self) -> None:
         if not self.parts or len(self.parts) != len(self.weights):
-            raise ValueError(
-                f"Weighted has {len(self.parts)} parts and {len(self.weights)} weights, but it needs at least one part and "
-                "a weight for each"
-            )
+            found = f"{len(self.parts)} parts and {len(self.weights)} weights"
+            raise ValueError(f"Weighted has {found}, but it needs at least one part and a weight for each")
         if not all(map(math.isfinite, self.weights)):
             raise ValueError(f"Weighted.weights = {self.weights}: all must be finite")
 

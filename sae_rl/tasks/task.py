@@ -74,7 +74,4 @@ def draw_from_split(
         problem = draw(rng)
         if split_of(key(problem)) == split:
             return problem
-    raise BadKeys(
-        f"knobs: {MAX_DRAWS} draws in a row gave no problem of split {split}, so there are very few problems; choose knobs "
-        "that allow more"
-    )
+    raise BadKeys(f"knobs: {MAX_DRAWS} draws in a row gave no problem of split {split}; choose knobs that allow more")

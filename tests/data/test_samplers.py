@@ -117,7 +117,7 @@ def test_states_belong_to_their_samplers() -> None:
                 make().load_state(state)
     with pytest.raises(ValueError, match=r"the saved mixture has the weights .*; resume with the same"):
         mixture({"a": 1, "b": 1, "c": 1}).load_state(states["mixture"])
-    with pytest.raises(ValueError, match="part 'a': the saved sampler walked through other prompts"):
+    with pytest.raises(ValueError, match="part 'a': the saved sampler had other prompts"):
         mixture(size=5).load_state(states["mixture"])
     with pytest.raises(ValueError, match="the saved sampler has 3 levels and is at 0"):
         curriculum(sizes=(7, 6)).load_state(states["curriculum"])

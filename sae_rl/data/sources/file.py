@@ -86,7 +86,7 @@ class _Reader:
         used = f"id {record.id!r} was used in {first.where} already"
         if (first.prompt, first.answer) != (record.prompt, record.answer):
             raise BrokenRow(
-                f"{used}, with another prompt or answer; make ids differ, or name another column in columns.id"
+                f"{used}, with another prompt or answer; make ids differ, or set columns.id to another column"
             )
         if self._source.duplicates == "error":
             raise BrokenRow(f"{used}; make ids differ, or set duplicates to 'drop'")

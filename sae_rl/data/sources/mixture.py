@@ -29,9 +29,7 @@ class MixtureSource(Source):
             raise ValueError("a mixture needs at least one part")
         for name, part in parts.items():
             if "/" in str(name):
-                raise ValueError(
-                    f"the name {name!r} of a part may not hold '/', which separates it from ids of prompts"
-                )
+                raise ValueError(f"part {name!r}: its name may not hold '/', which separates it from ids of prompts")
             if isinstance(part, Mapping) and part.get("name") == "mixture":
                 raise ValueError(f"part {name!r} is a mixture itself: list its parts here, with weights of their own")
         return parts
