@@ -73,7 +73,8 @@ class RunWorkers:
         limit = config.cluster.start_timeout_s
         for group in self._groups.values():
             group.locate(limit)
-        check_shared(self._trained, config.output_dir)
+        if self._trained:
+            check_shared(self._trained, config.output_dir)
         calls = []
         for role, group in self._groups.items():  # "rollout" is the first
             calls.append(group.start(self._load_engine) if role == "rollout" else self._start_learner(role))

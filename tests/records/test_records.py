@@ -235,7 +235,9 @@ def test_every_sink_takes_metrics_of_data_sets(tmp_path: Path, monkeypatch: pyte
     name = "evaluation/hub/tales/success_mean"
     with Records(config, tmp_path, first_step=0) as records:
         records.log(3, metrics, phase="evaluation")
+        records.log(2, {"pretraining/loss": 0.5}, phase="pretraining")
     assert rows_of(tmp_path)[0][name] == metrics[name] == logged[0][name]
+    assert logged[0]["step"] == 3 and logged[1] == {"pretraining/loss": 0.5, "pretraining/epoch": 2}
     events = EventAccumulator(str(tmp_path / "tensorboard" / "evaluation"))
     events.Reload()
     assert [event.value for event in events.Scalars(name)] == pytest.approx([metrics[name]])
