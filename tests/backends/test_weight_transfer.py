@@ -21,10 +21,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 from sae_rl.backends import weight_sender
 from sae_rl.backends.vllm import FIRST, RolloutEngine
 from sae_rl.backends.vllm import Request as OurRequest
-from sae_rl.backends.weight_transfer import TransferFailed, buckets, checksum
+from sae_rl.backends.weight_transfer import HeldWeights, TransferFailed, buckets, checksum
 from sae_rl.types import Sampling
 from sae_rl.workers.engine_client import EngineClient
 from sae_rl.workers.policy import PolicyWorker
+from sae_rl.workers.weight_check import WeightCheck
 from tests.backends.gpu_transfer import World, replace_cuda_ipc
 
 pytestmark = pytest.mark.slow  # vLLM's imports take ten seconds
@@ -94,6 +95,8 @@ def test_checksums_tell_which_tensors_did_not_arrive(monkeypatch: pytest.MonkeyP
     lost = [{"embed", "a", "exact"}, {"large", "norm"}, {"last"}][loses - 1]
     for worker in world.workers:
         assert {name for name in sent if worker.received[name] != sent[name]} == lost
+        with pytest.raises(RuntimeError, match=", ".join(sorted(lost))):
+            WeightCheck()(sent, {0: [HeldWeights(received=worker.received, unloaded=(), held={})]})
 
 
 def test_an_engine_that_is_lost_in_a_transfer_ends_the_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
