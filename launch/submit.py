@@ -3,7 +3,8 @@
 
     launch/submit.py --address http://HOST:8265 -- experiment=paper_8b output_dir=/shared/runs/8b task.train.path=...
 
-The arguments after ``--`` are those of ``sae-rl train``. docs/clusters.md describes how to set up a cluster.
+The arguments after ``--`` are those of ``sae-rl train``, or of the command that ``--command`` names. docs/clusters.md
+describes how to set up a cluster.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 CONNECT_TIMEOUT_S = 10.0
 STOP_WAIT_S = 60  # Ray's default of 3 s is too short for the driver to close its engines and records
+COMMANDS = ("train", "doctor", "pretrain-critic", "evaluate")
 RETRY_S, MAX_RETRIES = 5.0, 60
 # Not uploaded, in addition to the patterns of .gitignore, which Ray reads itself.
 EXCLUDES = (
@@ -45,6 +47,7 @@ class Options:
     address: str
     working_dir: Path
     env: dict[str, str]
+    command: str  # of sae-rl
     overrides: tuple[str, ...]
     check: bool
     follow: bool
@@ -55,7 +58,7 @@ class Options:
     @property
     def entrypoint(self) -> str:
         # With exec the signal that stops the job reaches Python, and not a shell around it.
-        return "exec " + shlex.join([self.python, "-m", "sae_rl", "train", *self.overrides])
+        return "exec " + shlex.join([self.python, "-m", "sae_rl", self.command, *self.overrides])
 
     @property
     def runtime_env(self) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/submit.py",
         usage="%(prog)s [options] -- key=value ...",
-        description="Submits `sae-rl train key=value ...` to a Ray cluster and follows it.",
+        description="Submits `sae-rl train key=value ...`, or another command, to a Ray cluster and follows it.",
     )
     add = parser.add_argument
     add("--address", default="http://127.0.0.1:8265", help="the cluster's dashboard (%(default)s)")
@@ -89,10 +92,11 @@ def command_line() -> argparse.ArgumentParser:
         help="CPUs to reserve for the driver and its reward processes; with 0 the driver runs on the head (0)",
     )
     add("--python", default="python", help="interpreter on the cluster (%(default)s)")
+    add("--command", choices=COMMANDS, default="train", help="the command of sae-rl to run (%(default)s)")
     add("--no-check", action="store_true", help="do not check the configuration here first")
     add("--no-follow", action="store_true", help="submit, print the job's id, and exit")
     add("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job too")
-    add("overrides", nargs="*", metavar="key=value", help="as for `sae-rl train`")
+    add("overrides", nargs="*", metavar="key=value", help="as for `sae-rl`")
     return parser
 
 
@@ -121,6 +125,7 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
         address=found.address.rstrip("/"),
         working_dir=found.working_dir.resolve(),
         env=env,
+        command=found.command,
         overrides=tuple(overrides),
         check=not found.no_check,
         follow=not found.no_follow,
@@ -137,9 +142,9 @@ def check_run(options: Options) -> None:
         ValueError: the configuration is wrong; the message has one problem per line.
     """
     sys.path.insert(0, str(options.working_dir))  # prefers the uploaded sae_rl to an installed one
-    from sae_rl.config.compose import load_config
+    from sae_rl.config.compose import load_config, load_evaluation_config
 
-    config = load_config(options.overrides)
+    config = (load_evaluation_config if options.command == "evaluate" else load_config)(options.overrides)
     problems = [
         f"{key} = {path}: a job runs in a folder that Ray deletes; give an absolute path that every node sees"
         for key, path in {"output_dir": config.output_dir, "model.path": Path(config.model.path)}.items()

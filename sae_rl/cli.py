@@ -93,6 +93,17 @@ def pretrain_critic(arguments: list[str]) -> None:
     print(f"the critic is in {folder}: sae-rl train ... learner.critic_pretraining.checkpoint={folder}")
 
 
+def doctor(arguments: list[str]) -> None:
+    """try every link that train would use with this configuration, with a tiny model: the first command on a cluster"""
+    from sae_rl.config.compose import load_config
+
+    config = load_config(arguments)
+    from sae_rl.commands.doctor import run_doctor
+
+    if failed := run_doctor(config):
+        raise RuntimeError(f"{len(failed)} check(s) failed; docs/clusters.md says what each of them means")
+
+
 def warm_start(arguments: list[str]) -> None:
     """supervised training of a small base model on a task's demonstrations"""
     from sae_rl.commands.warm_start import WarmStartConfig, run_warm_start
@@ -123,6 +134,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "pretrain-critic": pretrain_critic,
+    "doctor": doctor,
     "warm-start": warm_start,
     "demo": demo,
     "report": report,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from sae_rl.algo.losses import LossSum
@@ -78,6 +79,12 @@ class LearnerWorker(Process):
     def answer_nonce(self, nonce: Path) -> str | None:
         """Shows the driver whether this process and the driver see the same storage."""
         return answer_nonce(nonce)
+
+    def all_reduce(self) -> int:
+        """The number of ranks, as their process group counts them."""
+        one = torch.ones((), device=self._learner.device)
+        torch.distributed.all_reduce(one)
+        return int(one)
 
     def save(self, folder: Path) -> FileSizes:
         """Writes weights, optimizer, schedule and random states. Returns this rank's files."""

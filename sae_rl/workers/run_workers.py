@@ -95,6 +95,24 @@ class RunWorkers:
         total = plan(self._config, list(self._groups)).total
         return int(total.get("GPU", 0))
 
+    def counts(self) -> dict[str, int]:
+        """The number of workers of each role."""
+        return {role: len(group.workers) for role, group in self._groups.items()}
+
+    def all_reduce(self) -> dict[str, int]:
+        """The number of ranks of each learner. Raises RuntimeError if their process group counts another one."""
+        answers = self._run_all(self._learners, lambda worker, _: worker.all_reduce.remote())
+        for role, ranks in answers.items():
+            if set(ranks) != {len(ranks)}:
+                raise RuntimeError(f"the {len(ranks)} ranks of the {role} sum 1 over their process group to {ranks}")
+        return {role: len(ranks) for role, ranks in answers.items()}
+
+    def score_all(self, batch: Batch) -> Scores:
+        """What every learner computes from a batch, also where `score` leaves it out."""
+        with self._clock.phase("score"), self._policy_lock:
+            self._free_gpus()
+            return self._score(batch, list(self._learners))
+
     def score(self, batch: Batch) -> Scores:
         with self._clock.phase("score"), self._policy_lock:
             self._free_gpus()

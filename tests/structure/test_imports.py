@@ -64,7 +64,13 @@ LAYERS = {
         *("losses recursion segmenters", "estimators standalone"),
     ],
     "analysis": ["plots", "*", "report samples_page"],
-    "backends": ["weight_transfer", "*", "memory sequence_parallel vllm", "deepspeed models", "weight_sender"],
+    "backends": [
+        "weight_transfer",
+        "*",
+        "gpu_check memory sequence_parallel vllm",
+        "deepspeed models",
+        "weight_sender",
+    ],
     "commands": ["prompts run_folder warm_start", "assemble", "*", "demo"],
     "config": ["schema", "checks", "compose"],
     "critic": ["*"],
@@ -80,7 +86,7 @@ LAYERS = {
     "sandbox": ["inside system_calls", "isolation", "programs", "probe"],
     "tasks": ["task tokenizer", "*", "table"],
     "workers": [
-        *("engine_client placement rank_results", "group", "engines rollout shared_folder", "learner"),
+        *("engine_client placement rank_results", "group", "engines rollout shared_folder", "learner nodes"),
         *("critic policy reference rollout_pool weight_check", "table weight_sync", "run_workers", "session"),
     ],
 }

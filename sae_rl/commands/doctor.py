@@ -1,0 +1,287 @@
+"""``sae-rl doctor``: tries every link that a run with this configuration will use, with a tiny model, in a few minutes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from sae_rl.algo.estimators import estimate
+from sae_rl.algo.segmentation import segment
+from sae_rl.commands.assemble import load_tokenizer, with_delimiters
+from sae_rl.commands.run_folder import prepare_output
+from sae_rl.config.schema import Config
+from sae_rl.records.clock import Clock
+from sae_rl.sft import save
+from sae_rl.types import Batch, Prompt, Scores, Targets
+from sae_rl.workers.nodes import NodeFacts, facts_of_nodes, kernel_differences, on_nodes
+from sae_rl.workers.run_workers import RunWorkers
+from sae_rl.workers.session import ray_session, start_workers
+
+LIMIT_S = 120.0  # for one call
+START_LIMIT_S = 300.0
+NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 8, 32
+SMALL_GIB = 20.0  # free space of output_dir below which a node is mentioned
+ATTENTION_TOLERANCE = 0.02  # bfloat16 has 8 bits
+
+
+class NotApplicable(Exception):
+    """A check that this configuration or machine does not have."""
+
+
+class Checks:
+    """Prints one line per check, as soon as it is known."""
+
+    def __init__(self, show: Callable[[str], None] = print) -> None:
+        self._show = show
+        self.failed: list[str] = []
+
+    @contextlib.contextmanager
+    def check(self, name: str, mend: str) -> Iterator[list[str]]:
+        """The block appends what it found. If it raises, the check fails, and ``mend`` says what to do."""
+        found: list[str] = []
+        started = time.monotonic()
+        try:
+            yield found
+        except NotApplicable as reason:
+            self._show(f"not applicable  {name}: {reason}")
+        except Exception as error:
+            self.failed.append(name)
+            self._show(f"failed          {name}: {error or type(error).__name__}\n{'':16}-> {mend}")
+        else:
+            self._show(
+                f"passed          {name}: {'; '.join(found) or 'as expected'} ({time.monotonic() - started:.1f} s)"
+            )
+
+
+def run_doctor(config: Config, show: Callable[[str], None] = print) -> list[str]:
+    """Runs all checks and returns the names of those that failed.
+
+    Raises:
+        ConfigError: ``output_dir`` cannot be written to, the model has no tokenizer, or no Ray answers.
+    """
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)  # the driver has no GPU
+    transformers_logging.disable_progress_bar()
+    prepare_output(config)
+    tokenizer = load_tokenizer(config.model.path)
+    checks, output = Checks(show), config.output_dir.absolute()
+    folder = Path(tempfile.mkdtemp(prefix="doctor_", dir=output))
+    try:
+        tiny = tiny_run(with_delimiters(config, tokenizer), folder, tokenizer)
+        with ray_session(config):
+            check_nodes(checks, folder)
+            check_kernels(checks, config)
+            check_workers(checks, tiny, len(tokenizer))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    show(f"{len(checks.failed)} failed: {', '.join(checks.failed)}" if checks.failed else "nothing failed")
+    return checks.failed
+
+
+def tiny_run(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Config:
+    """The configuration with a small random model of the same architecture, one update per step, and short limits."""
+    heads = math.lcm(config.rollout.tensor_parallel_size, config.learner.sequence_parallel_size)
+    save(shrunk_model(config.model.path, heads), tokenizer, folder / "model")
+    once = {"num_epochs": 1, "num_mini_batches": 1}
+    cluster, rollout, learner = config.cluster, config.rollout, config.learner
+    pretraining = learner.critic_pretraining.model_copy(update={"checkpoint": None})
+    updates = {
+        "output_dir": folder,
+        "model": config.model.model_copy(update={"path": str(folder / "model")}),
+        "rollout": rollout.model_copy(update={"sync_timeout_s": min(rollout.sync_timeout_s, LIMIT_S)}),
+        "cluster": cluster.model_copy(
+            update={
+                "start_timeout_s": min(cluster.start_timeout_s, START_LIMIT_S),
+                "call_timeout_s": min(cluster.call_timeout_s, LIMIT_S),
+            }
+        ),
+        "learner": learner.model_copy(
+            update={
+                "policy": learner.policy.model_copy(update=once),
+                "critic": learner.critic.model_copy(update=once),
+                "critic_pretraining": pretraining,
+            }
+        ),
+    }
+    return config.model_copy(update=updates)
+
+
+def shrunk_model(path: str, multiple: int) -> PreTrainedModel:
+    """A random model of the architecture in a folder or in the hub's cache, with two layers and few heads.
+
+    Args:
+        multiple: the number of heads is a multiple of it, so that ranks can share them.
+    """
+    config = AutoConfig.from_pretrained(path)
+    size = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    is_grouped = config.num_key_value_heads < config.num_attention_heads
+    heads, layers = 4 * multiple, 2
+    config.num_hidden_layers, config.head_dim = layers, size
+    config.num_attention_heads, config.num_key_value_heads = heads, heads // 2 if is_grouped else heads
+    config.hidden_size, config.intermediate_size = heads * size, 2 * heads * size
+    if config.to_dict().get("layer_types"):
+        config.layer_types = (config.layer_types * layers)[:layers]
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def check_nodes(checks: Checks, folder: Path) -> None:
+    """What each node has, and whether all nodes have the same packages, storage and open ports."""
+    nonce = folder / "nonce"
+    nonce.mkdir()
+    facts: list[NodeFacts] = []
+    with checks.check(
+        "nodes", "look at the node's Ray log, /tmp/ray/session_latest/logs, or start Ray there anew"
+    ) as found:
+        answers = facts_of_nodes(folder.parent, nonce, LIMIT_S)
+        facts = [answer for answer in answers if isinstance(answer, NodeFacts)]
+        found += [f"{node.host}: {node}" for node in facts]
+        if silent := [answer for answer in answers if isinstance(answer, str)]:
+            raise RuntimeError("; ".join(silent))
+    if not facts:
+        return
+    with checks.check("packages", "install one lock file, or use one image, on all nodes") as found:
+        found.append(", ".join(f"{name} {version}" for name, version in facts[0].versions.items()))
+        for name in sorted({name for node in facts for name in node.versions}):
+            versions = {node.host: node.versions.get(name, "missing") for node in facts}
+            if len(set(versions.values())) > 1:
+                raise RuntimeError(
+                    f"{name}: " + ", ".join(f"{version} on {host}" for host, version in versions.items())
+                )
+    with checks.check(
+        "shared storage", "set output_dir to a folder that all nodes share, and free space there"
+    ) as found:
+        if len(facts) == 1:
+            raise NotApplicable(f"one node, {facts[0].free_gib:,.0f} GiB free for output_dir")
+        if apart := [node.host for node in facts if node.nonce is None or not (nonce / node.nonce).exists()]:
+            raise RuntimeError(f"{', '.join(apart)} and the driver do not see each other's files in {folder.parent}")
+        if full := [f"{node.host}: {node.free_gib:.1f} GiB" for node in facts if (node.free_gib or 0) < SMALL_GIB]:
+            raise RuntimeError(f"little space for checkpoints: {', '.join(full)}")
+        found.append(f"{len(facts)} nodes see each other's files")
+    with checks.check("ports", "open all TCP ports between the nodes: docs/clusters.md, Ports") as found:
+        if len(facts) == 1:
+            raise NotApplicable("one node")
+        if closed := [f"{node.host}: {node.connection}" for node in facts if node.connection is not None]:
+            raise RuntimeError(f"no connection to the driver: {', '.join(closed)}")
+    with checks.check(
+        "sandbox", "only verifiers that run programs need it: docs/sandbox.md says how to get one"
+    ) as found:
+        from sae_rl.sandbox.probe import chosen
+
+        try:
+            found.append(f"{chosen()} on the driver's node, where rewards are checked")
+        except OSError as error:
+            raise NotApplicable(f"none here, so the verifier `code` is refused: {error}") from None
+
+
+def check_kernels(checks: Checks, config: Config) -> None:
+    """The GPU's own kernels, on a GPU of each node."""
+    with checks.check("kernels", "set model.attention=sdpa; report the recursion's difference as a bug") as found:
+        if config.cluster.device != "cuda":
+            raise NotApplicable("cluster.device = cpu")
+        for differences in on_nodes(kernel_differences, timeout_s=LIMIT_S, num_gpus=1):
+            if isinstance(differences, str):
+                raise RuntimeError(differences)
+            said = "the recursion differs by {recursion:.1e} from the CPU's, varlen attention by {attention:.1e} from float32"
+            found.append(said.format(**differences))
+            if differences["recursion"] > 1e-9 or differences["attention"] > ATTENTION_TOLERANCE:
+                raise RuntimeError(found[-1])
+
+
+def check_workers(checks: Checks, config: Config, vocabulary: int) -> None:
+    """Every link between the workers, in the order in which a run uses them. A failed start ends the checks."""
+    prompts, clock = random_prompts(vocabulary), Clock()
+    with contextlib.ExitStack() as stack:
+        mend = "read the message above and the worker's log; `ray status` shows what other jobs hold"
+        workers = None
+        with checks.check("start of all workers", mend) as found:
+            workers = stack.enter_context(start_workers(config, prompts, clock))
+            found.append(", ".join(f"{count} {role}" for role, count in workers.counts().items()))
+        if workers is None:
+            return
+        with checks.check(
+            "all-reduce", "set NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs)"
+        ) as found:
+            found += [f"{role}: {ranks} ranks" for role, ranks in workers.all_reduce().items()]
+        check_a_step(checks, config, workers, prompts)
+
+
+def check_a_step(checks: Checks, config: Config, workers: RunWorkers, prompts: list[Prompt]) -> None:
+    """One step of training, and a checkpoint that is loaded again."""
+    transfer = "NCCL between the nodes of policy and engines: NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, firewalls"
+    with checks.check("weight transfer", transfer) as found:
+        found.append(described(workers.sync_weights(0)))
+    batch: Batch | None = None
+    with checks.check("rollout", "read the engine's log") as found:
+        started = time.monotonic()
+        sampling = config.rollout.sampling(RESPONSE_TOKENS)
+        groups = list(workers.rollout.generate(prompts, group_size=2, sampling=sampling, seed_name="doctor"))
+        rollouts = [rollout for group in groups for rollout in group]
+        batch = Batch.of(rollouts, [float(i % 2) for i in range(len(rollouts))])
+        found.append(f"{batch.num_tokens} tokens, {batch.num_tokens / (time.monotonic() - started):,.0f} tokens/s")
+    if batch is None:
+        return
+    with checks.check("update", "read the message; memory: docs/clusters.md, How much memory") as found:
+        scores, targets = targets_of(config, workers, batch)
+        metrics, _ = workers.update(batch, scores, targets, seed=0)
+        norms = {name: value for name, value in metrics.items() if name.endswith("grad_norm")}
+        found.append(", ".join(f"{name} {value:.3g}" for name, value in norms.items()))
+        if not all(math.isfinite(norm) for norm in norms.values()):
+            raise RuntimeError(f"the gradient is not finite: {found[-1]}")
+    with checks.check("weight transfer after an update", transfer) as found:
+        found.append(described(workers.sync_weights(1)))
+    mend = "lower rollout.gpu_memory_utilization, or set cluster.colocate_rollout=false"
+    with checks.check("sleep and wake", mend) as found:
+        if not config.cluster.colocate_rollout:
+            raise NotApplicable("cluster.colocate_rollout = false")
+        found.append("the engines slept during the update and woke for the transfer")
+    with checks.check("checkpoint and resume", "output_dir must be on storage that all nodes share") as found:
+        before = workers.score_all(batch)
+        workers.save(config.output_dir / "checkpoint")
+        workers.update(batch, *targets_of(config, workers, batch), seed=1)
+        workers.load(config.output_dir / "checkpoint")
+        largest = largest_difference(before, workers.score_all(batch))
+        found.append(f"logprobs and values differ by {largest:.1e} after saving, an update and loading")
+        if largest > 1e-5:
+            raise RuntimeError(found[-1])
+
+
+def targets_of(config: Config, workers: RunWorkers, batch: Batch) -> tuple[Scores, Targets]:
+    algorithm, scores = config.algorithm, workers.score(batch)
+    opens = segment(algorithm.segmenter, batch, scores)
+    targets = estimate(algorithm.estimator, batch, scores, algorithm.token_rewards(batch, scores), opens)
+    return scores, replace(targets, advantages=algorithm.whitening(targets.advantages, batch.action_mask))
+
+
+def described(synced: dict[str, float]) -> str:
+    """What a weight sync found."""
+    mean, p99, largest = (synced[f"sync/logprob_diff_{name}"] for name in ("mean", "p99", "max"))
+    return (
+        "checksums of engines and policy agree; their logprobs differ by "
+        f"{mean:.2g} nats on average, {p99:.2g} in the 99th percentile, {largest:.2g} at most"
+    )
+
+
+def largest_difference(before: Scores, after: Scores) -> float:
+    pairs = [(before.old_logprobs, after.old_logprobs), (before.values, after.values)]
+    return max(float((a - b).abs().max()) for a, b in pairs if a is not None and b is not None)
+
+
+def random_prompts(vocabulary: int) -> list[Prompt]:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (NUM_PROMPTS, PROMPT_TOKENS), generator=draw).tolist()
+    return [
+        Prompt(id=f"doctor/{i}", text="", token_ids=tuple(row), answer="", task="doctor", reward="exact")
+        for i, row in enumerate(ids)
+    ]
