@@ -17,7 +17,8 @@ HEADER = """# Exactness
 Written by `make exactness`. The reference is transformers' own model in float32 with eager attention, on the same sequences,
 one per row and right-padded, with PPO's losses written out over it. It shares no code with `sae_rl`. Each number is the
 largest absolute difference over all tokens, or over all elements of all parameters; the tests demand less than 1e-5.
-"Gradient" is the gradient of one update as the optimizer receives it.
+"Gradient" is the gradient of one update as the optimizer receives it. "varlen" ran torch's wrapper and its derivatives on
+kernels for a CPU, not on a GPU.
 """
 
 

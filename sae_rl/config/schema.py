@@ -192,7 +192,7 @@ class OptimizerConfig(Section):
 
 
 class LearnerConfig(Section):
-    zero_stage: Literal[0, 1, 2, 3]
+    zero_stage: Literal[0, 1, 2, 3]  # 0 runs as 1 in bfloat16
     offload_optimizer: bool
     offload_parameters: bool
     activation_checkpointing: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -62,8 +63,8 @@ def workers_of(config: Config, device: Device, shared: bool) -> RunWorkers:
 def test_learners_that_share_gpus_take_turns(
     tmp_path: Path, order: list[str], device: Device, shared: bool, scored: list[str], updated: list[str]
 ) -> None:
-    workers = workers_of(make_config(tmp_path), device, shared)
-    scores = workers.score(BATCH)
+    workers = workers_of(make_config(tmp_path, "learner.policy.num_mini_batches=2"), device, shared)
+    scores = replace(workers.score(BATCH), old_logprobs=torch.zeros(3))
     assert order == [f"waits for {roles}" for roles in scored]
     order.clear()
     workers.update(BATCH, scores, cast(Targets, None), seed=0)
@@ -76,6 +77,7 @@ class ScriptedLearner(Learner):
     def __init__(self, device: Device, happened: list[str]) -> None:
         self.rank = Rank(index=0, size=1, master_address="", master_port=0, device=device, threads=1)
         self.network = SimpleNamespace(export=lambda *_: happened.append("export"))  # type: ignore[assignment]
+        self.engine = SimpleNamespace(global_steps=0)
         self._happened = happened
 
     def score(self, *_: Any) -> Any:
@@ -84,8 +86,9 @@ class ScriptedLearner(Learner):
     def update(self, *_: Any) -> Any:
         self._happened.append("update")
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[Path]:
         self._happened.append("save")
+        return []
 
     def load(self, folder: Path) -> None:
         self._happened.append("load")
@@ -107,7 +110,7 @@ def test_a_learner_empties_the_cache_of_its_gpu_behind_each_phase(
         worker._config = config.learner.policy.model_copy(update={"num_mini_batches": 2, "num_epochs": 1})
     policy._loss, critic._loss = config.algorithm.policy_loss, config.algorithm.value_loss
     policy._with_reference = policy._with_entropies = critic._with_final_values = False
-    policy._engines = cast(Any, SimpleNamespace())
+    policy._engines = cast(Any, SimpleNamespace(begin=lambda version: None, held={}))
     policy._sender = cast(Any, SimpleNamespace(send=lambda: happened.append("send")))
     batch = SimpleNamespace(num_responses=4, num_sampled=torch.ones(4), temperature=1.0)
     scores, targets = (

@@ -24,6 +24,7 @@ def float32_weights(worker: object) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     network = worker._learner.network  # type: ignore[attr-defined]
+    assert all(group["fused"] for group in worker._learner.engine.optimizer.param_groups)  # type: ignore[attr-defined]
     return {name: safe_get_full_fp32_param(p).clone() for name, p in network.named_parameters()}
 
 
