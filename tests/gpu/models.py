@@ -9,7 +9,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.gpu.device import Device
-from sae_rl.backends.attention import IMPLEMENTATIONS
 from sae_rl.types import Batch, offsets_of
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -23,7 +22,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 LENGTHS = {  # of prompts and responses
-    "cuda": [(64, 700), (3, 1), (200, 2000), (64, 700), (17, 131), (512, 1500), (1, 63), (90, 4000)],
+    "cuda": [(64, 700), (3, 1), (200, 2000), (64, 700), (17, 131), (512, 1500), (1, 63), (90, 1400)],
     "cpu": [(6, 30), (3, 1), (9, 60), (6, 30), (2, 13)],
 }
 SPREAD = 3.0  # of the output layer's weights: logits then differ by several nats, as those of a trained model
@@ -35,12 +34,14 @@ def model_config(device: Device, **more: Any) -> Qwen3Config:
 
 
 def make_model(device: Device, attention: str, dtype: torch.dtype, **more: Any) -> Any:
-    """The same weights for every type and attention: random numbers, rounded to bfloat16."""
+    """The same weights for every type and attention: random numbers, rounded to bfloat16.
+
+    Args:
+        attention: the name that transformers knows.
+    """
     config = model_config(device, **more)
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=IMPLEMENTATIONS.get(attention, attention)
-    )
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(SPREAD)
         for module in model.modules():

@@ -18,7 +18,7 @@ from sae_rl.backends import logprobs
 from sae_rl.backends.logprobs import OutputHead
 
 TEMPERATURE = 0.8
-SIZES = {"cuda": (6000, 1024, 151_936), "cpu": (300, 32, 1000)}  # tokens, width, words
+SIZES = {"cuda": (3000, 1024, 151_936), "cpu": (300, 32, 1000)}  # tokens, width, words
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -52,7 +52,7 @@ def test_chunks_are_all_logits(
         loss = (found[0] * weights[0]).sum() + with_entropies * (found[1] * weights[1]).sum()
         gradients = torch.autograd.grad(loss, [hidden, head.weight])
         results.append([found[0].detach(), found[1].detach(), *(gradient.float() for gradient in gradients)])
-    largest = float((hidden.float() @ head.weight.float().T).abs().max()) / TEMPERATURE
+    largest = float((hidden.float() @ head.weight.float().T).detach().abs().max()) / TEMPERATURE
     tolerance = 1e-4 if is_exact else 2.0**-7 * largest
     torch.testing.assert_close(results[0][0], results[1][0], atol=tolerance, rtol=0)
     if with_entropies:

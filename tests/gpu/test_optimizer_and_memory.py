@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.updates import Float32AdamW
+from sae_rl.backends.attention import IMPLEMENTATIONS
 from sae_rl.backends.models import PolicyNetwork
 from sae_rl.backends.packing import build_micro_batch
 from tests.gpu.models import make_batch, make_model
@@ -47,7 +48,7 @@ def test_gradients_of_many_passes_add_up_in_float32(device: Device) -> None:
 def test_a_finished_phase_leaves_its_memory(device: Device) -> None:
     """What torch keeps for later goes back; only weights and gradients stay."""
     batch = make_batch(device)
-    policy = PolicyNetwork(make_model(device, "varlen", torch.bfloat16)).train()
+    policy = PolicyNetwork(make_model(device, IMPLEMENTATIONS["varlen"], torch.bfloat16)).train()
     micro = build_micro_batch(batch, torch.arange(batch.num_responses)).to(device.torch)
     policy(micro, batch.temperature, False)[0].sum().backward()
     assert all(parameter.grad is not None for parameter in policy.parameters())
