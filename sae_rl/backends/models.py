@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,9 @@ from sae_rl.backends.attention import IMPLEMENTATIONS
 from sae_rl.backends.logprobs import OutputHead
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.backends.sequence_parallel import ULYSSES, SequenceGroup
-from sae_rl.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from sae_rl.config.schema import ModelConfig  # imports pydantic, which networks do not need
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Weights = Iterable[tuple[str, Tensor]]  # (name, full tensor); a tensor is only valid until the next one

@@ -36,6 +36,7 @@ def flash_on_cpu() -> Iterator[Kernels]:
         calls.bounds.append(cu_q)
         calls.windows.append((options["window_size_left"], options["window_size_right"]))
         output, lse = torch.empty_like(query), torch.empty(query.shape[1], len(query))
+        query, key, value = exact(query), exact(key), exact(value)
         for at in sequences(cu_q):
             scores = masked_scores(query[at], key[at], rest[3], options)
             lse[:, at] = scores.logsumexp(-1)
@@ -50,6 +51,7 @@ def flash_on_cpu() -> Iterator[Kernels]:
         assert grad.stride(-1) == 1
         calls.num_backward += 1
         grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad, query, key, value, out = exact(grad), exact(query), exact(key), exact(value), exact(out)
         for at in sequences(cu_q):
             p = (masked_scores(query[at], key[at], is_causal, options) - lse[:, at, None]).exp()
             do, o = (x[at].transpose(0, 1) for x in (grad, out))
@@ -81,13 +83,19 @@ def sequences(cu: Tensor) -> list[slice]:
     return [slice(a, b) for a, b in zip(cu.tolist(), cu[1:].tolist(), strict=False)]
 
 
+def exact(x: Tensor) -> Tensor:
+    """In float32 at least, as the kernels compute numbers of 16 bits."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def heads(x: Tensor, query: Tensor) -> Tensor:
     """(T, fewer heads, d) -> (heads of the query, T, d)."""
     return x.transpose(0, 1).repeat_interleave(query.shape[1] // x.shape[1], 0)
 
 
 def scale(query: Tensor, options: dict[str, Any]) -> float:
-    return 1 / math.sqrt(query.shape[-1]) if options["scale"] is None else float(options["scale"])
+    given = options.get("scale")  # None does not reach the kernel
+    return 1 / math.sqrt(query.shape[-1]) if given is None else float(given)
 
 
 def masked_scores(query: Tensor, key: Tensor, is_causal: bool, options: dict[str, Any]) -> Tensor:

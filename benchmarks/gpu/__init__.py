@@ -1,0 +1,1 @@
+"""Figures of one GPU: see `__main__`."""

@@ -1,0 +1,51 @@
+"""What one GPU must show. Without a GPU all of these tests are skipped; docs/gpu.md says how to run them.
+
+They import torch, Triton, numba and transformers only. Files whose tests need more skip themselves where it is missing.
+
+``SAE_RL_GPU_TESTS_DEVICE=cpu`` runs the same code on a CPU with small sizes, for work on these tests. aten's flash attention
+is then the reference of `tests/backends/flash_on_cpu.py`. It shows nothing about GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.device import Device, adapt_varlen, kernels_of
+
+KIND = os.environ.get("SAE_RL_GPU_TESTS_DEVICE", "cuda")
+NO_GPU = "no GPU here"
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if KIND == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[Device]:
+    """The GPU, or the CPU."""
+    found = Device(KIND)
+    with kernels_of(found):
+        yield found
+
+
+@pytest.fixture(scope="session")
+def varlen(device: Device) -> None:
+    """For tests that call ``varlen_attn``; skips them where torch is too old for it."""
+    if missing := adapt_varlen():
+        pytest.skip(missing)
+
+
+@pytest.fixture(autouse=True)
+def memory_is_free(device: Device) -> Iterator[None]:
+    """Each test begins with an empty cache."""
+    yield
+    device.free()
