@@ -173,8 +173,7 @@ def _case(row: list[str]) -> Answer:
 
 def _list(text: str) -> Answer | None:
     """Several answers, such as both of plus-minus."""
-    parts = split_parts(text)
-    parts = [part.replace("\\pm", sign) for part in parts for sign in ("+", "-")[: 2 if "\\pm" in part else 1]]
+    parts = [p.replace("\\pm", sign) for p in split_parts(text) for sign in ("+", "-")[: 2 if "\\pm" in p else 1]]
     return Answer(text, brackets=",", parts=tuple(map(read_answer, parts))) if len(parts) > 1 else None
 
 

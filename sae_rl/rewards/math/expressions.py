@@ -37,16 +37,6 @@ REPLACED = (
 )
 
 
-class TooLarge(ValueError):
-    """A power or factorial that nobody could write out."""
-
-
-def check_size(found: Any) -> None:
-    """Raises TooLarge if evaluation would have to write out a number of more than MAX_DIGITS digits."""
-    if not digits(found, {}) <= MAX_DIGITS:
-        raise TooLarge(f"it holds a number of more than {MAX_DIGITS:,} digits")
-
-
 class Parser(_Latex2Sympy):  # type: ignore[misc]
     """Latex2sympy, but no number is written out while it reads."""
 
@@ -54,8 +44,8 @@ class Parser(_Latex2Sympy):  # type: ignore[misc]
         return sympy.binomial(self.convert_expr(binom.upper), self.convert_expr(binom.lower), evaluate=False)
 
     def handle_gcd_lcm(self, name: str, numbers: list[Any]) -> Any:
-        for number in numbers:
-            check_size(number)
+        if any(map(is_too_large, numbers)):
+            raise ValueError("nobody could write these numbers out")
         return super().handle_gcd_lcm(name, numbers)
 
 
@@ -70,14 +60,16 @@ def parsed(text: str) -> tuple[Any, str]:
         found = latex(text, in_degrees)
         if not isinstance(found, sympy.Basic | sympy.MatrixBase) or found.has(sympy.zoo, sympy.nan):
             return None, ""
-        check_size(found)
+        return (None, f"it holds a number of more than {MAX_DIGITS:,} digits") if is_too_large(found) else (found, "")
     except MemoryError:
         raise
-    except TooLarge as error:
-        return None, str(error)
     except Exception:  # the parser raises whatever it happens to trip over; the text is the model's
         return None, ""
-    return found, ""
+
+
+def is_too_large(found: Any) -> bool:
+    """Whether evaluation would have to write out a number of more than MAX_DIGITS digits."""
+    return not digits(found, {}) <= MAX_DIGITS
 
 
 def latex(text: str, in_degrees: bool = False) -> Any:

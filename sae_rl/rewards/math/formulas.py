@@ -74,8 +74,8 @@ def same_formula(gold: Any, found: Any, precision: int) -> bool:
     for decimal, other in () if symbols else ((gold, found), (found, gold)):
         if isinstance(decimal, sympy.Float):
             value = value_of(other, {}, digits(other, {}))
-            long = sympy.Float(value, WORKING_DIGITS) if value is not None and value.is_Number else None
-            return long is not None and same(number_of(decimal), number_of(long), precision)
+            is_real = value is not None and value.is_Number
+            return is_real and same(number_of(decimal), number_of(sympy.Float(value, WORKING_DIGITS)), precision)
     num_decimals = decimals(gold, precision)
     compared = False
     for wanted, got, rounding in values(gold, found, symbols):
