@@ -51,7 +51,9 @@ def recursion(device: Device, sizes: Sizes) -> list[dict[str, Any]]:
             "OpenRLHF's form": lambda: loop_in_the_form_of_openrlhf(rewards, values, mask, LAM),  # noqa: B023
         }
         timed = {name: device.timed(program) for name, program in programs.items()}
-        found.append({"shape": shape, "tokens": work.values.numel(), "s": best(take_turns(timed, sizes.rounds, SLOW_S))})
+        found.append(
+            {"shape": shape, "tokens": work.values.numel(), "s": best(take_turns(timed, sizes.rounds, SLOW_S))}
+        )
     return found
 
 

@@ -86,7 +86,9 @@ def update(title: str, figures: dict[str, Any], datasheet: float | None) -> Tabl
 def precision(title: str, figures: dict[str, Any]) -> Table:
     names = ["mean", "p99", "largest", "bias", "relative_error_of_a_first_gradient"]
     size = f"{figures['layers']} layers of {figures['model']}, {figures['tokens']:,} tokens"
-    return rows(f"{title}; {size}", ["mean |difference| of logprobs, nats", *names[1:]], [[f"{figures[n]:.2e}" for n in names]])
+    return rows(
+        f"{title}; {size}", ["mean |difference| of logprobs, nats", *names[1:]], [[f"{figures[n]:.2e}" for n in names]]
+    )
 
 
 def deepspeed(title: str, figures: dict[str, Any]) -> Table:

@@ -64,6 +64,7 @@ METRICS: dict[str, Metric] = {
     "mismatch/logprob_abs_mean": Metric("nats", "mean over tokens of |log pi_rollout - log pi_old|"),
     "mismatch/logprob_abs_max": Metric("nats", "maximum over tokens of |log pi_rollout - log pi_old|"),
     "mismatch/kl_mean": Metric("nats", "KL(pi_rollout || pi_old) per token, estimated by k3"),
+    "sync/changed_fraction": Metric("fraction", "tensors of the policy that changed since the last sync"),
     "sync/logprob_diff_mean": Metric("nats", "mean of |log pi_rollout - log pi_theta| on probe prompts after a sync"),
     "sync/logprob_diff_p99": Metric("nats", "99th percentile of the same differences"),
     "sync/logprob_diff_max": Metric("nats", "maximum of the same differences"),

@@ -136,10 +136,12 @@ class RunWorkers:
         logprobs = merge_scores([tokens for _, tokens in answers["policy"]], batch).get("logprobs", scores.old_logprobs)
         assert logprobs is not None, "the policy returns what it was not given"
         answers["policy"] = [updates for updates, _ in answers["policy"]]
-        peak = self._config.cluster.peak_tflops
-        return {
-            name: value for role, ranks in answers.items() for name, value in update_metrics(ranks, role, peak).items()
-        }, logprobs
+        metrics: dict[str, float] = {}
+        for role, ranks in answers.items():
+            metrics |= update_metrics(ranks, role, self._config.cluster.peak_tflops)
+        if self._weights is not None and metrics["policy/lr"] > 0:
+            self._weights.was_updated |= metrics["policy/skipped_updates"] < metrics["policy/num_updates"]
+        return metrics, logprobs
 
     def update_critic(
         self, batch: Batch, scores: Scores, targets: Targets, *, responses_per_update: int, seed: int

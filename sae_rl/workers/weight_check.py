@@ -7,9 +7,10 @@ What each check sees:
     held, between engines       a load that differs between engines, for processes of the same tensor-parallel rank
     held, between syncs         a tensor that changed, whose parameter did not, or the other way round; only where vLLM
                                 keeps a parameter under the tensor's name, so not for fused layers nor a CPU's linear ones
+    sent, between syncs         a gather of old weights after an update
     logprobs                    another precision, temperature, or computation on one side; weights that differ a lot
 
-No checksum sees weights that were wrong before they were sent, such as those of a gather that ran ahead of the optimizer.
+No checksum sees other weights that were wrong before they were sent.
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ class WeightCheck:
     _sent: Checksums = field(default_factory=dict)
     _held: Sequence[Checksums] = ()
 
-    def __call__(self, sent: Checksums, engines: Mapping[int, Sequence[HeldWeights]]) -> None:
+    def __call__(
+        self, sent: Checksums, engines: Mapping[int, Sequence[HeldWeights]], *, was_updated: bool = False
+    ) -> float:
         """
         Args:
             sent: checksums of the tensors that the policy sent.
             engines: what the worker processes of each engine received and hold, by the engine's rank.
+            was_updated: the policy was updated since the last call.
+
+        Returns:
+            The fraction of the sent tensors that changed since the last call; 1 in the first one.
 
         Raises:
             RuntimeError: an engine does not have the weights that were sent.
@@ -57,7 +64,11 @@ class WeightCheck:
                     raise _error(f"{where} holds other weights than rollout engine {reference}", different)
         held = [weights.held for weights in of_reference]
         self._compare_with_last(sent, held)
+        changed = sum(self._sent.get(name) != checksum for name, checksum in sent.items()) / len(sent)
+        if was_updated and not changed:
+            raise _error("the policy was updated, but it sent the same weights as before", sorted(sent))
         self._sent, self._held = sent, held
+        return changed
 
     def _compare_with_last(self, sent: Checksums, held: Sequence[Checksums]) -> None:
         if len(held) != len(self._held):

@@ -46,6 +46,7 @@ class WeightSync:
         self._connected: dict[int, ActorHandle] = {}  # the engines that the policy has a connection to, by their ranks
         self._check = WeightCheck()
         self.version = 0  # version of the policy's weights
+        self.was_updated = False  # an update has changed them since they were sent
 
     def sync(self, version: int) -> dict[str, float]:
         """Sends the weights to every engine and probes each of them. The caller holds ``policy_lock``.
@@ -78,19 +79,23 @@ class WeightSync:
             self._policy_lock.release()
 
     def _send_and_probe(self, ranks: list[int]) -> dict[str, float]:
-        self._send(ranks)
+        changed = {"sync/changed_fraction": self._send(ranks)}
         self._rollout.engines.hold(ranks, self.version)
         first = self._probe(ranks, again=False)
         if first.are_within(self._config.rollout):
-            return first.metrics()
+            return changed | first.metrics()
         second = self._probe(ranks, again=True)
         if not second.are_within(self._config.rollout):
             raise second.error(self._config.rollout, self.version)
-        metrics, largest = second.metrics(), first.metrics()["sync/logprob_diff_max"]
+        metrics, largest = changed | second.metrics(), first.metrics()["sync/logprob_diff_max"]
         return metrics | {"sync/logprob_diff_max": max(largest, metrics["sync/logprob_diff_max"])}
 
-    def _send(self, ranks: list[int]) -> None:
-        """Sends the weights to the engines of these ranks; connects first if these are not the connected ones."""
+    def _send(self, ranks: list[int]) -> float:
+        """Sends the weights to the engines of these ranks; connects first if these are not the connected ones.
+
+        Returns:
+            The fraction of tensors that changed since the last time.
+        """
         config = self._config
         engines = {rank: self._rollout.engines.group.workers[rank] for rank in ranks}
         connected, self._connected = self._connected, {}  # after a failure, engines are connected anew
@@ -100,8 +105,9 @@ class WeightSync:
             transfer = (client, config.cluster.colocate_rollout, address, port)
             self._ask_policy("connect to rollout engines", lambda worker: worker.open_weight_transfer.remote(*transfer))
         results = self._ask_policy("send weights", lambda worker: worker.send_weights.remote(str(self.version)))
-        self._check(*results[0])
-        self._connected = engines
+        changed = self._check(*results[0], was_updated=self.was_updated)
+        self._connected, self.was_updated = engines, False
+        return changed
 
     def _ask_policy(self, phase: str, call: Callable[[ActorHandle], Any]) -> list[Any]:
         """A remote call on all of the policy's ranks. Its deadline is later than the engines', whose message says more."""

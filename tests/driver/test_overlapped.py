@@ -192,8 +192,8 @@ def test_the_overlap_is_measured(tmp_path: Path) -> None:
     workers = overlapped(tmp_path, Sleepy(hold=lambda *_: time.sleep(0.2)), "steps=5")
     overlaps = [call.of["metrics"]["ahead/overlap"] for call in workers.asked("log")]
     assert overlaps[0] == pytest.approx(1, abs=0.2), "the first batch has nothing to overlap with"
-    assert all(1.5 < overlap < 2.05 for overlap in overlaps[1:])
+    assert all(1.25 < overlap < 2.05 for overlap in overlaps[1:]), "in turns it would be 1"
     for call in workers.asked("log"):
         metrics = call.of["metrics"]
-        assert metrics["ahead/generate_s"] == pytest.approx(0.2, abs=0.1)
+        assert 0.2 <= metrics["ahead/generate_s"] < 0.6
         assert metrics["throughput/generate_tokens_per_s"] > 0

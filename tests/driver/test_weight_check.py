@@ -78,6 +78,19 @@ def test_engines_that_all_keep_old_weights_or_take_others(which: str) -> None:
         check(sent, {0: both, 3: both})
 
 
+def test_a_policy_that_sends_its_old_weights() -> None:
+    check = WeightCheck()
+    assert check(SENT, ENGINES, was_updated=True) == 1.0
+    assert check(SENT, ENGINES) == 0.0
+    with pytest.raises(
+        RuntimeError, match="the policy was updated, but it sent the same weights as before: down, embed"
+    ):
+        check(SENT, ENGINES, was_updated=True)
+    sent = SENT | {"q": 20}
+    first, second = (replace(each, received=sent, held=each.held | {"qk": 0}) for each in (FIRST, SECOND))
+    assert check(sent, {0: [first, second]}, was_updated=True) == 0.25
+
+
 @pytest.fixture
 def bfloat16(tmp_path: Path) -> RolloutConfig:
     """The tolerances of the paper's runs."""
