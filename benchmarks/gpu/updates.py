@@ -50,7 +50,9 @@ def make_batch(sizes: Sizes, num_tokens: int) -> Batch:
     """Responses of lognormal lengths, of ``num_tokens`` tokens with their prompts."""
     rng, draw = np.random.default_rng(0), torch.Generator().manual_seed(0)
     prompt = max(1, int(PROMPT_FRACTION * sizes.response_tokens))
-    drawn = rng.lognormal(math.log(0.35 * sizes.response_tokens), 0.6, 10_000).astype(int).clip(1, sizes.response_tokens)
+    drawn = (
+        rng.lognormal(math.log(0.35 * sizes.response_tokens), 0.6, 10_000).astype(int).clip(1, sizes.response_tokens)
+    )
     lengths = drawn[(drawn + prompt).cumsum() <= num_tokens].tolist()
     count = sum(lengths)
     return Batch(
@@ -104,9 +106,7 @@ def losses_of(role: str, call: Callable[..., Any], batch: Batch, device: Device)
     def policy_loss(micro: MicroBatch) -> LossSum:
         logprobs, _ = call(micro, batch.temperature, False)
         at = micro.token_index
-        tokens = PolicyTokens(
-            logprobs=logprobs, old_logprobs=old[at], advantages=advantages[at], counts=micro.counts
-        )
+        tokens = PolicyTokens(logprobs=logprobs, old_logprobs=old[at], advantages=advantages[at], counts=micro.counts)
         return PolicyLoss()(tokens)
 
     return lambda micro: call(micro, batch.temperature, False), policy_loss
@@ -236,8 +236,11 @@ def precision(sizes: Sizes, device: Device) -> dict[str, Any]:
     error = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
     return {
         **{"model": name, "layers": sizes.compared_layers, "tokens": difference.numel()},
-        **{"mean": float(difference.mean()), "p99": float(difference.quantile(0.99)), "largest": float(difference.max())},
+        **{
+            "mean": float(difference.mean()),
+            "p99": float(difference.quantile(0.99)),
+            "largest": float(difference.max()),
+        },
         "bias": float((logprobs[0] - logprobs[1]).mean()),
         "relative_error_of_a_first_gradient": error,
     }
-

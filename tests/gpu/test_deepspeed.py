@@ -19,9 +19,9 @@ from sae_rl.backends.models import PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.types import Batch
 from tests.gpu.models import make_batch, make_model
+from tests.gpu.needs import needs
 
-for needed in ("deepspeed", "peft", "pydantic", "pebble"):
-    pytest.importorskip(needed, reason=f"the learner needs {needed}, which is not installed")
+needs("deepspeed", "peft", "pydantic", "pebble")
 
 pytestmark = pytest.mark.usefixtures("varlen")
 LR = 1e-3
@@ -64,9 +64,7 @@ def update(learner: Any, batch: Batch) -> dict[str, float]:
     def loss(micro: MicroBatch) -> LossSum:
         logprobs, _ = learner.engine(micro, batch.temperature, False)
         own = advantages[micro.token_index.cpu()].to(logprobs.device)
-        tokens = PolicyTokens(
-            logprobs=logprobs, old_logprobs=logprobs.detach(), advantages=own, counts=micro.counts
-        )
+        tokens = PolicyTokens(logprobs=logprobs, old_logprobs=logprobs.detach(), advantages=own, counts=micro.counts)
         return PolicyLoss()(tokens)
 
     found: dict[str, float] = learner.update(
@@ -105,7 +103,9 @@ def test_an_update_a_checkpoint_and_its_resume(
     # near 0 may turn its weight's step around: a part of the 3e-2 nats or more that an update moves.
     difference = float((logprobs(resumed, batch) - uninterrupted).abs().mean())
     moved = float((uninterrupted - after).abs().mean())
-    print(f"the next update moves logprobs by {moved:.4f} nats on average; after a resume they differ by {difference:.5f}")
+    print(
+        f"the next update moves logprobs by {moved:.4f} nats on average; after a resume they differ by {difference:.5f}"
+    )
     assert difference < (0.2 * moved if device.is_gpu else 1e-6)
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from benchmarks.gpu.device import Device
 from sae_rl.types import Sampling
 from tests.gpu.models import make_model
+from tests.gpu.needs import needs
 
-for needed in ("vllm", "deepspeed", "peft", "pydantic", "hydra", "pebble"):
-    pytest.importorskip(needed, reason=f"the engine's tests need {needed}, which is not installed")
+needs("vllm", "deepspeed", "peft", "pydantic", "hydra", "pebble")
 
 MAX_TOKENS, NUM_REQUESTS, TIMEOUT_S = 48, 16, 180.0
 VERSION = "after an update"
@@ -54,9 +54,7 @@ class Both:
         prepare_environment(kind, 1, self._sockets.name, sleeps=device.is_gpu)
 
         async def start() -> RolloutEngine:
-            return RolloutEngine(
-                config.model, config.rollout, kind, sleeps=device.is_gpu, max_model_tokens=256, seed=0
-            )
+            return RolloutEngine(config.model, config.rollout, kind, sleeps=device.is_gpu, max_model_tokens=256, seed=0)
 
         self.engine = self.call(start())
         self.learner = self._learner(kind)
@@ -108,7 +106,9 @@ def both(device: Device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
     from sae_rl.tasks.tokenizer import build_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
-    make_model(device, "sdpa", torch.bfloat16 if device.is_gpu else torch.float32, **SIZE[device.torch.type]).save_pretrained(folder)
+    make_model(
+        device, "sdpa", torch.bfloat16 if device.is_gpu else torch.float32, **SIZE[device.torch.type]
+    ).save_pretrained(folder)
     build_tokenizer(Level().words()).save_pretrained(folder)
     made = Both(device, folder)
     yield made
@@ -126,7 +126,9 @@ def recomputed(both: Both, samples: list[Any]) -> tuple[Tensor, Tensor]:
     """(n,) logprobs by the engine and by transformers' model in float32 with the learner's weights."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(both.config.model.path, dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        both.config.model.path, dtype=torch.float32, attn_implementation="sdpa"
+    )
     weights = {name.removeprefix("causal_lm."): x.detach().float().cpu() for name, x in both.learner.full_weights()}
     model.load_state_dict(weights)
     model.to(both.device.torch)
@@ -145,8 +147,9 @@ def check_logprobs(both: Both) -> list[Any]:
     by_engine, expected = recomputed(both, samples)
     difference = (by_engine - expected).abs()
     p99 = float(difference.quantile(0.99))
-    print(f"engine and transformers: mean {float(difference.mean()):.5f}, p99 {p99:.5f}, largest {float(difference.max()):.5f}")
-    assert float(difference.mean()) < both.config.rollout.logprob_tolerance_mean
+    mean, largest = float(difference.mean()), float(difference.max())
+    print(f"engine and transformers: mean {mean:.5f}, p99 {p99:.5f}, largest {largest:.5f} nats")
+    assert mean < both.config.rollout.logprob_tolerance_mean
     assert p99 < both.config.rollout.logprob_tolerance_p99
     return samples
 
