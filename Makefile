@@ -13,7 +13,7 @@ SPELLED := README.md CONTRIBUTING.md Makefile pyproject.toml benchmarks conf doc
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format docs exactness setup bench-iteration bench-advantage bench-learner bench-rollout bench-verifiers clean
+.PHONY: help demo test test-fast test-gpu check format docs exactness setup bench-iteration bench-advantage bench-learner bench-rollout bench-verifiers bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -28,6 +28,10 @@ test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 
 
 test-fast: $(INSTALLED)  ## the tests that start no engine; about three minutes
 	$(BIN)/python -m pytest -m "not alone and not slow" $(TWO_AT_A_TIME)
+
+# Both run in the environment that PYTHON belongs to: the CPU build of torch in .venv sees no GPU.
+test-gpu:  ## what one GPU must show (docs/gpu.md); make PYTHON=/path/to/python test-gpu
+	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -p no:cacheprovider -o addopts= -q -rs -s
 
 check: $(INSTALLED)  ## lint, format, types and spelling
 	$(BIN)/ruff check .
@@ -56,6 +60,9 @@ bench-rollout: $(INSTALLED)  ## generation through the pool of engines, beside b
 
 bench-verifiers: $(INSTALLED)  ## mathematical answers checked per second, beside math-verify by itself
 	$(BIN)/python -m benchmarks.verifiers
+
+bench-gpu:  ## figures of one GPU, at most eight minutes; make PYTHON=/path/to/python bench-gpu
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
 
 docs: $(INSTALLED)  ## what code writes: the tables of metrics and verifiers, and the bias of SAE on a chain with known values
 	$(BIN)/python docs/generate_metrics.py

@@ -39,8 +39,8 @@ class Device:
 
     def free(self) -> None:
         """Returns all memory that nothing refers to."""
-        gc.collect()
         if self.is_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def timed(self, program: Program) -> Program:
@@ -100,7 +100,8 @@ def adapt_varlen() -> str | None:
     original = attention.varlen_attn
     known = inspect.signature(original).parameters
     if missing := {"scale", "window_size"} - known.keys():
-        return f"varlen_attn of torch {torch.__version__} has no {' or '.join(sorted(missing))}: torch 2.11 or newer is needed"
+        names = " or ".join(sorted(missing))
+        return f"varlen_attn of torch {torch.__version__} has no {names}: torch 2.11 or newer is needed"
     if "enable_gqa" in known:
         return None
 

@@ -21,6 +21,7 @@ from sae_rl.backends.logprobs import OutputHead
 
 SLOW_S = 2.0  # a program that takes longer runs once
 MATRIX = 8192
+KNOWN = {"gamma": 1.0, "lam": LAM, "value_lam": 1.0}
 
 
 def best(seconds: dict[str, list[float]]) -> dict[str, float]:
@@ -43,10 +44,9 @@ def recursion(device: Device, sizes: Sizes) -> list[dict[str, Any]]:
         flat = (work.rewards, work.values, work.opens, work.offsets)
         on_device = [tensor.to(device.torch) for tensor in flat]
         rewards, values, mask = (x.to(device.torch) for x in (work.padded(flat[0]), work.padded(flat[1]), work.mask))
-        known = {"gamma": 1.0, "lam": LAM, "value_lam": 1.0}
         programs: dict[str, Program] = {
-            "sae_rl": lambda on_device=on_device: td_recursion(*on_device, **known),
-            "sae_rl, CPU": lambda flat=flat: td_recursion(*flat, **known),
+            "sae_rl": lambda on_device=on_device: td_recursion(*on_device, **KNOWN),
+            "sae_rl, CPU": lambda flat=flat: td_recursion(*flat, **KNOWN),
             "verl's form": lambda: loop_in_the_form_of_verl(rewards, values, mask, LAM),  # noqa: B023
             "OpenRLHF's form": lambda: loop_in_the_form_of_openrlhf(rewards, values, mask, LAM),  # noqa: B023
         }

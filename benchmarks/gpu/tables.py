@@ -72,29 +72,25 @@ def logprobs(title: str, figures: list[dict[str, Any]]) -> Table:
 
 def update(title: str, figures: dict[str, Any], datasheet: float | None) -> Table:
     head = ["phase", "s", "tokens/s", "TFLOP/s", "MFU", "peak GiB"]
-    phases = {**figures["phases"], "whole update": figures["update"]}
-    cells = [
-        [phase, f"{one['s']:.2f}", f"{one['tokens_per_s']:,.0f}", f"{one['flops_per_s'] / 1e12:,.1f}"]
-        + ["" if datasheet is None else f"{100 * one['flops_per_s'] / datasheet:.1f} %"]
-        + [f"{one['peak_gib']:.1f}" if "peak_gib" in one else ""]
-        for phase, one in phases.items()
-    ]
+    cells = []
+    for phase, one in {**figures["phases"], "whole update": figures["update"]}.items():
+        mfu = "" if datasheet is None else f"{100 * one['flops_per_s'] / datasheet:.1f} %"
+        peak = f"{one['peak_gib']:.1f}" if "peak_gib" in one else ""
+        rates = [f"{one['tokens_per_s']:,.0f}", f"{one['flops_per_s'] / 1e12:,.1f}"]
+        cells.append([phase, f"{one['s']:.2f}", *rates, mfu, peak])
     size = f"{figures['layers']} of {figures['of_layers']} layers, {figures['parameters'] / 1e9:.2f}e9 parameters"
     return rows(f"{title}; {size}, {figures['tokens']:,} tokens", head, cells)
 
 
 def precision(title: str, figures: dict[str, Any]) -> Table:
     names = ["mean", "p99", "largest", "bias", "relative_error_of_a_first_gradient"]
+    head = ["mean |difference| of logprobs, nats", *names[1:]]
     size = f"{figures['layers']} layers of {figures['model']}, {figures['tokens']:,} tokens"
-    return rows(
-        f"{title}; {size}", ["mean |difference| of logprobs, nats", *names[1:]], [[f"{figures[n]:.2e}" for n in names]]
-    )
+    return rows(f"{title}; {size}", head, [[f"{figures[name]:.2e}" for name in names]])
 
 
 def deepspeed(title: str, figures: dict[str, Any]) -> Table:
     size = f"{figures['layers']} of {figures['of_layers']} layers, ZeRO {figures['zero_stage']}"
-    cells = [
-        [f"{figures['role']} {figures['model']}", f"{figures['s']:.2f}", f"{figures['tokens_per_s']:,.0f}"]
-        + [f"{figures['flops_per_s'] / 1e12:,.1f}", f"{figures['peak_gib']:.1f}"]
-    ]
-    return rows(f"{title}; {size}", ["update", "s", "tokens/s", "TFLOP/s", "peak GiB"], cells)
+    rates = [f"{figures['tokens_per_s']:,.0f}", f"{figures['flops_per_s'] / 1e12:,.1f}"]
+    cells = [f"{figures['role']} {figures['model']}", f"{figures['s']:.2f}", *rates, f"{figures['peak_gib']:.1f}"]
+    return rows(f"{title}; {size}", ["update", "s", "tokens/s", "TFLOP/s", "peak GiB"], [cells])

@@ -8,22 +8,19 @@ is then the reference of `tests/backends/flash_on_cpu.py`. It shows nothing abou
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.gpu.device import Device, adapt_varlen, kernels_of
+from tests.gpu.needs import KIND, NO_GPU, has_device
 
-KIND = os.environ.get("SAE_RL_GPU_TESTS_DEVICE", "cuda")
-NO_GPU = "no GPU here"
 HERE = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if KIND == "cuda" and not torch.cuda.is_available():
+    if not has_device():
         for item in items:
             if HERE in item.path.parents:
                 item.add_marker(pytest.mark.skip(reason=NO_GPU))

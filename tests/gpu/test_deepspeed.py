@@ -19,9 +19,9 @@ from sae_rl.backends.models import PolicyNetwork, load_causal_lm
 from sae_rl.backends.packing import MicroBatch
 from sae_rl.types import Batch
 from tests.gpu.models import make_batch, make_model
+from tests.gpu.needs import needs
 
-for needed in ("deepspeed", "peft", "pydantic", "pebble"):
-    pytest.importorskip(needed, reason=f"the learner needs {needed}, which is not installed")
+needs("deepspeed", "peft", "pydantic", "pebble")
 
 pytestmark = pytest.mark.usefixtures("varlen")
 LR = 1e-3

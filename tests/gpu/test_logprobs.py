@@ -78,7 +78,6 @@ def test_memory_does_not_grow_with_the_tokens(device: Device) -> None:
             head(hidden, token_ids, TEMPERATURE)[0].sum().backward()
 
         above = device.measure(run)["above_before_gib"]
-        print(
-            f"{count} tokens: {above:.2f} GiB, allowed {allowed / GIB:.2f}; all logits in float32: {4 * count * words / GIB:.2f}"
-        )
+        every = 4 * count * words / GIB
+        print(f"{count} tokens: {above:.2f} GiB, allowed {allowed / GIB:.2f}; all logits in float32: {every:.2f}")
         assert above * GIB < allowed + 4 * 2 * count * width

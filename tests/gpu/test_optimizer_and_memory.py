@@ -23,7 +23,7 @@ def test_fused_adamw_is_the_plain_one(device: Device, weight_decay: float) -> No
         optimizer = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay, **options)
         for _ in range(30):
             for weight in weights:
-                weight.grad = torch.randn_like(weight) * 10 ** torch.randint(-6, 3, weight.shape, device=device.torch)
+                weight.grad = torch.randn_like(weight) * 10.0 ** torch.randint(-6, 3, weight.shape, device=device.torch)
             optimizer.step()
         results.append(weights)
     for found, expected in zip(*results, strict=True):

@@ -22,9 +22,9 @@ from torch import Tensor
 from benchmarks.gpu.device import Device
 from sae_rl.types import Sampling
 from tests.gpu.models import make_model
+from tests.gpu.needs import needs
 
-for needed in ("vllm", "deepspeed", "peft", "pydantic", "hydra", "pebble"):
-    pytest.importorskip(needed, reason=f"the engine's tests need {needed}, which is not installed")
+needs("vllm", "deepspeed", "peft", "pydantic", "hydra", "pebble")
 
 MAX_TOKENS, NUM_REQUESTS, TIMEOUT_S = 48, 16, 180.0
 VERSION = "after an update"
@@ -147,10 +147,9 @@ def check_logprobs(both: Both) -> list[Any]:
     by_engine, expected = recomputed(both, samples)
     difference = (by_engine - expected).abs()
     p99 = float(difference.quantile(0.99))
-    print(
-        f"engine and transformers: mean {float(difference.mean()):.5f}, p99 {p99:.5f}, largest {float(difference.max()):.5f}"
-    )
-    assert float(difference.mean()) < both.config.rollout.logprob_tolerance_mean
+    mean, largest = float(difference.mean()), float(difference.max())
+    print(f"engine and transformers: mean {mean:.5f}, p99 {p99:.5f}, largest {largest:.5f} nats")
+    assert mean < both.config.rollout.logprob_tolerance_mean
     assert p99 < both.config.rollout.logprob_tolerance_p99
     return samples
 
