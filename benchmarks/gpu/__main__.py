@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu [--quick] [--parts recursion attention ...] [--budget-s 450]
 
-It needs torch (2.11 or newer), Triton, numba and transformers. The part `deepspeed` also needs DeepSpeed, peft and pebble;
-where they are missing it says so. All models have random weights. Results are saved after every part; a part that would
-begin after the budget is left out, and a part that fails is reported and does not stop the others.
+It needs torch (2.11 or newer), Triton, numba and transformers. The part `deepspeed` also needs DeepSpeed, peft, pydantic
+and pebble; where they are missing it says so. All models have random weights. Results are saved after every part. A part
+that would begin after the budget is left out; one that fails is reported and does not stop the others.
 
     matrix      a product of two bfloat16 matrices of 8,192 x 8,192: the rate that other figures are compared with
     recursion   advantages and critic targets, beside padded loops in the forms of verl and OpenRLHF on the same GPU

@@ -24,7 +24,12 @@ from sae_rl.types import Batch, offsets_of
 PROMPT_FRACTION = 1 / 32  # tokens of a prompt, of the longest response
 BYTES_PER_PARAMETER = 2 + 4 + 12  # bfloat16 weight, float32 gradient, and Adam's float32 weight and two moments
 FRACTION_OF_MEMORY = 0.75  # what weights, gradients and optimizer may take; the rest is for passes
-NEEDED_BY_DEEPSPEED = ("deepspeed", "peft", "pebble")  # what `sae_rl.backends.deepspeed` and its configuration import
+NEEDED_BY_DEEPSPEED = (
+    "deepspeed",
+    "peft",
+    "pydantic",
+    "pebble",
+)  # what `sae_rl.backends.deepspeed` and its configuration import
 
 Losses = tuple[Callable[[MicroBatch], Any], Callable[[MicroBatch], LossSum]]
 

@@ -8,8 +8,10 @@ is then the reference of `tests/backends/flash_on_cpu.py`. It shows nothing abou
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +41,23 @@ def varlen(device: Device) -> None:
     """For tests that call ``varlen_attn``; skips them where torch is too old for it."""
     if missing := adapt_varlen():
         pytest.skip(missing)
+
+
+@pytest.fixture(scope="session")
+def rank(device: Device) -> Iterator[Any]:
+    """The one rank of DeepSpeed's process group, which a process can join only once."""
+    import torch.distributed as dist
+
+    from sae_rl.backends.deepspeed import Rank, join_group
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    kind: Any = device.torch.type
+    made = Rank(index=0, size=1, master_address="127.0.0.1", master_port=port, device=kind, threads=1)
+    join_group(made)
+    yield made
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ This needs DeepSpeed, peft, and pydantic and pebble for the configuration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,14 @@ OPTIMIZER = {
 
 
 @pytest.fixture(scope="module")
-def build(device: Device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """``build(stage)`` makes a learner of the same weights; all are the one rank of one process group."""
-    from sae_rl.backends.deepspeed import Learner, Rank, join_group
+def build(device: Device, rank: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """``build(stage)`` makes a learner, always of the same weights."""
+    from sae_rl.backends.deepspeed import Learner
     from sae_rl.config.schema import LearnerConfig, ModelConfig
 
-    kind: Any = device.torch.type
-    rank = Rank(index=0, size=1, master_address="127.0.0.1", master_port=29_571, device=kind, threads=1)
-    join_group(rank)
     folder = tmp_path_factory.mktemp("model")
     make_model(device, "sdpa", torch.bfloat16).save_pretrained(folder)
     model = ModelConfig(path=str(folder), precision="bfloat16", attention="varlen", logprobs="chunked")
-    made = []
 
     def learner(stage: int, **more: Any) -> Learner:
         config = LearnerConfig(
@@ -51,11 +47,9 @@ def build(device: Device, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             **{"activation_checkpointing": True, "num_mini_batches": 1, "optimizer": OPTIMIZER},
             **{"micro_batch_tokens": 3000 if device.is_gpu else 50, **more},
         )
-        made.append(Learner(lambda _: PolicyNetwork(load_causal_lm(model)), model, config, rank, num_steps=10))
-        return made[-1]
+        return Learner(lambda _: PolicyNetwork(load_causal_lm(model)), model, config, rank, num_steps=10)
 
-    yield learner
-    made[0].close()
+    return learner
 
 
 def update(learner: Any, batch: Batch) -> dict[str, float]:
