@@ -181,7 +181,7 @@ def td_targets(
 
 
 def _check_inputs(batch: Batch, scores: Scores, token_rewards: Tensor) -> None:
-    """Every step passes here before its update, so that no NaN gets further."""
+    """Every step passes here before its update, so that no NaN of these gets further."""
     check_tokens("token_rewards", token_rewards, batch)
     check_tokens("batch.rollout_logprobs", batch.rollout_logprobs, batch)
     if scores.old_logprobs is not None:

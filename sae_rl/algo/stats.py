@@ -110,6 +110,8 @@ def rollout_stats(batch: Batch) -> dict[str, float]:
 def mismatch_stats(batch: Batch, logprobs: Tensor) -> dict[str, float]:
     """Difference between the rollout engine's logprobs of the sampled tokens and the trainer's (N,); NaN: not computed."""
     known = ~sampled_tokens(logprobs, batch).isnan()
+    if not known.any():
+        return {}
     rollout_logprobs = sampled_tokens(batch.rollout_logprobs, batch)[known].double()
     old_logprobs = sampled_tokens(logprobs, batch)[known].double()
     differences = (rollout_logprobs - old_logprobs).abs()

@@ -45,10 +45,12 @@ def _restore_rotary_frequencies(network: nn.Module) -> None:
     wrong by up to 0.4 %, so that positions beyond a few hundred get wrong angles.
     """
     for module in list(network.modules()):
-        frequencies = getattr(module, "inv_freq", None)
-        if isinstance(frequencies, Tensor) and frequencies.dtype != torch.float32:
+        # A model has one table, or one for each type of its layers, such as sliding_attention_inv_freq.
+        tables = {name: one for name, one in module.named_buffers(recurse=False) if name.endswith("inv_freq")}
+        if any(one.dtype != torch.float32 for one in tables.values()):
             for name, exact in type(module)(module.config).named_buffers(recurse=False):
-                module.register_buffer(name, exact.to(frequencies.device), persistent=False)
+                if name in tables:
+                    module.register_buffer(name, exact.to(tables[name].device), persistent=False)
 
 
 class PolicyNetwork(nn.Module):

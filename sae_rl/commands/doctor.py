@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +21,15 @@ from sae_rl.algo.segmentation import segment
 from sae_rl.commands.assemble import load_tokenizer, with_delimiters
 from sae_rl.commands.run_folder import prepare_output
 from sae_rl.config.schema import Config
+from sae_rl.protocols import Metrics
 from sae_rl.records.clock import Clock
 from sae_rl.sft import save
-from sae_rl.types import Batch, Prompt, Scores, Targets
+from sae_rl.types import Batch, Prompt, Scores
 from sae_rl.workers.nodes import NodeFacts, facts_of_nodes, kernel_differences, on_nodes
 from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.session import ray_session, start_workers
 
+FAST_LR = 1e-2
 LIMIT_S = 120.0  # for one call
 START_LIMIT_S = 300.0
 NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 8, 32
@@ -63,6 +65,11 @@ class Checks:
                 f"passed          {name}: {'; '.join(found) or 'as expected'} ({time.monotonic() - started:.1f} s)"
             )
 
+    def leave_out(self, names: Sequence[str]) -> None:
+        """Says which checks were not tried because of the last failure."""
+        if names:
+            self._show(f"not tried       {', '.join(names)}")
+
 
 def run_doctor(config: Config, show: Callable[[str], None] = print) -> list[str]:
     """Runs all checks and returns the names of those that failed.
@@ -95,6 +102,13 @@ def tiny_run(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -
     once = {"num_epochs": 1, "num_mini_batches": 1}
     cluster, rollout, learner = config.cluster, config.rollout, config.learner
     pretraining = learner.critic_pretraining.model_copy(update={"checkpoint": None})
+    fast = {"lr": FAST_LR, "warmup_updates": 0, "schedule": "constant"}  # so that an update can be seen
+    learners = {
+        role: (one := getattr(learner, role)).model_copy(
+            update=once | {"optimizer": one.optimizer.model_copy(update=fast)}
+        )
+        for role in ("policy", "critic")
+    }
     updates = {
         "output_dir": folder,
         "model": config.model.model_copy(update={"path": str(folder / "model")}),
@@ -105,13 +119,7 @@ def tiny_run(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -
                 "call_timeout_s": min(cluster.call_timeout_s, LIMIT_S),
             }
         ),
-        "learner": learner.model_copy(
-            update={
-                "policy": learner.policy.model_copy(update=once),
-                "critic": learner.critic.model_copy(update=once),
-                "critic_pretraining": pretraining,
-            }
-        ),
+        "learner": learner.model_copy(update=learners | {"critic_pretraining": pretraining}),
     }
     return config.model_copy(update=updates)
 
@@ -162,12 +170,12 @@ def check_nodes(checks: Checks, folder: Path) -> None:
     with checks.check(
         "shared storage", "set output_dir to a folder that all nodes share, and free space there"
     ) as found:
-        if len(facts) == 1:
-            raise NotApplicable(f"one node, {facts[0].free_gib:,.0f} GiB free for output_dir")
         if apart := [node.host for node in facts if node.nonce is None or not (nonce / node.nonce).exists()]:
             raise RuntimeError(f"{', '.join(apart)} and the driver do not see each other's files in {folder.parent}")
         if full := [f"{node.host}: {node.free_gib:.1f} GiB" for node in facts if (node.free_gib or 0) < SMALL_GIB]:
             raise RuntimeError(f"little space for checkpoints: {', '.join(full)}")
+        if len(facts) == 1:
+            raise NotApplicable(f"one node, {facts[0].free_gib:,.0f} GiB free for output_dir")
         found.append(f"{len(facts)} nodes see each other's files")
     with checks.check("ports", "open all TCP ports between the nodes: docs/clusters.md, Ports") as found:
         if len(facts) == 1:
@@ -190,9 +198,12 @@ def check_kernels(checks: Checks, config: Config) -> None:
     with checks.check("kernels", "set model.attention=sdpa; report the recursion's difference as a bug") as found:
         if config.cluster.device != "cuda":
             raise NotApplicable("cluster.device = cpu")
-        for differences in on_nodes(kernel_differences, timeout_s=LIMIT_S, num_gpus=1):
+        answers = on_nodes(kernel_differences, timeout_s=LIMIT_S, num_gpus=1)
+        if not answers:
+            raise RuntimeError("no node of the Ray cluster has a GPU")
+        for differences in answers:
             if isinstance(differences, str):
-                raise RuntimeError(differences)
+                raise RuntimeError(f"{differences} (another job may hold its GPUs)")
             said = "the recursion differs by {recursion:.1e} from the CPU's, varlen attention by {attention:.1e} from float32"
             found.append(said.format(**differences))
             if differences["recursion"] > 1e-9 or differences["attention"] > ATTENTION_TOLERANCE:
@@ -214,54 +225,82 @@ def check_workers(checks: Checks, config: Config, vocabulary: int) -> None:
             "all-reduce", "set NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs)"
         ) as found:
             found += [f"{role}: {ranks} ranks" for role, ranks in workers.all_reduce().items()]
-        check_a_step(checks, config, workers, prompts)
+        Trial(config, workers, prompts).run(checks)
 
 
-def check_a_step(checks: Checks, config: Config, workers: RunWorkers, prompts: list[Prompt]) -> None:
-    """One step of training, and a checkpoint that is loaded again."""
-    transfer = "NCCL between the nodes of policy and engines: NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, firewalls"
-    with checks.check("weight transfer", transfer) as found:
-        found.append(described(workers.sync_weights(0)))
-    batch: Batch | None = None
-    with checks.check("rollout", "read the engine's log") as found:
+class Trial:
+    """One step of training, and a checkpoint that is loaded again. Each method returns what it found."""
+
+    def __init__(self, config: Config, workers: RunWorkers, prompts: list[Prompt]) -> None:
+        self._config, self._workers, self._prompts = config, workers, prompts
+
+    def run(self, checks: Checks) -> None:
+        """The first failure ends the trial: what comes later would fail for the same reason."""
+        transfer = "NCCL between the nodes of policy and engines: NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, firewalls"
+        memory = "for memory: docs/clusters.md, How much memory"
+        asleep = "lower rollout.gpu_memory_utilization, or set cluster.colocate_rollout=false"
+        tries: list[tuple[str, str, Callable[[], str]]] = [
+            ("weight transfer", transfer, lambda: self.transfer(0)),
+            ("rollout", "read the engine's log", self.rollout),
+            ("sleep and wake", asleep, self.sleep),
+            ("update", memory, self.update),
+            ("weight transfer after an update", transfer, lambda: self.transfer(1)),
+            ("checkpoint and resume", "for storage: output_dir must be a folder that all nodes share", self.resume),
+        ]
+        for i, (name, mend, attempt) in enumerate(tries):
+            with checks.check(name, mend) as found:
+                found.append(attempt())
+            if name in checks.failed:
+                checks.leave_out([later for later, *_ in tries[i + 1 :]])
+                return
+
+    def transfer(self, version: int) -> str:
+        return described(self._workers.sync_weights(version))
+
+    def rollout(self) -> str:
         started = time.monotonic()
-        sampling = config.rollout.sampling(RESPONSE_TOKENS)
-        groups = list(workers.rollout.generate(prompts, group_size=2, sampling=sampling, seed_name="doctor"))
+        sampling = self._config.rollout.sampling(RESPONSE_TOKENS)
+        groups = self._workers.rollout.generate(self._prompts, group_size=2, sampling=sampling, seed_name="doctor")
         rollouts = [rollout for group in groups for rollout in group]
-        batch = Batch.of(rollouts, [float(i % 2) for i in range(len(rollouts))])
-        found.append(f"{batch.num_tokens} tokens, {batch.num_tokens / (time.monotonic() - started):,.0f} tokens/s")
-    if batch is None:
-        return
-    with checks.check("update", "read the message; memory: docs/clusters.md, How much memory") as found:
-        scores, targets = targets_of(config, workers, batch)
-        metrics, _ = workers.update(batch, scores, targets, seed=0)
-        norms = {name: value for name, value in metrics.items() if name.endswith("grad_norm")}
-        found.append(", ".join(f"{name} {value:.3g}" for name, value in norms.items()))
-        if not all(math.isfinite(norm) for norm in norms.values()):
-            raise RuntimeError(f"the gradient is not finite: {found[-1]}")
-    with checks.check("weight transfer after an update", transfer) as found:
-        found.append(described(workers.sync_weights(1)))
-    mend = "lower rollout.gpu_memory_utilization, or set cluster.colocate_rollout=false"
-    with checks.check("sleep and wake", mend) as found:
-        if not config.cluster.colocate_rollout:
+        self._batch = Batch.of(rollouts, [float(i % 2) for i in range(len(rollouts))])
+        num_tokens = self._batch.num_tokens
+        return f"{num_tokens} tokens, {num_tokens / (time.monotonic() - started):,.0f} tokens/s"
+
+    def sleep(self) -> str:
+        if not self._config.cluster.colocate_rollout:
             raise NotApplicable("cluster.colocate_rollout = false")
-        found.append("the engines slept during the update and woke for the transfer")
-    with checks.check("checkpoint and resume", "output_dir must be on storage that all nodes share") as found:
-        before = workers.score_all(batch)
-        workers.save(config.output_dir / "checkpoint")
-        workers.update(batch, *targets_of(config, workers, batch), seed=1)
-        workers.load(config.output_dir / "checkpoint")
-        largest = largest_difference(before, workers.score_all(batch))
-        found.append(f"logprobs and values differ by {largest:.1e} after saving, an update and loading")
-        if largest > 1e-5:
-            raise RuntimeError(found[-1])
+        self._workers.rollout.sleep()
+        self._workers.rollout.wake()
+        return "the engines freed their GPUs and took them back"
 
+    def update(self) -> str:
+        metrics = self._update(seed=0)
+        norms = {name: value for name, value in metrics.items() if name.endswith("grad_norm")}
+        said = ", ".join(f"{name} {value:.3g}" for name, value in norms.items())
+        if not all(math.isfinite(norm) and norm > 0 for norm in norms.values()):
+            raise RuntimeError(f"a gradient is 0 or not finite: {said}")
+        return said
 
-def targets_of(config: Config, workers: RunWorkers, batch: Batch) -> tuple[Scores, Targets]:
-    algorithm, scores = config.algorithm, workers.score(batch)
-    opens = segment(algorithm.segmenter, batch, scores)
-    targets = estimate(algorithm.estimator, batch, scores, algorithm.token_rewards(batch, scores), opens)
-    return scores, replace(targets, advantages=algorithm.whitening(targets.advantages, batch.action_mask))
+    def resume(self) -> str:
+        folder, scores = self._config.output_dir / "checkpoint", [self._workers.score_all(self._batch)]
+        self._workers.save(folder)
+        self._update(seed=1)
+        scores.append(self._workers.score_all(self._batch))
+        self._workers.load(folder)
+        scores.append(self._workers.score_all(self._batch))
+        moved, left = (largest_difference(scores[0], later) for later in scores[1:])
+        said = f"an update moved logprobs and values by {moved:.1e}, loading the checkpoint left {left:.1e} of it"
+        if left > 1e-5 or moved <= 1e-5:
+            raise RuntimeError(said)
+        return said
+
+    def _update(self, seed: int) -> Metrics:
+        algorithm, batch = self._config.algorithm, self._batch
+        scores = self._workers.score(batch)
+        opens = segment(algorithm.segmenter, batch, scores)
+        targets = estimate(algorithm.estimator, batch, scores, algorithm.token_rewards(batch, scores), opens)
+        whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.action_mask))
+        return self._workers.update(batch, scores, whitened, seed=seed)[0]
 
 
 def described(synced: dict[str, float]) -> str:

@@ -119,6 +119,7 @@ def _result(call: Any, host: str) -> Any:
     try:
         return ray.get(call, timeout=0)
     except ray.exceptions.GetTimeoutError:
+        ray.cancel(call, force=True)
         return f"{host} did not answer in time"
     except ray.exceptions.RayError as error:
         return f"{host}: {str(error).strip().splitlines()[-1]}"

@@ -12,6 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from torch import Tensor
 
+from sae_rl.algo.ragged import check_tokens
 from sae_rl.backends.deepspeed import Rank
 from sae_rl.config.schema import Config
 from sae_rl.records.clock import Clock
@@ -135,12 +136,14 @@ class RunWorkers:
                 self._weights.version += 1
         logprobs = merge_scores([tokens for _, tokens in answers["policy"]], batch).get("logprobs", scores.old_logprobs)
         assert logprobs is not None, "the policy returns what it was not given"
+        if scores.old_logprobs is None:
+            check_tokens("log pi_old", logprobs, batch)
         answers["policy"] = [updates for updates, _ in answers["policy"]]
         metrics: dict[str, float] = {}
         for role, ranks in answers.items():
             metrics |= update_metrics(ranks, role, self._config.cluster.peak_tflops)
-        if self._weights is not None and metrics["policy/lr"] > 0:
-            self._weights.was_updated |= metrics["policy/skipped_updates"] < metrics["policy/num_updates"]
+        if self._weights is not None:  # a mean norm of 0, or NaN where all updates were skipped, changes no weight
+            self._weights.was_updated |= metrics["policy/grad_norm"] > 0 and metrics["policy/lr"] > 0
         return metrics, logprobs
 
     def update_critic(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from sae_rl.commands import doctor
-from sae_rl.commands.doctor import Checks, check_nodes, shrunk_model
+from sae_rl.commands.doctor import Checks, Trial, check_nodes, shrunk_model
+from sae_rl.types import Batch, Prompt, Rollout, Scores
 from sae_rl.workers.nodes import NodeFacts
+from sae_rl.workers.run_workers import RunWorkers
+from tests.driver.scripted import make_config, make_prompts, make_rollout
 
 SOUND = NodeFacts(
     host="a",
@@ -76,3 +81,62 @@ def test_the_small_model_has_the_same_architecture(tiny_model: Path) -> None:
     assert (config.model_type, config.vocab_size, config.head_dim) == (real.model_type, real.vocab_size, real.head_dim)
     assert config.num_hidden_layers == 2 and config.num_attention_heads % 6 == config.num_key_value_heads % 6 == 0
     assert len(config.layer_types) == 2
+
+
+class ScriptedWorkers:
+    """Workers that answer like sound ones, but for a method that fails or does nothing."""
+
+    def __init__(self, fails: str = "", idle: str = "") -> None:
+        self._fails, self._idle = fails, idle
+        self.moved, self.saved = 0.0, 0.0
+        self.rollout = self
+
+    def _call(self, name: str) -> bool:
+        if name == self._fails:
+            raise RuntimeError("the link is broken")
+        return name != self._idle
+
+    def sync_weights(self, version: int) -> dict[str, float]:
+        self._call("sync")
+        return {f"sync/logprob_diff_{name}": 0.001 for name in ("mean", "p99", "max")}
+
+    def generate(self, prompts: list[Prompt], **_: Any) -> list[list[Rollout]]:
+        self._call("generate")
+        return [[make_rollout(prompt, i, 0, 1.0) for i in range(2)] for prompt in prompts]
+
+    def score(self, batch: Batch) -> Scores:
+        values = torch.zeros(batch.num_tokens)
+        return Scores(old_logprobs=batch.rollout_logprobs + self.moved, values=values, ref_logprobs=None)
+
+    score_all = score
+
+    def update(self, batch: Batch, scores: Scores, *_: Any, seed: int) -> tuple[dict[str, float], Tensor]:
+        self.moved += float(self._call("update"))
+        return {"policy/grad_norm": float(self._idle != "update")}, batch.rollout_logprobs
+
+    def save(self, folder: Path) -> None:
+        self.saved = self.moved if self._call("save") else self.saved
+
+    def load(self, folder: Path) -> None:
+        self.moved = self.saved if self._call("load") else self.moved
+
+
+@pytest.mark.parametrize(
+    ("broken", "failed", "not_tried"),
+    [
+        ({}, [], ""),
+        ({"fails": "sync"}, ["weight transfer"], "rollout, sleep and wake, update, weight transfer after an update"),
+        ({"fails": "generate"}, ["rollout"], "sleep and wake, update"),
+        ({"idle": "update"}, ["update"], "weight transfer after an update"),
+        ({"fails": "save"}, ["checkpoint and resume"], ""),
+        ({"idle": "load"}, ["checkpoint and resume"], ""),
+    ],
+)
+def test_the_first_broken_link_fails_and_ends_the_trial(
+    tmp_path: Path, broken: dict[str, str], failed: list[str], not_tried: str
+) -> None:
+    lines: list[str] = []
+    checks, config = Checks(lines.append), make_config(tmp_path)
+    Trial(config, cast(RunWorkers, ScriptedWorkers(**broken)), make_prompts()).run(checks)
+    assert checks.failed == failed
+    assert f"not tried       {not_tried}" in lines[-1] if not_tried else not lines[-1].startswith("not tried")

@@ -36,7 +36,13 @@ PLAIN = (
     r"(?:\s(?:hundred|thousand|million|billion|trillion)\b)?|-?\\frac\{[^{}]*\}\{[^{}]*\}"
 )
 IS = re.compile(r"\b(?:is|are|equals|be)\b:?\s*|=\s*")
-GOES_ON = re.compile(r"\s*[-+*/^(\\]|\s+\d|[A-Za-z](?![A-Za-z])")  # as 2x + 1 and 5 6 7 do behind their first number
+# What 2x + 1, 5 6 7 and "5 or more" have behind their first number.
+GOES_ON = re.compile(
+    r"\s*[-+*/^(\\]|\s+(?:\d|(?:times|plus|minus|over|or\s+(?:more|less|fewer))\b)|[A-Za-z](?![A-Za-z])"
+)
+BOUND = re.compile(
+    r"\b(?:at (?:least|most)|(?:less|more|greater|fewer|larger|smaller) than|between)\W*(?:\Z|\d)", re.IGNORECASE
+)
 ATOM = rf"(?:{FORMULA}|{PLAIN})"
 ATOMS = re.compile(rf"{ATOM}(?:\s*(?:(?:[,(]\s*)?(?:\b{ALTERNATIVE}\b\s*)+|,|;)\s*{ATOM})*", re.DOTALL | re.IGNORECASE)
 OPERATION = re.compile(r"[\d)}]\s*(?:[-+*/×÷]|\\(?:times|cdot|div))[\s$€£({\\-]*(?:frac\{)?\.?\d")
@@ -121,7 +127,8 @@ def stated(text: str) -> str:
             return _of_sentence(sentence)
     last = ""
     for match in ATOMS.finditer(text):
-        last = last if DENIED.search(text, max(0, match.start() - 20), match.start()) else match[0]
+        before = text[max(0, match.start() - 20) : match.start()]
+        last = last if DENIED.search(before) or BOUND.search(before) else match[0]
     return "" if unfinished(last) else last
 
 
@@ -138,7 +145,7 @@ def unfinished(text: str) -> bool:
 
 def _of_sentence(sentence: str) -> str:
     """The answer in what follows "the answer is": a formula, a list at its start or behind its last "is", or all of it."""
-    if is_formula(sentence):
+    if is_formula(sentence) or BOUND.search(sentence):
         return sentence
     starts = [0, *(match.end() for match in IS.finditer(sentence))]
     for atoms in (ATOMS.match(sentence), ATOMS.match(sentence, starts[-1]), ATOMS.search(sentence, 1)):

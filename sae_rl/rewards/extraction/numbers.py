@@ -41,10 +41,12 @@ UNIT = re.compile(
     rf"|(?<![A-Za-z\\])(?P<words>{NAME}(?:\s*/\s*|\s+)?(?:{NAME}|(?<=/)\s*[a-z])?(?:\s+{NAME})?))"
     r"\s*(?P<power>\^?\s*\{?\s*[23]\s*\}?)?)\s*$"
 )
-COUNTED = re.compile(r"\s(?P<words>[a-z]{3,}(?:\s[a-z]{2,})*)\s*$")  # apples
+COUNTED = re.compile(r"\s(?P<words>(?!(?:squared|cubed)\b)[a-z]{3,}(?:\s[a-z]{2,})*)\s*$")  # apples
 NO_UNIT = re.compile(
-    r"\b(?:or|and|to|if|not|mod|sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infinity|factorial|alternatively|maybe|perhaps"
-    r"|possibly|otherwise|either|alpha|beta|gamma|delta|theta|lambda|sigma|omega)\b"
+    r"\b(?:or|and|to|if|is|are|but|not|than|mod|sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infinity|factorial|alternatively"
+    r"|maybe|perhaps|possibly|otherwise|either|alpha|beta|gamma|delta|theta|lambda|sigma|omega|times|plus|minus|over|by"
+    r"|choose|divided|versus|through|base|k|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?"
+    r"|dozens?|pairs?|lakhs?|crores?|hundreds|thousands|(?!(?:m|b|tr)illion\b)[a-z]+illions?)\b"
 )
 
 
@@ -146,8 +148,11 @@ def without_unit(text: str) -> tuple[str, str]:
     found = UNIT.search(text)
     if found is None or not text[: found.start()].strip() or NO_UNIT.search((found["text"] or "").lower()):
         return text, ""
-    words = found["text"] or found["words"]
-    return text[: found.start()], f"{words} {found['power'] or ''}".strip() if words else "degree"
+    words, power = found["text"] or found["words"] or "degree", found["power"] or ""
+    is_power = sign_of(words) in ("2", "3") or (power.strip() and "^" not in power and not sign_of(words))
+    if is_power or not re.search("[A-Za-z$]", words):  # 5 squared, 5 times 3, 5!
+        return text, ""
+    return text[: found.start()], f"{words} {power}".strip()
 
 
 def sign_of(words: str) -> str:

@@ -19,7 +19,7 @@ FUNCTION_OF_X = re.compile(r"y|[a-z]\(x\)")
 def right(gold: Answer, found: Answer, precision: int) -> bool:
     """Whether an answer says the same as the right one, and has done what that has done: sums, limits and the like."""
     value = found.value or found
-    undone = set(UNDONE.findall(value.text)) - set(UNDONE.findall(gold.text))
+    undone = set(UNDONE.findall(value.text)) - set(UNDONE.findall((gold.value or gold).text))
     return not undone and equal(gold, found, precision)
 
 
