@@ -84,8 +84,7 @@ def final_answer(response: str, boxed_only: bool = False) -> FinalAnswer:
 
 def after_thinking(response: str) -> str | None:
     """The response without its reasoning in tags; None: the reasoning never ends."""
-    said = response.rpartition("</think>")[2]
-    return None if "<think>" in said else said
+    return None if "<think>" in (said := response.rpartition("</think>")[2]) else said
 
 
 def boxed(text: str) -> list[str]:

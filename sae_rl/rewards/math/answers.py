@@ -8,17 +8,7 @@ from functools import cache, cached_property, lru_cache
 from importlib import import_module
 from typing import Any
 
-from sae_rl.rewards.extraction.markup import (
-    ALTERNATIVE,
-    BRACKET,
-    TEXT,
-    TRIGONOMETRIC,
-    ascii_of,
-    closing,
-    deepest,
-    split,
-    tidy,
-)
+from sae_rl.rewards.extraction import markup
 from sae_rl.rewards.extraction.numbers import Number, read, sign_of, without_unit
 
 MAX_CHARS = 10_000  # characters of an answer; a longer one is compared as text
@@ -36,8 +26,8 @@ CLOCK = re.compile(r"\d{1,2}:(?:[0-5]\d:[0-5]\d|00)")  # a time of the day, not 
 ROW = re.compile(r"\d[\d.]*(?:\s+[\d.]+)+")  # numbers without a comma between them
 SEMICOLON = re.compile(";")
 SEPARATOR = re.compile(
-    rf",|\\text\s*\{{[\s,;]*{ALTERNATIVE}(?:[\s,;]+{ALTERNATIVE})*[\s,;]*\}}"
-    rf"|\b{ALTERNATIVE}\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])"
+    rf",|\\text\s*\{{[\s,;]*{markup.ALTERNATIVE}(?:[\s,;]+{markup.ALTERNATIVE})*[\s,;]*\}}"
+    rf"|\b{markup.ALTERNATIVE}\b|\\(?:lor|vee|land|wedge)(?![A-Za-z])"
 )
 ENVIRONMENT = re.compile(
     r"(?:([^=]+)=)?\s*[(\[]?\s*\\begin\s*\{([pb]?matrix|cases|array)\}(?:\{[lcr| ]*\})?(.*)\\end\s*\{\2\}\s*[)\]]?",
@@ -118,11 +108,11 @@ def read_answer(said: str) -> Answer:
     text = said.strip()
     if len(text) > MAX_CHARS:
         return Answer(text)
-    text = ascii_of(text)
-    if deepest(text) > MAX_DEPTH:
+    text = markup.ascii_of(text)
+    if markup.deepest(text) > MAX_DEPTH:
         return Answer(text, problem="its brackets are nested too deeply")
-    text = tidy(text)
-    wrapped = TEXT.fullmatch(text)
+    text = markup.tidy(text)
+    wrapped = markup.TEXT.fullmatch(text)
     text = wrapped[1].strip().rstrip(".") if wrapped is not None else text
     number = read(text)
     if number is not None:
@@ -134,14 +124,14 @@ def read_answer(said: str) -> Answer:
         return Answer(text, words, brackets="{}")
     answer = _environment(text) or _list(text) or _equation(text) or _in_brackets(text)
     if answer is None:
-        formula, unit = ("", "") if words or TRIGONOMETRIC.search(text) else without_unit(text)
+        formula, unit = ("", "") if words or markup.TRIGONOMETRIC.search(text) else without_unit(text)
         answer = Answer(text, unit=sign_of(unit), formula=formula)
     return replace(answer, words=words, is_text=bool(words) and wrapped is not None)
 
 
 def _words(text: str) -> str:
     """A text that may be words, in one form; empty: it is none."""
-    letters = " ".join(TEXT.sub(r" \1 ", text).split())
+    letters = " ".join(markup.TEXT.sub(r" \1 ", text).split())
     letters = letters[1:-1].strip() if re.fullmatch(r"\([^()]+\)", letters) else letters
     return PUNCTUATION.sub(" ", letters).strip() if WORDS.fullmatch(letters) else ""
 
@@ -167,7 +157,7 @@ def _case(row: list[str]) -> Answer:
     value, *condition = row
     if not condition:
         return read_answer(value)
-    text = tidy(CONDITION.sub("", TEXT.sub(r"\1", " ".join(condition))))
+    text = markup.tidy(CONDITION.sub("", markup.TEXT.sub(r"\1", " ".join(condition))))
     return Answer(f"({value}, {text})", brackets="()", parts=(read_answer(value), read_answer(text)))
 
 
@@ -179,18 +169,18 @@ def _list(text: str) -> Answer | None:
 
 def split_parts(text: str) -> list[str]:
     """Numbers in a row, or the parts between semicolons, or else between commas or words like "or"."""
-    parts = text.split() if ROW.fullmatch(text) else split(text, SEMICOLON)
-    return parts if len(parts) > 1 else split(text, SEPARATOR)
+    parts = text.split() if ROW.fullmatch(text) else markup.split(text, SEMICOLON)
+    return parts if len(parts) > 1 else markup.split(text, SEPARATOR)
 
 
 def _equation(text: str) -> Answer | None:
     """An equation that gives something a name, or says what a calculation comes to."""
-    exact, *rounded = split(text, APPROXIMATELY) or [text]
+    exact, *rounded = markup.split(text, APPROXIMATELY) or [text]
     if exact != text:
         return read_answer(f"{exact} = {rounded[0]}" if rounded and is_name(exact) else exact)
     if (member := MEMBER.fullmatch(text)) and is_name(member[1]):
         return Answer(text, name=compact(member[1]), value=read_answer(member[2]))
-    sides = split(text, EQUALS)
+    sides = markup.split(text, EQUALS)
     if len(sides) < 2 or RELATION.search(text):
         return None
     if len({compact(side) for side in sides}) == 1:
@@ -204,13 +194,14 @@ def _equation(text: str) -> Answer | None:
 
 def is_name(side: str) -> bool:
     """Whether a side of an equation is what the other side gives a value."""
-    return not CALCULATION.search(side) and NAME.fullmatch(INDEX.sub("", TEXT.sub(r"\1", side)).strip()) is not None
+    bare = INDEX.sub("", markup.TEXT.sub(r"\1", side)).strip()
+    return not CALCULATION.search(side) and NAME.fullmatch(bare) is not None
 
 
 def _in_brackets(text: str) -> Answer | None:
     """A tuple, an interval or a set; or what stands in parentheses alone."""
-    opening = BRACKET.match(text)
-    if opening is None or opening[0] not in ("(", "[", "\\{") or closing(text, opening.end()) != len(text):
+    opening = markup.BRACKET.match(text)
+    if opening is None or opening[0] not in ("(", "[", "\\{") or markup.closing(text, opening.end()) != len(text):
         return None
     inside = text[opening.end() : -1].removesuffix("\\").strip()
     brackets = opening[0][-1] + text[-1]

@@ -43,11 +43,8 @@ class Math:
         if same_as is not None:
             return Verdict(1.0, f"{why}, which equals {shown(same_as.text)}", same_as.canonical)
         if not found.says_something or found.problem:
-            return Verdict(
-                0.0,
-                f"{why}, {f'but {found.problem}' if found.problem else 'which is no mathematics'}",
-                shown(final.text),
-            )
+            problem = f"but {found.problem}" if found.problem else "which is no mathematics"
+            return Verdict(0.0, f"{why}, {problem}", shown(final.text))
         none = "none of" if len(wanted) > 1 else "not"
         return Verdict(0.0, f"{why}, which is {none} {', '.join(shown(gold.text) for gold in wanted)}", found.canonical)
 
