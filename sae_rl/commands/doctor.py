@@ -30,8 +30,8 @@ from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.session import ray_session, start_workers
 
 FAST_LR = 1e-2
-LIMIT_S = 120.0  # for one call
-START_LIMIT_S = 300.0
+LIMIT_S = 60.0  # for one call
+START_LIMIT_S = 240.0
 NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 8, 32
 SMALL_GIB = 20.0  # free space of output_dir below which a node is mentioned
 ATTENTION_TOLERANCE = 0.02  # bfloat16 has 8 bits
@@ -221,15 +221,11 @@ def check_workers(checks: Checks, config: Config, vocabulary: int) -> None:
             found.append(", ".join(f"{count} {role}" for role, count in workers.counts().items()))
         if workers is None:
             return
-        with checks.check(
-            "all-reduce", "set NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs)"
-        ) as found:
-            found += [f"{role}: {ranks} ranks" for role, ranks in workers.all_reduce().items()]
         Trial(config, workers, prompts).run(checks)
 
 
 class Trial:
-    """One step of training, and a checkpoint that is loaded again. Each method returns what it found."""
+    """Collectives, one step of training, and a checkpoint that is loaded again. Each method returns what it found."""
 
     def __init__(self, config: Config, workers: RunWorkers, prompts: list[Prompt]) -> None:
         self._config, self._workers, self._prompts = config, workers, prompts
@@ -240,6 +236,7 @@ class Trial:
         memory = "for memory: docs/clusters.md, How much memory"
         asleep = "lower rollout.gpu_memory_utilization, or set cluster.colocate_rollout=false"
         tries: list[tuple[str, str, Callable[[], str]]] = [
+            ("all-reduce", "set NCCL_DEBUG=INFO and NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs)", self.all_reduce),
             ("weight transfer", transfer, lambda: self.transfer(0)),
             ("rollout", "read the engine's log", self.rollout),
             ("sleep and wake", asleep, self.sleep),
@@ -253,6 +250,9 @@ class Trial:
             if name in checks.failed:
                 checks.leave_out([later for later, *_ in tries[i + 1 :]])
                 return
+
+    def all_reduce(self) -> str:
+        return "; ".join(f"{role}: {ranks} ranks" for role, ranks in self._workers.all_reduce().items())
 
     def transfer(self, version: int) -> str:
         return described(self._workers.sync_weights(version))

@@ -96,6 +96,10 @@ class ScriptedWorkers:
             raise RuntimeError("the link is broken")
         return name != self._idle
 
+    def all_reduce(self) -> dict[str, int]:
+        self._call("all_reduce")
+        return {"policy": 1}
+
     def sync_weights(self, version: int) -> dict[str, float]:
         self._call("sync")
         return {f"sync/logprob_diff_{name}": 0.001 for name in ("mean", "p99", "max")}
@@ -125,6 +129,7 @@ class ScriptedWorkers:
     ("broken", "failed", "not_tried"),
     [
         ({}, [], ""),
+        ({"fails": "all_reduce"}, ["all-reduce"], "weight transfer, rollout, sleep and wake"),
         ({"fails": "sync"}, ["weight transfer"], "rollout, sleep and wake, update, weight transfer after an update"),
         ({"fails": "generate"}, ["rollout"], "sleep and wake, update"),
         ({"idle": "update"}, ["update"], "weight transfer after an update"),

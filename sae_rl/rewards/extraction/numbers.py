@@ -44,9 +44,9 @@ UNIT = re.compile(
 COUNTED = re.compile(r"\s(?P<words>(?!(?:squared|cubed)\b)[a-z]{3,}(?:\s[a-z]{2,})*)\s*$")  # apples
 NO_UNIT = re.compile(
     r"\b(?:or|and|to|if|is|are|but|not|than|mod|sqrt|pi|sin|cos|tan|cot|sec|csc|log|ln|exp|infinity|factorial|alternatively"
-    r"|maybe|perhaps|possibly|otherwise|either|alpha|beta|gamma|delta|theta|lambda|sigma|omega|times|plus|minus|over|by"
-    r"|choose|divided|versus|through|base|k|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?"
-    r"|dozens?|pairs?|lakhs?|crores?|hundreds|thousands|(?!(?:m|b|tr)illion\b)[a-z]+illions?)\b"
+    r"|maybe|perhaps|possibly|otherwise|either|alpha|beta|gamma|delta|theta|lambda|sigma|omega|times|plus|minus|over|by|base"
+    r"|choose|divided|versus|through|half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?|tenths?"
+    r"|hundredths?|thousandths?|k|dozens?|pairs?|lakhs?|crores?|hundreds|thousands|(?!(?:m|b|tr)illion\b)[a-z]+illions?)\b"
 )
 
 
