@@ -174,6 +174,8 @@ class RunWorkers:
 
     def load(self, folder: Path) -> None:
         self._run_all(self._trained, lambda worker, role: worker.load.remote(folder.absolute() / role))
+        if self._weights is not None:
+            self._weights.was_updated = False  # the weights may be those that were sent last
 
     def save_critic(self, folder: Path) -> None:
         group = self._groups["critic"]
