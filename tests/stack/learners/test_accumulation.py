@@ -77,7 +77,7 @@ def test_64_micro_batches_add_up_in_float32(
     scores = Scores(old_logprobs=batch.rollout_logprobs, values=torch.zeros(batch.num_tokens), ref_logprobs=None)
     targets = Targets(advantages=advantages, returns=torch.zeros(batch.num_tokens))
     before = policys_weights(workers)
-    assert workers.update(batch, scores, targets, seed=0)["policy/skipped_updates"] == 0
+    assert workers.update(batch, scores, targets, seed=0)[0]["policy/skipped_updates"] == 0
     after = policys_weights(workers)
     expected = sum_of_single_gradients(config, batch, scores, targets)
     gap = sum(float((before[name] - after[name] - gradient).square().sum()) for name, gradient in expected.items())
@@ -91,5 +91,5 @@ def test_64_micro_batches_add_up_in_float32(
 def recovers_from_a_skipped_update(workers: RunWorkers, batch: Batch, scores: Scores, targets: Targets) -> None:
     """The states of an offloaded optimizer keep no gradient that was not finite."""
     bad = Targets(advantages=targets.advantages * float("nan"), returns=targets.returns)
-    assert workers.update(batch, scores, bad, seed=0)["policy/skipped_updates"] == 1
-    assert workers.update(batch, scores, targets, seed=0)["policy/skipped_updates"] == 0
+    assert workers.update(batch, scores, bad, seed=0)[0]["policy/skipped_updates"] == 1
+    assert workers.update(batch, scores, targets, seed=0)[0]["policy/skipped_updates"] == 0
