@@ -26,6 +26,8 @@ from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import Device, LearnerConfig, ModelConfig
 from sae_rl.types import Batch
 
+BUCKET_NUMBERS = 250_000_000  # in a bucket of gradients: in float32 as many bytes as DeepSpeed's default in bfloat16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
@@ -60,6 +62,15 @@ def join_group(rank: Rank) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
+def zero_stage(config: LearnerConfig, model: ModelConfig, trainable: bool) -> int:
+    """The ZeRO stage that DeepSpeed runs, which may differ from the configured one."""
+    if not trainable and config.zero_stage in (1, 2):
+        return 0  # these stages shard gradients and optimizer states, which a frozen network does not have
+    if trainable and config.zero_stage == 0 and model.precision == "bfloat16":
+        return 1  # DeepSpeed accumulates bfloat16 gradients in float32 from here on
+    return config.zero_stage
+
+
 class Learner:
     """One rank of a network that DeepSpeed ZeRO trains or evaluates."""
 
@@ -86,10 +97,11 @@ class Learner:
         self.device = torch.device(rank.device)
         self._num_skipped = 0  # consecutive skipped updates
         trainable = num_steps is not None
-        self._clips_itself = trainable and config.zero_stage == 0 and model.precision == "float32"
+        self._stage = zero_stage(config, model, trainable)
+        self._clips_itself = trainable and self._stage == 0
         ds_config = self._deepspeed_config(model, trainable)
         # While this object lives, from_pretrained shards the weights as it loads them.
-        sharded_load = HfDeepSpeedConfig(ds_config) if config.zero_stage == 3 else None
+        sharded_load = HfDeepSpeedConfig(ds_config) if self._stage == 3 else None
         self._group = SequenceGroup(rank.sequence_parallel_size) if rank.sequence_parallel_size > 1 else None
         network = build(self._group)
         self._cost = PassCost.of(network)
@@ -119,14 +131,9 @@ class Learner:
         self.network = self.engine.module
 
     def _deepspeed_config(self, model: ModelConfig, trainable: bool) -> dict[str, Any]:
-        stage = self.config.zero_stage
-        if not trainable and stage in (1, 2):
-            stage = 0  # these stages shard gradients and optimizer states, which a frozen network does not have
-        if trainable and stage == 0 and model.precision == "bfloat16":
-            stage = 1  # DeepSpeed accumulates bfloat16 gradients in float32 from here on
+        stage = self._stage
         # DeepSpeed refuses to overlap under ZeRO 1, because `_backward` has no fixed number of micro-batches.
-        # A bucket has as many bytes as DeepSpeed's default bucket in bfloat16.
-        zero: dict[str, Any] = {"stage": stage, "overlap_comm": stage == 3, "reduce_bucket_size": 250_000_000}
+        zero: dict[str, Any] = {"stage": stage, "overlap_comm": stage == 3, "reduce_bucket_size": BUCKET_NUMBERS}
         if stage >= 1 and self.config.offload_optimizer and trainable:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.rank.device == "cuda"}
         if stage == 3 and self.config.offload_parameters:
@@ -253,7 +260,7 @@ class Learner:
             group.update(lr=lr, betas=options.betas, eps=options.eps, weight_decay=options.weight_decay)
         self.engine.step()
         is_skipped = not math.isfinite(self.grad_norm)
-        if is_skipped and self.config.offload_optimizer and self.config.zero_stage in (1, 2):
+        if is_skipped and self.config.offload_optimizer and self._stage in (1, 2):
             self.engine.optimizer.averaged_gradients.clear()  # DeepSpeed 0.19.8 would add the next gradients to these
         self._num_skipped = self._num_skipped + 1 if is_skipped else 0
         if self._num_skipped > options.max_skipped_updates:
@@ -304,7 +311,7 @@ class Learner:
         import deepspeed
 
         for weight in merged_weights(self.network):
-            if self.config.zero_stage == 3:
+            if self._stage == 3:
                 with deepspeed.zero.GatheredParameters(weight.parts):
                     yield weight.name, weight.read()
             else:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sae_rl.backends.deepspeed import BUCKET_NUMBERS, zero_stage
 from sae_rl.backends.logprobs import LOGITS_BYTES
 from sae_rl.config.schema import Config, LearnerConfig, LoraConfig
 
 GIB = 2**30
-BUCKET = 4 * 250_000_000  # bytes of the buffer of gradients that learners configure, reduce_bucket_size in float32
 LIVE = 1_000_000_000  # parameters that ZeRO 3 keeps gathered, DeepSpeed's default stage3_max_live_parameters
 MOMENTS = 2 * 4  # bytes of Adam's moments for each parameter
 MASTER = 4  # bytes of the float32 copy of each bfloat16 parameter
@@ -102,8 +102,8 @@ class Learner:
 def learner(config: Config, shape: Shape, role: str) -> Learner:
     """The memory of one rank of a policy, critic or reference worker."""
     options: LearnerConfig = config.learner.critic if role == "critic" else config.learner.policy
-    ranks, stage, width = getattr(config.cluster, role).num_workers, options.zero_stage, _width(config)
-    stage = max(stage, 1) if width == 2 else stage  # bfloat16 under ZeRO 0 runs as ZeRO 1
+    ranks, width = getattr(config.cluster, role).num_workers, _width(config)
+    stage = zero_stage(options, config.model, trainable=role != "reference")
     parameters = shape.parameters - (shape.head if role == "critic" else 0)
     trained = {"policy": shape.adapters(config.learner.lora) or parameters, "critic": parameters, "reference": 0}[role]
     weights = width * parameters / (ranks if stage == 3 else 1)
@@ -114,7 +114,7 @@ def learner(config: Config, shape: Shape, role: str) -> Learner:
         "weights": weights * (not options.offload_parameters),
         "gradients": gradients * (not options.offload_optimizer),
         "optimizer": states * (not options.offload_optimizer),
-        "bucket": BUCKET if stage and trained else 0,
+        "bucket": ACCUMULATED * BUCKET_NUMBERS if stage and trained else 0,
     }
     working = _pass(shape, options, width, role) if trained else {}
     if stage == 3:

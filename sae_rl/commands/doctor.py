@@ -9,31 +9,28 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from sae_rl.algo.estimators import estimate
-from sae_rl.algo.segmentation import segment
-from sae_rl.commands.assemble import load_tokenizer, with_delimiters
+from sae_rl.commands.assemble import load_tokenizer
 from sae_rl.commands.run_folder import prepare_output
 from sae_rl.config.schema import Config
 from sae_rl.protocols import Metrics
 from sae_rl.records.clock import Clock
 from sae_rl.sft import save
-from sae_rl.types import Batch, Prompt, Scores
+from sae_rl.types import Batch, Prompt, Scores, Targets
 from sae_rl.workers.nodes import NodeFacts, facts_of_nodes, kernel_differences, on_nodes
 from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.session import ray_session, start_workers
 
-FAST_LR = 1e-2
+FAST_LR = 1e-2  # one update changes logprobs by far more than rounding does
 LIMIT_S = 60.0  # for one call
 START_LIMIT_S = 240.0
 NUM_PROMPTS, PROMPT_TOKENS, RESPONSE_TOKENS = 8, 8, 32
-SMALL_GIB = 20.0  # free space of output_dir below which a node is mentioned
+SMALL_GIB = 20.0  # less free space for output_dir fails the check
 ATTENTION_TOLERANCE = 0.02  # bfloat16 has 8 bits
 
 
@@ -84,7 +81,7 @@ def run_doctor(config: Config, show: Callable[[str], None] = print) -> list[str]
     checks, output = Checks(show), config.output_dir.absolute()
     folder = Path(tempfile.mkdtemp(prefix="doctor_", dir=output))
     try:
-        tiny = tiny_run(with_delimiters(config, tokenizer), folder, tokenizer)
+        tiny = tiny_run(config, folder, tokenizer)
         with ray_session(config):
             check_nodes(checks, folder)
             check_kernels(checks, config)
@@ -102,7 +99,7 @@ def tiny_run(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -
     once = {"num_epochs": 1, "num_mini_batches": 1}
     cluster, rollout, learner = config.cluster, config.rollout, config.learner
     pretraining = learner.critic_pretraining.model_copy(update={"checkpoint": None})
-    fast = {"lr": FAST_LR, "warmup_updates": 0, "schedule": "constant"}  # so that an update can be seen
+    fast = {"lr": FAST_LR, "warmup_updates": 0, "schedule": "constant"}
     learners = {
         role: (one := getattr(learner, role)).model_copy(
             update=once | {"optimizer": one.optimizer.model_copy(update=fast)}
@@ -295,12 +292,9 @@ class Trial:
         return said
 
     def _update(self, seed: int) -> Metrics:
-        algorithm, batch = self._config.algorithm, self._batch
-        scores = self._workers.score(batch)
-        opens = segment(algorithm.segmenter, batch, scores)
-        targets = estimate(algorithm.estimator, batch, scores, algorithm.token_rewards(batch, scores), opens)
-        whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.action_mask))
-        return self._workers.update(batch, scores, whitened, seed=seed)[0]
+        draw = torch.randn(self._batch.num_tokens, generator=torch.Generator().manual_seed(seed))
+        targets = Targets(advantages=draw, returns=draw)
+        return self._workers.update(self._batch, self._workers.score(self._batch), targets, seed=seed)[0]
 
 
 def described(synced: dict[str, float]) -> str:

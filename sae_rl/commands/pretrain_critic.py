@@ -38,7 +38,9 @@ def run_critic_pretraining(config: Config) -> Path:
     with assembled(config, pretraining_roles(config), None) as run:
         explained_variance, num_responses = pretrain(run)
         if not math.isfinite(explained_variance):
-            raise RuntimeError("all responses had the same return, so the critic learned nothing")
+            raise RuntimeError(
+                "all responses had the same return, so the critic learned nothing: are all rewards equal?"
+            )
         partial = folder.with_name(".partial_critic")
         shutil.rmtree(partial, ignore_errors=True)
         run.workers.export_critic(partial)

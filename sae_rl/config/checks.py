@@ -75,10 +75,8 @@ def _engine_rules(config: Config) -> Iterator[str]:
         yield "cluster.rollout.num_workers = 0, but at least one engine must sample"
     if on_cpu and parallel > 1:
         yield f"rollout.tensor_parallel_size = {parallel}: on cluster.device=cpu use 1"
-    batched, total = (
-        config.rollout.max_num_batched_tokens,
-        config.task.max_prompt_tokens + config.rollout.max_response_tokens,
-    )
+    batched = config.rollout.max_num_batched_tokens
+    total = config.task.max_prompt_tokens + config.rollout.max_response_tokens
     if on_cpu and batched is not None and batched < total:
         yield (
             f"rollout.max_num_batched_tokens = {batched}: on cluster.device=cpu prefills are whole, so at least "

@@ -123,7 +123,10 @@ class Sampler:
 def check_num_prompts(num_prompts: int, size: int, whole: str) -> None:
     """Raises ValueError unless ``size`` prompts, the size of ``whole``, are enough for a step."""
     if not 1 <= num_prompts <= size:
-        raise ValueError(f"a step asks for {num_prompts} prompts, allowed: 1 to {size}, the size of {whole}")
+        raise ValueError(
+            f"a step asks for {num_prompts} prompts, allowed: 1 to {size}, the size of {whole}; ask for fewer prompts per "
+            "step or give more data"
+        )
 
 
 def check_kind(state: SamplerState, kind: str) -> None:

@@ -64,7 +64,7 @@ class LearnerWorker(Process):
     def _score(
         self, batch: Batch, forward: Callable[[MicroBatch], dict[str, Tensor]]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`Learner.score`."""
+        """Token indices and results of this rank, as `Learner.score` returns them; the GPU's cache is empty afterwards."""
         with self._at_work():
             return self._learner.score(batch, forward)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sae_rl.backends.gpu_check import attention_difference, recursion_difference
@@ -48,8 +49,6 @@ class NodeFacts:
 
 def read_node(output_dir: Path, nonce: Path, address: str, port: int) -> NodeFacts:
     """Runs on a node."""
-    import torch
-
     versions = {"python": platform.python_version()}
     distributions = metadata.packages_distributions()  # vLLM for CPUs has another name
     versions |= {name: metadata.version(distributions[name][0]) for name in PACKAGES if name in distributions}
@@ -74,14 +73,8 @@ def _gpus() -> tuple[str, ...]:
     if shutil.which(query[0]) is None:
         return ()
     found = subprocess.run(query, capture_output=True, text=True, timeout=60)
-    return tuple(f"{name} ({memory}, driver {driver})" for name, memory, driver in _rows(found.stdout))
-
-
-def _rows(text: str) -> Iterator[list[str]]:
-    for line in text.strip().splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) == 3:
-            yield parts
+    rows = [line.split(", ") for line in found.stdout.splitlines()] if found.returncode == 0 else []
+    return tuple(f"{name} ({memory}, driver {driver})" for name, memory, driver in rows)
 
 
 def _connection(address: str, port: int) -> str | None:

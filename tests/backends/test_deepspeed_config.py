@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_rl.backends.deepspeed import Learner, Rank
+from sae_rl.backends.deepspeed import Learner, Rank, zero_stage
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Precision
 
@@ -20,6 +20,7 @@ def told(model: Path, precision: Precision, stage: int, trainable: bool) -> Any:
     config = load_config([f"model.path={model}", f"model.precision={precision}", f"learner.policy.zero_stage={stage}"])
     learner = Learner.__new__(Learner)
     learner.config, learner._clips_itself = config.learner.policy, False
+    learner._stage = zero_stage(learner.config, config.model, trainable)
     learner.rank = Rank(index=0, size=1, master_address="", master_port=0, device="cuda", threads=1)
     return DeepSpeedConfig(learner._deepspeed_config(config.model, trainable))
 

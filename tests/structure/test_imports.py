@@ -67,9 +67,9 @@ LAYERS = {
     "backends": [
         "weight_transfer",
         "*",
-        "gpu_check memory sequence_parallel vllm",
+        "gpu_check sequence_parallel vllm",
         "deepspeed models",
-        "weight_sender",
+        "memory weight_sender",
     ],
     "commands": ["prompts run_folder warm_start", "assemble", "*", "demo"],
     "config": ["schema", "checks", "compose"],
