@@ -98,19 +98,19 @@ def packed_sdpa(
         The output (1, L, heads, d), and None in place of attention weights.
     """
     options = {name: arguments[name] for name in ("dropout", "scaling") if name in arguments}
-    outputs, begin = [], 0
-    for length, run in groupby(sequence_lengths):
-        count = len(list(run))
-        end = begin + count * length
+    runs = [(length, len(list(run))) for length, run in groupby(sequence_lengths)]
+    # `split` joins its gradients in one copy; slices would each add theirs to a row of zeros.
+    spans = [x.squeeze(0).split([length * count for length, count in runs], dim=1) for x in (query, key, value)]
+    outputs = []
+    for (length, count), *parts in zip(runs, *spans, strict=True):
         mask = None
         if sliding_window is not None and length > sliding_window:
             whole = torch.ones(length, length, dtype=torch.bool, device=query.device)
             mask = whole.tril().triu(1 - sliding_window)
-        # (1, heads, count * length, d) -> (count, heads, length, d)
-        parts = (x[0, :, begin:end].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
-        output, _ = sdpa_attention_forward(module, *parts, mask, is_causal=True, **options)
+        # (heads, count * length, d) -> (count, heads, length, d)
+        batched = (x.unflatten(1, (count, length)).transpose(0, 1) for x in parts)
+        output, _ = sdpa_attention_forward(module, *batched, mask, is_causal=True, **options)
         outputs.append(output.flatten(0, 1))  # (count * length, heads, d)
-        begin = end
     return torch.cat(outputs)[None], None
 
 

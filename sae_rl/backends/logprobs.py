@@ -83,38 +83,42 @@ class _ChunkedLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         entropies, normalizers = torch.zeros_like(logprobs), torch.empty_like(logprobs)
-        for part in _chunks(len(hidden), weight):
+        chunks = _chunks(len(hidden), weight)
+        for part in chunks:
             logits = _logits(hidden[part], weight, bias, temperature)
             normalizers[part] = logits.logsumexp(-1)
             logprobs[part] = logits.gather(-1, token_ids[part, None]).squeeze(-1) - normalizers[part]
             if with_entropies:  # log Z - E[logit]
                 probabilities = (logits - normalizers[part, None]).exp_()
                 entropies[part] = normalizers[part] - probabilities.mul_(logits).sum(-1)
-            del logits
-        ctx.save_for_backward(hidden, weight, bias, token_ids, normalizers, entropies)
+                del probabilities
+        # The backward pass of the head comes first, so a single chunk is kept at no cost in peak memory.
+        kept = logits if len(chunks) == 1 and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(hidden, weight, bias, token_ids, normalizers, entropies, kept)
         ctx.temperature, ctx.with_entropies = temperature, with_entropies
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """``d logprob / d logit_j = [j = token] - p_j`` and ``d H / d logit_j = -p_j (log p_j + H)``, p = softmax."""
-        hidden, weight, bias, token_ids, normalizers, entropies = ctx.saved_tensors
+        hidden, weight, bias, token_ids, normalizers, entropies, kept = ctx.saved_tensors
         logprob_gradients, entropy_gradients = gradients
         grad_hidden = torch.empty_like(hidden)
         # Summed in float32: in bfloat16 a chunk's gradient would be rounded away beside a large sum.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for part in _chunks(len(hidden), weight):
-            logits = _logits(hidden[part], weight, bias, ctx.temperature)
-            logits -= normalizers[part, None]  # log p
-            probabilities = logits.exp()
-            slope = logprob_gradients[part, None]
+            logits = _logits(hidden[part], weight, bias, ctx.temperature) if kept is None else kept
+            log_p = logits - normalizers[part, None]
+            slope = -logprob_gradients[part, None]
             if ctx.with_entropies:
-                slope = slope + entropy_gradients[part, None] * logits.add_(entropies[part, None])
-            gradient = probabilities.mul_(slope).neg_()
-            gradient.scatter_add_(-1, token_ids[part, None], logprob_gradients[part, None])
-            gradient = gradient.div_(ctx.temperature).to(weight.dtype)
-            del logits, slope
+                gradient = log_p.exp()
+                slope = slope - entropy_gradients[part, None] * log_p.add_(entropies[part, None])
+            else:
+                gradient = log_p.exp_()
+            gradient.mul_(slope).scatter_add_(-1, token_ids[part, None], logprob_gradients[part, None])
+            gradient = _divided(gradient, ctx.temperature).to(weight.dtype)
+            del logits, log_p, slope
             grad_hidden[part] = gradient @ weight
             if grad_weight is not None:
                 grad_weight += gradient.T @ hidden[part]
@@ -132,7 +136,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     """(n, V) float32 logits, divided by the temperature."""
-    return functional.linear(hidden, weight, bias).float() / temperature
+    return _divided(functional.linear(hidden, weight, bias).float(), temperature)
+
+
+def _divided(numbers: Tensor, temperature: float) -> Tensor:
+    """``numbers / temperature``, in place; at 1 it saves a pass over the logits."""
+    return numbers if temperature == 1.0 else numbers.div_(temperature)
 
 
 def _chunks(num_tokens: int, weight: Tensor) -> list[slice]:

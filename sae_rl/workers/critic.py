@@ -54,14 +54,18 @@ class CriticWorker(LearnerWorker):
 
         self._start(rank, model, config, build, num_steps)
 
-    def score(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(n,) the indices of this rank's tokens among all N, and their ``values`` (n,), perhaps ``final_values`` too."""
+    def score(self, batch: Batch, threads: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(n,) the indices of this rank's tokens among all N, and their ``values`` (n,), perhaps ``final_values`` too.
+
+        Args:
+            threads: threads of this process while it scores.
+        """
 
         def forward(micro: MicroBatch) -> dict[str, Tensor]:
             values, final = self._learner.engine(micro, self._with_final_values)
             return {"values": values} if final is None else {"values": values, "final_values": final}
 
-        return self._score(batch, forward)
+        return self._score(batch, forward, threads)
 
     def update(self, batch: Batch, scores: Scores, targets: Targets, seed: int) -> list[dict[str, float]]:
         """All epochs and mini-batches of one step; for each update, sums over this rank's tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,11 +63,15 @@ class LearnerWorker(Process):
             ]
 
     def _score(
-        self, batch: Batch, forward: Callable[[MicroBatch], dict[str, Tensor]]
+        self, batch: Batch, forward: Callable[[MicroBatch], dict[str, Tensor]], threads: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Token indices and results of this rank, as `Learner.score` returns them; the GPU's cache is empty afterwards."""
-        with self._at_work():
-            return self._learner.score(batch, forward)
+        torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
+        try:
+            with self._at_work():
+                return self._learner.score(batch, forward)
+        finally:
+            torch.set_num_threads(self._learner.rank.threads)
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

@@ -66,8 +66,12 @@ class PolicyWorker(LearnerWorker):
         self._start(rank, model, config, build, num_steps)
         self._sender: Sender | None = None
 
-    def score(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(n,) the indices of this rank's tokens among all N, and their ``old_logprobs`` (n,) and what `start` asked for."""
+    def score(self, batch: Batch, threads: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(n,) the indices of this rank's tokens among all N, and their ``old_logprobs`` (n,) and what `start` asked for.
+
+        Args:
+            threads: threads of this process while it scores.
+        """
 
         def forward(micro: MicroBatch) -> dict[str, Tensor]:
             logprobs, entropies = self._learner.engine(micro, batch.temperature, self._with_entropies)
@@ -79,7 +83,7 @@ class PolicyWorker(LearnerWorker):
                     scores["ref_logprobs"], _ = self._learner.engine(micro, batch.temperature, False)
             return scores
 
-        return self._score(batch, forward)
+        return self._score(batch, forward, threads)
 
     def update(
         self, batch: Batch, scores: Scores, targets: Targets, seed: int

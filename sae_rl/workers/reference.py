@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sae_rl.backends.deepspeed import Rank
 from sae_rl.backends.models import PolicyNetwork, load_causal_lm
+from sae_rl.backends.packing import MicroBatch
 from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import Config, LearnerConfig, ModelConfig
 from sae_rl.types import Batch
@@ -30,8 +31,14 @@ class ReferenceWorker(LearnerWorker):
 
         self._start(rank, model, config, build, num_steps=None)
 
-    def score(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """(n,) the indices of this rank's tokens among all N, and ``ref_logprobs`` (n,) of those tokens."""
-        return self._score(
-            batch, lambda micro: {"ref_logprobs": self._learner.engine(micro, batch.temperature, False)[0]}
-        )
+    def score(self, batch: Batch, threads: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(n,) the indices of this rank's tokens among all N, and ``ref_logprobs`` (n,) of those tokens.
+
+        Args:
+            threads: threads of this process while it scores.
+        """
+
+        def forward(micro: MicroBatch) -> dict[str, Tensor]:
+            return {"ref_logprobs": self._learner.engine(micro, batch.temperature, False)[0]}
+
+        return self._score(batch, forward, threads)

@@ -222,10 +222,9 @@ class RunWorkers:
             self._rollout.sleep()
 
     def _score(self, batch: Batch, roles: Sequence[str]) -> Scores:
-        shared = ray.put(batch)
-        answers = self._take_turns(
-            {role: self._groups[role] for role in roles}, lambda worker, _: worker.score.remote(shared)
-        )
+        shared, groups = ray.put(batch), {role: self._groups[role] for role in roles}
+        threads = self._threads(groups)
+        answers = self._take_turns(groups, lambda worker, role: worker.score.remote(shared, threads[role]))
         merged = {name: flat for ranks in answers.values() for name, flat in merge_scores(ranks, batch).items()}
         final_values = merged.get("final_values")
         return Scores(
@@ -235,6 +234,15 @@ class RunWorkers:
             final_values=None if final_values is None else final_values[batch.last_sampled],
             ref_logprobs=merged.get("ref_logprobs"),
         )
+
+    def _threads(self, groups: dict[str, WorkerGroup]) -> dict[str, int]:
+        """Threads of each role's ranks while only these roles work: on CPUs they share the threads of those that wait."""
+        cluster = self._config.cluster
+        own = {role: int(getattr(cluster, role).threads_per_worker) for role in self._learners}
+        waiting = sum(len(group.workers) * own[role] for role, group in self._learners.items() if role not in groups)
+        ranks = sum(len(group.workers) for group in groups.values())
+        share = waiting // ranks if cluster.device == "cpu" else 0
+        return {role: own[role] + share for role in groups}
 
     def _take_turns(
         self, groups: dict[str, WorkerGroup], call: Callable[[ActorHandle, str], Any]

@@ -71,6 +71,30 @@ def test_learners_that_share_gpus_take_turns(
     assert order == [f"waits for {roles}" for roles in updated]
 
 
+@pytest.mark.parametrize(
+    ("device", "roles", "expected"),
+    [
+        ("cpu", ["critic"], {"critic": 3}),  # the policy's thread and the reference's are idle
+        ("cpu", ["policy", "critic"], {"policy": 1, "critic": 1}),  # one thread for two ranks stays idle
+        ("cpu", ["policy", "critic", "reference"], {"policy": 1, "critic": 1, "reference": 1}),
+        ("cuda", ["critic"], {"critic": 1}),
+    ],
+)
+def test_learners_use_the_threads_of_those_that_wait(
+    tmp_path: Path, order: list[str], device: Device, roles: list[str], expected: dict[str, int]
+) -> None:
+    workers = workers_of(make_config(tmp_path), device, shared=False)
+    given: dict[str, int] = {}
+
+    def scripted(role: str) -> WorkerGroup:
+        worker = SimpleNamespace(score=SimpleNamespace(remote=lambda _, threads: given.update({role: threads})))
+        return cast(WorkerGroup, SimpleNamespace(start=lambda call: call(worker) or role, workers=[None]))
+
+    workers._groups = {role: scripted(role) for role in ("policy", "critic", "reference")}
+    workers._score(BATCH, roles)
+    assert given == expected
+
+
 class ScriptedLearner(Learner):
     """A learner without a network, on a GPU that is not there."""
 
@@ -82,6 +106,7 @@ class ScriptedLearner(Learner):
 
     def score(self, *_: Any) -> Any:
         self._happened.append("score")
+        self.threads = torch.get_num_threads()
 
     def update(self, *_: Any) -> Any:
         self._happened.append("update")
@@ -118,8 +143,8 @@ def test_a_learner_empties_the_cache_of_its_gpu_behind_each_phase(
         Targets(advantages=torch.ones(1), returns=torch.ones(1)),
     )
     phases: list[tuple[Callable[[], Any], list[str]]] = [
-        (lambda: policy.score(cast(Batch, batch)), ["score"]),
-        (lambda: critic.score(cast(Batch, batch)), ["score"]),
+        (lambda: policy.score(cast(Batch, batch), 1), ["score"]),
+        (lambda: critic.score(cast(Batch, batch), 1), ["score"]),
         (lambda: policy.update(cast(Batch, batch), scores, targets, 0), ["update", "update"]),
         (lambda: critic.update(cast(Batch, batch), scores, targets, 0), ["update", "update"]),
         (lambda: critic.pretrain(cast(Batch, batch), scores, targets, 4, 0), ["update"]),
@@ -132,3 +157,15 @@ def test_a_learner_empties_the_cache_of_its_gpu_behind_each_phase(
         happened.clear()
         run()
         assert happened == expected + ["empty"] * (device == "cuda")
+
+
+def test_a_rank_scores_with_the_threads_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(2))
+    before, learner, critic = torch.get_num_threads(), ScriptedLearner("cpu", []), CriticWorker()
+    critic._learner, critic._with_final_values = learner, False
+    try:
+        for threads, used in ((2, 2), (8, 2)):  # no more than this machine has
+            critic.score(BATCH, threads)
+            assert (learner.threads, torch.get_num_threads()) == (used, learner.rank.threads)
+    finally:
+        torch.set_num_threads(before)
