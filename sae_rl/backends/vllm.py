@@ -76,7 +76,6 @@ class RolloutEngine:
         *,
         sleeps: bool,
         max_model_tokens: int,
-        seed: int,
     ) -> None:
         """
         Args:
@@ -103,7 +102,6 @@ class RolloutEngine:
                 logprobs_mode="processed_logprobs",
                 generation_config="vllm",  # ignores sampling defaults in the model's folder
                 scheduling_policy="priority",  # for `resume`; requests of one priority come in their order of arrival
-                seed=seed,
                 weight_transfer_config=WeightTransferConfig(
                     backend="ipc" if sleeps else {"cpu": weight_receiver.GLOO, "cuda": "nccl"}[device]
                 ),

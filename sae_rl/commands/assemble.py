@@ -20,14 +20,16 @@ from sae_rl.records.records import Records
 from sae_rl.rewards.pool import RewardPool
 from sae_rl.run import Run
 from sae_rl.settings import ConfigError
-from sae_rl.workers.session import ray_session, start_workers
+from sae_rl.workers.session import Session, ray_session, start_workers
 
 NUM_PROBE_PROMPTS = 16
 
 
 @contextlib.contextmanager
-def assembled(config: Config, roles: list[str], resume_from: Path | None) -> Iterator[Run]:
-    """Builds a run with started workers; closes everything at the end."""
+def assembled(
+    config: Config, roles: list[str], resume_from: Path | None, session: Session | None = None
+) -> Iterator[Run]:
+    """Builds a run with started workers; closes everything at the end, but what ``session`` keeps for the next run."""
     tokenizer = load_tokenizer(config.model.path)
     resolved = with_delimiters(config, tokenizer)
     sampler, heldout = load_task(config, tokenizer)
@@ -37,10 +39,9 @@ def assembled(config: Config, roles: list[str], resume_from: Path | None) -> Ite
         records = stack.enter_context(Records(config, config.output_dir, first_step, resumed=resume_from is not None))
         write_config(config, records)
         records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
-        stack.enter_context(ray_session(config))
-        workers = stack.enter_context(
-            start_workers(config, list(sampler.prompts[:NUM_PROBE_PROMPTS]), clock, roles, records.note)
-        )
+        stack.enter_context(ray_session(config) if session is None else session.ray(config))
+        probe_prompts = list(sampler.prompts[:NUM_PROBE_PROMPTS])
+        workers = stack.enter_context(start_workers(config, probe_prompts, clock, roles, records.note, session))
         rewards = stack.enter_context(reward_pool(config.rewards))
         yield Run(
             config=resolved,

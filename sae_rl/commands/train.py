@@ -13,11 +13,15 @@ from sae_rl.overlapped import train_overlapped
 from sae_rl.replay import recorded_files, train_replay
 from sae_rl.run import Run
 from sae_rl.settings import ConfigError
+from sae_rl.workers.session import Session
 from sae_rl.workers.table import roles_of
 
 
-def run_training(config: Config) -> None:
+def run_training(config: Config, session: Session | None = None) -> None:
     """Trains a policy and exports it to ``output_dir/policy``.
+
+    Args:
+        session: of several runs that follow each other; None: this run has a connection to Ray of its own.
 
     Raises:
         ConfigError: data, folders or Ray's resources do not fit the configuration; no worker was started. Or the run in
@@ -37,7 +41,7 @@ def run_training(config: Config) -> None:
         notes.append(card.describe(config))
     if config.evaluation.every_steps == 0 and config.replay is None:
         notes.append("nothing is evaluated: evaluation.every_steps = 0")
-    with assembled(config, roles_of(config), resume_from) as run:
+    with assembled(config, roles_of(config), resume_from, session) as run:
         for text in notes:
             run.records.note(text)
         loop_of(config)(run)

@@ -83,6 +83,11 @@ class Engines:
         """Ranks of the engines that can serve."""
         return [engine.rank for engine in self._engines if engine.is_ready]
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether every engine runs and no request is pending."""
+        return not self.queue and all(engine.is_ready and not engine.jobs for engine in self._engines)
+
     def hold(self, ranks: Sequence[int], version: int) -> None:
         """Notes that these engines now have the weights of this version and can serve."""
         self._is_synced = True

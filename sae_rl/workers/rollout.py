@@ -24,7 +24,7 @@ class RolloutWorker(Process, RolloutEngine):
         cluster, max_tokens = config.cluster, config.task.max_prompt_tokens + config.rollout.max_response_tokens
         return (
             *(config.model, config.rollout, cluster.device, cluster.rollout.threads_per_worker),
-            *(cluster.colocate_rollout, max_tokens, config.seed),
+            *(cluster.colocate_rollout, max_tokens),
         )
 
     async def start(
@@ -35,14 +35,11 @@ class RolloutWorker(Process, RolloutEngine):
         threads: int,
         sleeps: bool,
         max_model_tokens: int,
-        seed: int,
     ) -> None:
         """Loads the engine. ``sleeps``: it shares the learners' GPUs, so it starts asleep."""
         self._sockets = tempfile.TemporaryDirectory(prefix="sae_rl_")
         prepare_environment(device, threads, self._sockets.name, sleeps=sleeps)
-        RolloutEngine.__init__(
-            self, model, rollout, device, sleeps=sleeps, max_model_tokens=max_model_tokens, seed=seed
-        )
+        RolloutEngine.__init__(self, model, rollout, device, sleeps=sleeps, max_model_tokens=max_model_tokens)
         if sleeps:
             await self.sleep()  # the learners load next
 

@@ -64,8 +64,11 @@ class RunWorkers:
                 lambda batch: self._score(batch, ["policy"]),
             )
 
-    def start(self) -> None:
+    def start(self, loaded: Sequence[str] = ()) -> None:
         """Loads all models, at the same time where they do not share GPUs with engines.
+
+        Args:
+            loaded: roles whose processes have loaded theirs before.
 
         Raises:
             ConfigError: a learner writes to another ``output_dir`` than the driver.
@@ -78,6 +81,8 @@ class RunWorkers:
             check_shared(self._trained, config.output_dir)
         calls = []
         for role, group in self._groups.items():  # "rollout" is the first
+            if role in loaded:
+                continue
             calls.append(group.start(self._load_engine) if role == "rollout" else self._start_learner(role))
             if config.cluster.colocate_rollout:  # one after the other, since vLLM measures the free memory of its GPU
                 wait_for([calls[-1]], limit)
@@ -89,6 +94,12 @@ class RunWorkers:
     def rollout(self) -> RolloutPool:
         assert self._rollout is not None, "these workers were started without rollout engines"
         return self._rollout
+
+    @property
+    def has_idle_engines(self) -> bool:
+        """Whether another run could use the engines as they are: awake, and without requests."""
+        is_alone = not self._config.cluster.colocate_rollout
+        return self._rollout is not None and is_alone and self._rollout.engines.is_idle
 
     @property
     def num_gpus(self) -> int:

@@ -7,6 +7,7 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import psutil
 import ray
@@ -24,10 +25,15 @@ from sae_rl.workers.table import WORKERS, roles_of
 CLOSE_TIMEOUT_S = 4.0
 
 
+def address_of(config: Config) -> str | None:
+    """Where the Ray cluster is; None: a local one is started."""
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Joins the Ray cluster at ``cluster.address``, or starts a local one and ends it afterwards."""
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(config)
     options = {"log_to_driver": False, "configure_logging": False}
     terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -49,6 +55,68 @@ def ray_session(config: Config) -> Iterator[None]:
                 child.kill()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptEngines:
+    """Rollout engines whose run has ended, in the bundles that Ray reserved for all of its workers."""
+
+    placement: Placement
+    settings: tuple[object, ...]
+    reserved: PlacementGroup
+    group: WorkerGroup
+
+
+class Session:
+    """What runs have in common that follow each other in one process: the connection to Ray, and rollout engines.
+
+    A run uses the engines of the run before it where their settings and the placement are the same. Its first weight sync
+    gives them its own weights. After a run that failed, the next one starts everything anew.
+    """
+
+    def __init__(self) -> None:
+        self._joined: str | None = None
+        self._ray = contextlib.ExitStack()
+        self._kept: KeptEngines | None = None
+
+    @contextlib.contextmanager
+    def ray(self, config: Config) -> Iterator[None]:
+        """`ray_session`, which stays open until `close` if the run succeeds."""
+        address = address_of(config)
+        if self._joined != (address or "local"):
+            self.close()
+            self._ray.enter_context(ray_session(config))
+            self._joined = address or "local"
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self, placement: Placement, settings: tuple[object, ...]) -> KeptEngines | None:
+        """Engines that fit, or None. Others are closed, since the run needs their resources."""
+        kept = self._kept
+        if kept is not None and (kept.placement, kept.settings) != (placement, settings):
+            self._close_engines()
+            kept = None
+        self._kept = None
+        return kept
+
+    def keep(self, engines: KeptEngines) -> None:
+        self._kept = engines
+
+    def close(self) -> None:
+        try:
+            self._close_engines()
+        finally:
+            self._joined = None
+            self._ray.close()
+
+    def _close_engines(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            _close({"rollout": kept.group})
+            remove_placement_group(kept.reserved)
+
+
 @contextlib.contextmanager
 def start_workers(
     config: Config,
@@ -56,12 +124,14 @@ def start_workers(
     clock: Clock,
     roles: list[str] | None = None,
     note: Callable[[str], None] = print,
+    session: Session | None = None,
 ) -> Iterator[RunWorkers]:
     """Places and starts the workers of ``roles`` (None: of every role that a training run needs); kills them at the end.
 
     Args:
         probe_prompts: prompts that a weight sync is checked with; none are needed without policy workers.
         note: prints a line for the user, such as that an engine was replaced.
+        session: keeps the engines for the next run if this one succeeds.
 
     Raises:
         ConfigError: Ray does not have the resources that the run needs.
@@ -73,29 +143,40 @@ def start_workers(
         check_resources(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    reserved = reserve(placement, config.cluster.start_timeout_s)
-    groups: dict[str, WorkerGroup] = {}
+    settings = WORKERS["rollout"].settings(config)
+    kept = None if session is None else session.take(placement, settings)
+    reserved: PlacementGroup | None
+    reserved = reserve(placement, config.cluster.start_timeout_s) if kept is None else kept.reserved
+    groups = {} if kept is None else {"rollout": kept.group}
+    if kept is not None:
+        note("the rollout engines of the run before are used again")
     try:
-        placement = order_ranks(placement, nodes_of_bundles(reserved), config.learner.sequence_parallel_size)
-        groups = _spawn(config, placement, reserved)
+        ordered = order_ranks(placement, nodes_of_bundles(reserved), config.learner.sequence_parallel_size)
+        _spawn(config, ordered, reserved, groups)
         workers = RunWorkers(config, groups, probe_prompts, clock, note)
-        workers.start()
+        workers.start(loaded=[] if kept is None else ["rollout"])
         yield workers
+        if session is not None and workers.has_idle_engines:
+            engines = groups.pop("rollout")
+            session.keep(KeptEngines(placement=placement, settings=settings, reserved=reserved, group=engines))
+            reserved = None
     finally:
         _close(groups)
-        remove_placement_group(reserved)
+        if reserved is not None:
+            remove_placement_group(reserved)
 
 
-def _spawn(config: Config, placement: Placement, group: PlacementGroup) -> dict[str, WorkerGroup]:
-    groups: dict[str, WorkerGroup] = {}
+def _spawn(config: Config, placement: Placement, group: PlacementGroup, groups: dict[str, WorkerGroup]) -> None:
+    """Adds the processes of each role that ``groups`` does not have yet."""
     for role, slots in placement.slots.items():
+        if role in groups:
+            continue
         threads = getattr(config.cluster, role).threads_per_worker
         env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         if config.cluster.device == "cpu" and role != "rollout":
             env["DS_ACCELERATOR"] = "cpu"
         starts = [functools.partial(start_worker, WORKERS[role], slot, group, env) for slot in slots]
         groups[role] = WorkerGroup(role, starts, config.cluster.call_timeout_s)
-    return groups
 
 
 def _close(groups: dict[str, WorkerGroup]) -> None:

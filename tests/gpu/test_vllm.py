@@ -59,7 +59,7 @@ class Both:
         prepare_environment(kind, 1, self._sockets.name, sleeps=device.is_gpu)
 
         async def start() -> RolloutEngine:
-            return RolloutEngine(config.model, config.rollout, kind, sleeps=device.is_gpu, max_model_tokens=256, seed=0)
+            return RolloutEngine(config.model, config.rollout, kind, sleeps=device.is_gpu, max_model_tokens=256)
 
         self.engine = self.call(start())
         self.learner = self._learner(rank)

@@ -44,7 +44,7 @@ def engine_arguments(config: Config, device: str) -> tuple[Any, Any]:
 
     original, AsyncLLM.from_engine_args = AsyncLLM.from_engine_args, from_engine_args  # type: ignore
     try:
-        RolloutEngine(config.model, config.rollout, device, sleeps=False, max_model_tokens=64, seed=0)  # type: ignore
+        RolloutEngine(config.model, config.rollout, device, sleeps=False, max_model_tokens=64)  # type: ignore
     finally:
         AsyncLLM.from_engine_args = original  # type: ignore[method-assign]
     return asked[0], asked[1]
