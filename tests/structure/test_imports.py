@@ -71,7 +71,7 @@ LAYERS = {
         "deepspeed models",
         "memory weight_sender",
     ],
-    "commands": ["prompts run_folder warm_start", "assemble", "*", "demo"],
+    "commands": ["prompts report run_folder warm_start", "assemble", "*", "demo"],
     "config": ["schema", "checks", "compose"],
     "critic": ["*"],
     "data": ["rows sampler", "columns curriculum mixture", "prompts", "loader task"],
