@@ -148,10 +148,15 @@ def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    none = f"start_from = {folder}: it is no folder with a tokenizer; tokenizer.save_pretrained(...) writes one"
+    if not folder.is_dir():
+        raise ValueError(none)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise ValueError(f"start_from = {folder}: no tokenizer can be loaded from there ({error})") from error
+        raise ValueError(none) from error
+    if len(tokenizer) < 2:  # transformers makes an empty one from config.json alone
+        raise ValueError(none)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"start_from = {folder}: its tokenizer has no eos_token, so no response would ever end")
     return tokenizer

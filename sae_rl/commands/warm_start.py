@@ -99,14 +99,16 @@ def task_of(config: DemonstrationsConfig) -> Task:
 
 def run_warm_start(config: WarmStartConfig) -> None:
     """Trains a model and saves it. Raises ConfigError if demonstrations, folders or the tokenizer are wrong."""
-    task, console, started = task_of(config.demonstrations), Console(highlight=False), time.monotonic()
+    task, console, started = task_of(config.demonstrations), Console(highlight=False, soft_wrap=True), time.monotonic()
     bar = partial(track, description="supervised steps", console=console, disable=not console.is_terminal)
 
     def report(now: Progress) -> None:
         width = len(str(config.training.steps))
         heldout = f"held-out loss {show(now.heldout_loss)}  held-out accuracy {show(now.heldout_accuracy)}"
         seconds = f"{time.monotonic() - started:.0f} s"
-        console.print(f"step {now.step:>{width}} of {config.training.steps}  loss {show(now.loss)}  {heldout}  {seconds}")
+        console.print(
+            f"step {now.step:>{width}} of {config.training.steps}  loss {show(now.loss)}  {heldout}  {seconds}"
+        )
 
     try:
         warm_start(config.output_dir, task, config.training, config.shape, bar, report, config.start_from)

@@ -44,7 +44,11 @@ def pretrain(run: Run) -> tuple[float, int]:
     best = pretrain_critic(run, Batch.of(kept.rollouts, kept.rewards), seed)
     run.workers.set_critic_lr(None)
     left_out = f" ({n} left out: their checks failed)" if (n := len(rollouts) - len(kept.rollouts)) else ""
-    found = f"held-out explained variance {best:.3f}" if math.isfinite(best) else "its held-out explained variance is unknown"
+    found = (
+        f"held-out explained variance {best:.3f}"
+        if math.isfinite(best)
+        else "its held-out explained variance is unknown"
+    )
     run.records.note(f"critic pre-trained on {len(kept.rollouts)} responses{left_out}: {found}")
     return best, len(kept.rollouts)
 

@@ -53,7 +53,9 @@ def equal_rewards(rewards: Sequence[float], reasons: Sequence[str], metrics: Map
     if reward == 0:
         found = f"0 of {count} responses rewarded: base model, reward or template?"
     else:
-        found = f"all {count} responses have the reward {reward:g}: problems too easy, or a reward that accepts anything?"
+        found = (
+            f"all {count} responses have the reward {reward:g}: problems too easy, or a reward that accepts anything?"
+        )
     shown = {"rollout/truncated_fraction": "truncated", "reward/failed_fraction": "failed checks"}
     parts = [f"{show(metrics[name], 'fraction')} {label} ({name})" for name, label in shown.items() if name in metrics]
     (reason, times), *_ = Counter(reasons).most_common(1)

@@ -84,7 +84,9 @@ OTHERS = {
 def leave_a_checkpoint(folder: Path) -> Path:
     """A run's configuration, and its checkpoint after one step."""
     make_checkpoint(folder / "checkpoints", 1)
-    folder.joinpath("config.yaml").write_text(yaml.safe_dump(as_tree(make_config(folder, "algorithm.estimator.lam=0.95"))))
+    folder.joinpath("config.yaml").write_text(
+        yaml.safe_dump(as_tree(make_config(folder, "algorithm.estimator.lam=0.95")))
+    )
     return folder / "checkpoints" / "step_000001"
 
 

@@ -164,7 +164,8 @@ def test_the_numbers_of_an_evaluation_follow_from_its_samples(evaluated: tuple[P
         assert found["response_tokens"]["value"] == pytest.approx(mean(len(row["token_ids"]) for row in of_set))
         assert found["truncated"]["value"] == mean(row["finish_reason"] == "length" for row in of_set)
         openings = [
-            sum(t == 0 or math.exp(logprob) < 0.2 for t, logprob in enumerate(row["rollout_logprobs"])) for row in of_set
+            sum(t == 0 or math.exp(logprob) < 0.2 for t, logprob in enumerate(row["rollout_logprobs"]))
+            for row in of_set
         ]
         assert [sum(row["opens"]) for row in of_set] == openings
         assert found["segments"]["per_response_mean"] == pytest.approx(mean(openings))
