@@ -110,7 +110,7 @@ def warm_start(
     """
     if output_dir.exists():
         raise ValueError(f"output_dir: {output_dir} exists already; remove it or choose another folder")
-    tokenizer = build_tokenizer(task.words()) if start_from is None else load_tokenizer(start_from)
+    tokenizer = build_tokenizer(task.words()) if start_from is None else load_tokenizer(start_from, task.words())
     model = (build_model if start_from is None else partial(load_model, start_from))(shape, tokenizer, settings.seed)
     example = partial(demonstration, task, tokenizer, settings.seed)
     heldout = [example(index, "held_out") for index in range(NUM_HELDOUT)] if report else []
@@ -147,7 +147,8 @@ def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, words: Sequence[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises ValueError if there is none, or if it cannot write ``words`` or an end."""
     none = f"start_from = {folder}: it is no folder with a tokenizer; tokenizer.save_pretrained(...) writes one"
     if not folder.is_dir():
         raise ValueError(none)
@@ -159,6 +160,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(none)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"start_from = {folder}: its tokenizer has no eos_token, so no response would ever end")
+    unknown = [
+        word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]
+    ]
+    if unknown:
+        found = f"its tokenizer has no tokens for {len(unknown)} of the demonstrations' words, such as {unknown[0]!r}"
+        raise ValueError(f"start_from = {folder}: {found}")
     return tokenizer
 
 

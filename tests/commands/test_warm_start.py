@@ -113,7 +113,8 @@ def test_weights_are_trained_further(trained: tuple, tmp_path: Path) -> None:
 
 def test_what_cannot_be_started_from(trained: tuple, sae_rl: CommandLine, tmp_path: Path) -> None:
     def start(*overrides: str) -> object:
-        return sae_rl("warm-start", "output_dir=base", "training.steps=1", *overrides)
+        knobs = "demonstrations.knobs={num_steps: 2, need: 1}"
+        return sae_rl("warm-start", "output_dir=base", "training.steps=1", knobs, *overrides)
 
     Path("empty").mkdir()
     Qwen3Config().save_pretrained("model")
@@ -128,6 +129,8 @@ def test_what_cannot_be_started_from(trained: tuple, sae_rl: CommandLine, tmp_pa
     tokenizer.eos_token = None
     tokenizer.save_pretrained("endless")
     assert_refused(start("start_from=endless"), "start_from = endless: its tokenizer has no eos_token")
+    longer = ["start_from=mine", "demonstrations.knobs={num_steps: 3, need: 1}"]
+    assert_refused(start(*longer), "its tokenizer has no tokens for 2 of the demonstrations' words, such as 'I2'")
     assert not Path("base").exists()
 
 
