@@ -121,7 +121,7 @@ def demo(arguments: list[str]) -> None:
 
 def report(arguments: list[str]) -> None:
     """write report.html of a run's folder"""
-    from sae_rl.commands.demo import write_run_report
+    from sae_rl.commands.report import write_run_report
     from sae_rl.settings import ConfigError
 
     if len(arguments) != 1 or arguments[0].startswith("-"):

@@ -11,7 +11,7 @@ from sae_rl.algo.estimators import estimate
 from sae_rl.algo.segmentation import segment
 from sae_rl.critic.pretraining import pretrain
 from sae_rl.data.sampler import SamplerState
-from sae_rl.evaluation.evaluate import evaluate
+from sae_rl.evaluation.evaluate import Evaluation, evaluate
 from sae_rl.protocols import Metrics
 from sae_rl.records.failed_update import batch_saved_on_failure
 from sae_rl.records.step_metrics import batch_metrics, throughput
@@ -32,8 +32,8 @@ def train(run: Run) -> None:
         samples = sample_step(run, step)  # y ~ pi_rollout(. | x), and R(x, y), checked by a program
         result = learn(run, step, samples)  # pi_theta and V
         synced = run.workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
-        evaluate_if_due(run, step + 1)
-        finish(run, step, samples, result, synced)
+        evaluated = evaluate_if_due(run, step + 1)
+        finish(run, step, samples, result, synced, evaluated)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +71,7 @@ def begin(run: Run) -> int:
     step = restore(run)
     run.workers.sync_weights(step)
     if run.resume_from is None:
-        evaluate_if_due(run, 0)
+        record_evaluation(run, 0, evaluate_if_due(run, 0))
         if config.algorithm.needs_critic and pretraining.num_prompts and pretraining.checkpoint is None:
             pretrain(run)
         save(run, 0, run.sampler.state())
@@ -87,19 +87,26 @@ def restore(run: Run) -> int:
     return checkpoint.read_state(run.resume_from).step
 
 
-def evaluate_if_due(run: Run, steps_done: int) -> None:
+def evaluate_if_due(run: Run, steps_done: int) -> Evaluation | None:
     """Evaluates the policy every ``evaluation.every_steps`` steps, and after the last one."""
     config, every = run.config, run.config.evaluation.every_steps
     if not every or (steps_done % every and steps_done != config.steps):
-        return
+        return None
     with run.clock.phase("evaluate"):
-        result = evaluate(run.heldout, run.workers.rollout, run.rewards, run.clock, config)
-    run.records.samples(steps_done, result.rollouts, result.rewards, result.opens)
-    run.records.log(steps_done, result.metrics(), phase="evaluation")
+        return evaluate(run.heldout, run.workers.rollout, run.rewards, run.clock, config)
 
 
-def finish(run: Run, step: int, samples: StepSamples, result: StepResult, more: Metrics) -> None:
-    """Records step ``step`` and saves a checkpoint if one is due."""
+def record_evaluation(run: Run, steps_done: int, evaluated: Evaluation | None) -> None:
+    """Records the evaluation of the policy after ``steps_done`` steps, if there was one."""
+    if evaluated is not None:
+        run.records.samples(steps_done, evaluated.rollouts, evaluated.rewards, evaluated.opens)
+        run.records.log(steps_done, evaluated.metrics(), phase="evaluation")
+
+
+def finish(
+    run: Run, step: int, samples: StepSamples, result: StepResult, more: Metrics, evaluated: Evaluation | None = None
+) -> None:
+    """Records step ``step`` and the evaluation after it, and saves a checkpoint if one is due."""
     config, steps_done = run.config, step + 1
     run.records.rollouts(
         StepRecord(
@@ -119,6 +126,10 @@ def finish(run: Run, step: int, samples: StepSamples, result: StepResult, more: 
     if levels := samples.sampler["levels"]:
         metrics["data/level_mean"] = sum(levels) / len(levels)
     run.records.log(step, metrics)
+    values, returns = result.scores.values, result.targets.returns
+    for warning in run.watch.step(step, samples.rewards, samples.reasons, values, returns, metrics):
+        run.records.note(warning)
+    record_evaluation(run, steps_done, evaluated)
     # The checkpoint comes last: a resumed run drops exactly the records that are newer than its checkpoint.
     every = config.checkpoint.every_steps
     if steps_done == config.steps or (every and steps_done % every == 0):

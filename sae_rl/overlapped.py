@@ -25,6 +25,7 @@ def train_overlapped(run: Run) -> None:
             result = learn(run, step, samples)  # pi_theta and V
             thread.drain()
             synced = run.workers.sync_weights(step + 1)  # pi_rollout <- pi_theta
-            evaluate_if_due(run, step + 1)
+            evaluated = evaluate_if_due(run, step + 1)
             thread.set_version(step + 1)
-            finish(run, step, samples, result, synced | overlap(run.clock.so_far(), samples.metrics))
+            overlapping = overlap(run.clock.so_far(), samples.metrics)
+            finish(run, step, samples, result, synced | overlapping, evaluated)

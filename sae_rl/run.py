@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_rl.config.schema import Config
 from sae_rl.data.sampler import PromptSampler
 from sae_rl.protocols import Recorder, Workers
 from sae_rl.records.clock import Clock
+from sae_rl.records.warnings import Watch
 from sae_rl.rewards.pool import RewardPool
 from sae_rl.types import Prompt
 
@@ -25,6 +26,7 @@ class Run:
     records: Recorder
     clock: Clock
     resume_from: Path | None  # a checkpoint; None: a new run
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def checkpoints(self) -> Path:

@@ -1,4 +1,4 @@
-"""Supervised training: makes a small base policy from the demonstrations of a procedural task.
+"""Supervised training: makes a small base policy from the demonstrations of a task.
 
 It runs in one process with plain torch and transformers. The number of steps is fixed, not the time, so a seed gives the
 same model on the same machine.
@@ -16,12 +16,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sae_rl.knobs import Knobs, choice, integer, number
-from sae_rl.tasks.task import Task
+from sae_rl.tasks.task import Split, Task
 from sae_rl.tasks.tokenizer import build_tokenizer
 
 Example = tuple[Sequence[int], Sequence[int]]  # token ids of a prompt and of its response, end token included
@@ -29,6 +37,7 @@ Watch = Callable[[range], Iterable[int]]  # yields the same steps, and shows how
 IGNORED = -100  # label of a token that is not trained on
 BUCKET_BATCHES = 16  # batches whose examples are sorted by length together
 DEMONSTRATION_SEED = 1_000_000  # added to the seed, so that reinforcement learning draws other problems
+NUM_REPORTS, NUM_HELDOUT = 10, 32  # reports of progress, and the held-out demonstrations that each of them measures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,32 +76,54 @@ class WarmStart(Knobs):
     threads: int = integer(1, low=1)
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far supervised training is. Losses are nats per response token."""
+
+    step: int  # steps done
+    loss: float  # mean of the steps since the last report
+    heldout_loss: float
+    heldout_accuracy: float  # fraction of the held-out response tokens that the model finds most likely
+
+
 def warm_start(
-    output_dir: Path, task: Task, settings: WarmStart, shape: ModelShape, watch: Watch = iter
+    output_dir: Path,
+    task: Task,
+    settings: WarmStart,
+    shape: ModelShape,
+    watch: Watch = iter,
+    report: Callable[[Progress], None] | None = None,
+    start_from: Path | None = None,
 ) -> list[float]:
-    """Trains a new model on demonstrations of a task and saves it as a Hugging Face folder.
+    """Trains a model on demonstrations of a task and saves it as a Hugging Face folder.
 
     Args:
         output_dir: folder to write; it must not exist.
+        start_from: folder with the tokenizer, and perhaps the configuration and the weights to start from. None: the
+            task's words, and random weights of ``shape``.
 
     Returns:
         The loss of each step.
 
     Raises:
-        ValueError: the output folder exists.
+        ValueError: the output folder exists, or nothing can start from ``start_from``.
     """
     if output_dir.exists():
         raise ValueError(f"output_dir: {output_dir} exists already; remove it or choose another folder")
-    tokenizer = build_tokenizer(task.words())
-    model = build_model(shape, tokenizer, settings.seed)
-    losses = train(model, tokenizer, partial(demonstration, task, tokenizer, settings.seed), settings, watch)
+    tokenizer = build_tokenizer(task.words()) if start_from is None else load_tokenizer(start_from, task.words())
+    model = (build_model if start_from is None else partial(load_model, start_from))(shape, tokenizer, settings.seed)
+    example = partial(demonstration, task, tokenizer, settings.seed)
+    heldout = [example(index, "held_out") for index in range(NUM_HELDOUT)] if report else []
+    losses = train(model, tokenizer, example, settings, watch, heldout, report)
     save(model, tokenizer, output_dir)
     return losses
 
 
-def demonstration(task: Task, tokenizer: PreTrainedTokenizerBase, seed: int, index: int) -> Example:
-    """Demonstration ``index`` of a task."""
-    problem = task.problem(DEMONSTRATION_SEED + seed, "train", index)
+def demonstration(
+    task: Task, tokenizer: PreTrainedTokenizerBase, seed: int, index: int, split: Split = "train"
+) -> Example:
+    """Demonstration ``index`` of a split of a task."""
+    problem = task.problem(DEMONSTRATION_SEED + seed, split, index)
     response = task.demonstration(problem, random.Random(f"{seed}/{index}"))
     response_ids = tokenizer(response, add_special_tokens=False)["input_ids"]
     return tokenizer(problem.prompt)["input_ids"], [*response_ids, tokenizer.eos_token_id]
@@ -107,8 +138,49 @@ def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase, seed: int
         head_dim=shape.hidden_size // shape.num_attention_heads,
         **_special_tokens(tokenizer),
     )
+    return random_model(config, seed)
+
+
+def random_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def load_tokenizer(folder: Path, words: Sequence[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. Raises ValueError if there is none, or if it cannot write ``words`` or an end."""
+    none = f"start_from = {folder}: it is no folder with a tokenizer; tokenizer.save_pretrained(...) writes one"
+    if not folder.is_dir():
+        raise ValueError(none)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(none) from error
+    if len(tokenizer) < 2:  # transformers makes an empty one from config.json alone
+        raise ValueError(none)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"start_from = {folder}: its tokenizer has no eos_token, so no response would ever end")
+    unknown = [
+        word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]
+    ]
+    if unknown:
+        found = f"its tokenizer has no tokens for {len(unknown)} of the demonstrations' words, such as {unknown[0]!r}"
+        raise ValueError(f"start_from = {folder}: {found}")
+    return tokenizer
+
+
+def load_model(folder: Path, shape: ModelShape, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """The weights of a folder; or else random ones of its config.json; or else random ones of ``shape``."""
+    if not (folder / "config.json").exists():
+        return build_model(shape, tokenizer, seed)
+    config = AutoConfig.from_pretrained(folder)
+    if config.vocab_size < len(tokenizer):
+        found = f"vocab_size = {config.vocab_size}, but its tokenizer has {len(tokenizer)} tokens"
+        raise ValueError(f"start_from = {folder}: config.json says {found}")
+    if not any(folder.glob("*.safetensors")):
+        config.update(_special_tokens(tokenizer))  # a new configuration has the ids of its model type, not these
+        return random_model(config, seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
 
 
@@ -150,6 +222,8 @@ def train(
     example: Callable[[int], Example],
     settings: WarmStart,
     watch: Watch = iter,
+    heldout: Sequence[Example] = (),
+    report: Callable[[Progress], None] | None = None,
 ) -> list[float]:
     """Minimizes -log pi(response | prompt) per response token, in place; returns the loss of each step."""
     num_threads_before = torch.get_num_threads()
@@ -160,6 +234,7 @@ def train(
     )
 
     losses: list[float] = []
+    since: list[float] = []
     model.train()
     stream = batches(example, settings)
     for step in watch(range(settings.steps)):
@@ -174,8 +249,30 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+        since.append(losses[-1])
+        if report is not None and NUM_REPORTS * (step + 1) // settings.steps > NUM_REPORTS * step // settings.steps:
+            measured = measure(model, heldout, settings.batch_size, tokenizer.eos_token_id)
+            report(Progress(step + 1, sum(since) / len(since), *measured))
+            since = []
     torch.set_num_threads(num_threads_before)
     return losses
+
+
+def measure(model: PreTrainedModel, examples: Sequence[Example], batch_size: int, pad: int) -> tuple[float, float]:
+    """Loss per response token, and the fraction of response tokens that are the model's most likely ones."""
+    loss, num_right, num_tokens = 0.0, 0, 0
+    model.eval()  # no dropout, which would draw random numbers
+    with torch.no_grad():
+        for start in range(0, len(examples), batch_size):
+            ids, labels = padded(examples[start : start + batch_size], pad)
+            wanted = labels[:, 1:]
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1][wanted != IGNORED]
+            wanted = wanted[wanted != IGNORED]
+            loss += float(nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+            num_right += int((logits.argmax(-1) == wanted).sum())
+            num_tokens += wanted.numel()
+    model.train()
+    return loss / num_tokens, num_right / num_tokens
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:

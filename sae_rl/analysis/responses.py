@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from sae_rl.records.metrics import show
 
@@ -54,8 +55,9 @@ def pick_responses(table: pa.Table, decode: DecodeTokens) -> list[Row]:
 
     The choice follows from the recorded rows alone, so that nobody can pick the prettiest.
     """
-    rows: list[Row] = table.to_pylist()
-    rows.sort(key=lambda row: (len(row["token_ids"]), row["prompt_id"], row["sample"]))
+    rows: list[Row] = table.select(["prompt_id", "sample", "reward"]).to_pylist()  # the tokens of all take too long
+    lengths = pc.list_value_length(table["token_ids"]).to_pylist()
+    order = sorted(range(len(rows)), key=lambda i: (lengths[i], rows[i]["prompt_id"], rows[i]["sample"]))
     rewards = [row["reward"] for row in rows]
     picked = []
     for reason, wanted in (
@@ -63,8 +65,10 @@ def pick_responses(table: pa.Table, decode: DecodeTokens) -> list[Row]:
         ("the lowest reward of the step", {min(rewards)}),
         ("of median length among the others", set(rewards)),
     ):
-        if fitting := [i for i, row in enumerate(rows) if row["reward"] in wanted]:
-            row = rows.pop(fitting[len(fitting) // 2])
+        if fitting := [i for i in order if rewards[i] in wanted]:
+            chosen = fitting[len(fitting) // 2]
+            order.remove(chosen)
+            (row,) = table.slice(chosen, 1).to_pylist()
             picked.append(row | {"reason": reason, "segments": segments_of(row, decode)})
     return picked
 

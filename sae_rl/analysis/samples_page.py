@@ -75,7 +75,7 @@ def _sample(row: Row, pass_score: float, decode: DecodeText) -> Row:
     opens = row["opens"]
     text = row["response"]
     return row | {
-        "status": "failed" if row["failed"] else "right" if row["score"] >= pass_score else "wrong",
+        "status": "failed" if row["failed"] else "right" if row["reward"] >= pass_score else "wrong",
         "num_segments": None if opens is None else sum(weight >= 0.5 for weight in opens),
         "segments": [text] if opens is None else split_at(text, row["token_ids"], opens, decode),
     }

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from sae_rl import checkpoint
-from sae_rl.analysis.report import final_table, write_report
+from sae_rl.analysis.report import final_table
+from sae_rl.commands.report import REPORT, write_run_report
 from sae_rl.commands.run_folder import is_finished, publish_policy
 from sae_rl.commands.train import run_training
 from sae_rl.commands.warm_start import WarmStartConfig, run_warm_start
@@ -44,16 +44,6 @@ def run_demo(overrides: list[str]) -> None:
         publish_policy(config)  # the run was killed after its last checkpoint, before it published the policy
     console.rule("3. results", align="left")
     console.print(final_table(folder))
-    console.print(f"report: {write_run_report(folder)}", highlight=False)
+    report = folder / REPORT if (folder / REPORT).is_file() else write_run_report(folder)
+    console.print(f"report: {report}", highlight=False)
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes", highlight=False)
-
-
-def write_run_report(folder: Path) -> Path:
-    """Writes ``report.html`` into a run's folder and returns its path."""
-    import yaml
-
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
-    target = folder / "report.html"
-    write_report(folder, target, f"sae_rl: {config['name']}", lambda ids: [str(tokenizer.decode([i])) for i in ids])
-    return target

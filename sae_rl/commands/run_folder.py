@@ -14,6 +14,8 @@ from sae_rl.config.schema import Config, as_tree
 from sae_rl.records.records import Records
 from sae_rl.settings import ConfigError
 
+NEED_CONSENT = ("algorithm.estimator.", "algorithm.segmenter.", "model.path")
+
 
 def prepare_output(config: Config) -> None:
     """Creates ``output_dir``. Raises ConfigError if it cannot be created or written to."""
@@ -40,6 +42,22 @@ def find_checkpoint(config: Config) -> Path | None:
     return newest
 
 
+def require_consent(config: Config, newest: Path) -> None:
+    """Refuses to continue a run with another estimator, segmenter or model, unless ``resume`` is force.
+
+    Raises:
+        ConfigError: the message names the keys that differ. Or the checkpoint lacks the critic that a new estimator needs.
+    """
+    changes = ((key, change) for key, change in _changes(config).items() if key.startswith(NEED_CONSENT))
+    # A key that the last start did not have belongs to another version of a class, or to a class whose name differs.
+    changed = [f"{key}: {before!r} -> {now!r}" for key, (before, now) in changes if before is not None]
+    found = f"output_dir = {config.output_dir} holds {newest.name} of a run with other settings: {', '.join(changed)}"
+    if changed and config.resume != "force":
+        raise ConfigError([f"{found}; resume=force continues it with the new ones, or choose another output_dir"])
+    if changed and config.algorithm.needs_critic and not (newest / "critic").is_dir():
+        raise ConfigError([f"{found}; it has no critic, which this estimator needs: choose another output_dir"])
+
+
 def is_finished(config: Config, newest: Path) -> bool:
     """Whether a run whose newest checkpoint this is has done all its steps."""
     return checkpoint.read_state(newest).step >= config.steps
@@ -58,14 +76,18 @@ def publish_policy(config: Config) -> None:
 
 def write_config(config: Config, records: Records) -> None:
     """Writes ``config.yaml``; a note lists what a resumed run changes."""
+    if changed := [f"{key}: {before!r} -> {now!r}" for key, (before, now) in _changes(config).items()]:
+        records.note("changed since the last start: " + ", ".join(changed))
+    (config.output_dir / "config.yaml").write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
+
+
+def _changes(config: Config) -> dict[str, tuple[Any, Any]]:
+    """What differs from the run's last start: key -> its value then, None if there was none, and its value now."""
     file = config.output_dir / "config.yaml"
-    tree = as_tree(config)
-    if file.exists():
-        before, now = _flat(yaml.safe_load(file.read_text())), _flat(tree)
-        changed = [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in now if before.get(key) != now.get(key)]
-        if changed:
-            records.note("changed since the last start: " + ", ".join(changed))
-    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    if not file.exists():
+        return {}
+    before, now = _flat(yaml.safe_load(file.read_text())), _flat(as_tree(config))
+    return {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

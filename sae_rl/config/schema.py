@@ -280,7 +280,9 @@ class Config(Section):
     seed: NonNegative
     steps: NonNegative
     replay: Path | None  # train on the rollouts that this run's folder recorded, without rollout engines
-    resume: bool  # continue from the newest checkpoint in output_dir, if there is one
+    # true: continue from the newest checkpoint in output_dir, if there is one; force: also with another estimator,
+    # segmenter or model
+    resume: Literal[True, False, "force"]
     algorithm: AlgorithmConfig
     model: ModelConfig
     task: TaskConfig

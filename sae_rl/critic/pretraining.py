@@ -6,6 +6,7 @@ regression stops when the explained variance on held-out prompts no longer rises
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from sae_rl.algo.estimators import estimate
 from sae_rl.algo.ragged import sampled_tokens
 from sae_rl.algo.segmentation import segment
 from sae_rl.algo.stats import explained_variance
+from sae_rl.records.warnings import equal_rewards, why_no_number
 from sae_rl.rollouts.groups import StepSamples, groups_of
 from sae_rl.rollouts.step import respond
 from sae_rl.run import Run
@@ -36,12 +38,18 @@ def pretrain(run: Run) -> tuple[float, int]:
     prompts = run.sampler.anew(seed).next(run.config.learner.critic_pretraining.num_prompts)
     rollouts, rewards = respond(run, prompts, "pretraining")
     kept = StepSamples.of(groups_of(run.config, rollouts, rewards), {}, run.sampler.state())
+    failed = {"reward/failed_fraction": len(rewards.failures) / len(rollouts)}
+    if warning := equal_rewards(kept.rewards, kept.reasons, failed):
+        run.records.note(f"critic pre-training: {warning}")
     best = pretrain_critic(run, Batch.of(kept.rollouts, kept.rewards), seed)
     run.workers.set_critic_lr(None)
     left_out = f" ({n} left out: their checks failed)" if (n := len(rollouts) - len(kept.rollouts)) else ""
-    run.records.note(
-        f"critic pre-trained on {len(kept.rollouts)} responses{left_out}: held-out explained variance {best:.3f}"
+    found = (
+        f"held-out explained variance {best:.3f}"
+        if math.isfinite(best)
+        else "its held-out explained variance is unknown"
     )
+    run.records.note(f"critic pre-trained on {len(kept.rollouts)} responses{left_out}: {found}")
     return best, len(kept.rollouts)
 
 
@@ -61,9 +69,11 @@ def pretrain_critic(run: Run, batch: Batch, seed: int) -> float:
         metrics = workers.update_critic(
             train.batch, scores, targets, responses_per_update=config.responses_per_update, seed=seed + epoch
         )
-        explained = heldout_explained_variance(run, heldout)
+        explained, undefined = heldout_explained_variance(run, heldout)
         logged = {"pretraining/loss": metrics["critic/loss"], "pretraining/explained_variance": explained}
         run.records.log(epoch, logged, phase="pretraining")
+        if undefined and epoch == 1:
+            run.records.note(f"critic pre-training: the held-out explained variance is no number: {undefined}")
         if explained > best:
             best, best_epoch = explained, epoch
             shutil.rmtree(best_critic, ignore_errors=True)
@@ -115,8 +125,10 @@ def values_and_targets(run: Run, part: Part) -> tuple[Scores, Targets]:
     return scores, estimate(algorithm.estimator, batch, scores, algorithm.token_rewards(batch, scores), opens)
 
 
-def heldout_explained_variance(run: Run, heldout: Part) -> float:
+def heldout_explained_variance(run: Run, heldout: Part) -> tuple[float, str]:
+    """The explained variance on held-out prompts; and if it is no finite number, why."""
     scores, targets = values_and_targets(run, heldout)
     assert scores.values is not None and targets.returns is not None, "only critics are pre-trained"
     values, returns = sampled_tokens(scores.values, heldout.batch), sampled_tokens(targets.returns, heldout.batch)
-    return explained_variance(values, returns)
+    explained = explained_variance(values, returns)
+    return explained, "" if math.isfinite(explained) else why_no_number(values, returns)

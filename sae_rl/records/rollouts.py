@@ -18,7 +18,7 @@ from torch import Tensor
 from sae_rl.types import Prompt, Rollout, StepRecord, offsets_of
 
 FOLDER = "rollouts"
-OLD_NAMES = {"sampled": "action_mask"}  # columns of earlier recordings
+OLD_NAMES = {"sampled": "action_mask", "task": "data_set", "text": "response"}  # columns of earlier recordings
 
 
 def step_files(folder: Path) -> list[tuple[int, Path]]:
@@ -31,7 +31,6 @@ def write_rollouts(run_dir: Path, record: StepRecord) -> Path:
     """Writes the responses of one step and returns the file."""
     rollouts, scores = record.rollouts, record.scores
     flat = {
-        "rollout_logprobs": torch.cat([r.rollout_logprobs for r in rollouts]),
         "policy_versions": torch.cat([r.policy_versions for r in rollouts]),
         "old_logprobs": scores.old_logprobs,
         "values": scores.values,  # None: the estimator needs no critic
@@ -41,29 +40,33 @@ def write_rollouts(run_dir: Path, record: StepRecord) -> Path:
     columns = {
         "step": pa.array([record.step] * len(rollouts), pa.int32()),
         "prompt_token_ids": pa.array([list(r.prompt.token_ids) for r in rollouts], pa.list_(pa.int32())),
-        "task": pa.array([r.prompt.task for r in rollouts]),
-        "text": pa.array([r.text for r in rollouts]),
-        "reward": pa.array(record.rewards, pa.float32()),
-        "why": pa.array(record.reasons, pa.string()),
     }
-    columns |= response_columns(rollouts, flat)
+    columns |= response_columns(rollouts, record.rewards, record.reasons, flat)
     return write_table(run_dir / FOLDER / f"step_{record.step:06d}.parquet", columns)
 
 
-def response_columns(rollouts: Sequence[Rollout], flat: Mapping[str, Tensor | None]) -> dict[str, pa.Array]:
-    """The columns of every recording of responses, and ``flat`` (N,) values of their tokens."""
+def response_columns(
+    rollouts: Sequence[Rollout], rewards: Sequence[float], reasons: Sequence[str], flat: Mapping[str, Tensor | None]
+) -> dict[str, pa.Array]:
+    """The columns of every recording of responses, and ``flat`` (N,) values of their tokens. docs/runs.md lists them."""
     offsets = offsets_of([r.token_ids.numel() for r in rollouts])
     tokens = {
         "token_ids": torch.cat([r.token_ids for r in rollouts]),
         "action_mask": torch.cat([r.dense_action_mask for r in rollouts]),
+        "rollout_logprobs": torch.cat([r.rollout_logprobs for r in rollouts]),
     }
     return {
+        "data_set": pa.array([r.prompt.task for r in rollouts]),
         "prompt_id": pa.array([r.prompt.id for r in rollouts]),
         "prompt": pa.array([r.prompt.text for r in rollouts]),
         "answer": pa.array([r.prompt.answer for r in rollouts]),
         "verifier": pa.array([r.prompt.reward for r in rollouts]),
         "sample": pa.array([r.sample for r in rollouts], pa.int32()),
+        "response": pa.array([r.text for r in rollouts]),
+        "reward": pa.array(rewards, pa.float64()),
+        "why": pa.array(reasons, pa.string()),
         "finish_reason": pa.array([r.finish_reason for r in rollouts]),
+        "num_tokens": pa.array([r.token_ids.numel() for r in rollouts], pa.int32()),
         "temperature": pa.array([r.temperature for r in rollouts], pa.float32()),
         **{name: ragged(values, offsets) for name, values in (tokens | {**flat}).items()},
     }
@@ -119,13 +122,13 @@ def _rollout(row: dict[str, Any]) -> Rollout:
             text=row["prompt"],
             token_ids=tuple(row["prompt_token_ids"]),
             answer=row["answer"],
-            task=row["task"],
+            task=row["data_set"],
             reward=row["verifier"],
         ),
         sample=row["sample"],
         token_ids=torch.tensor(row["token_ids"], dtype=torch.int32),
         rollout_logprobs=torch.tensor(row["rollout_logprobs"], dtype=torch.float32),
-        text=row["text"],
+        text=row["response"],
         finish_reason=row["finish_reason"],
         policy_versions=torch.tensor(row["policy_versions"], dtype=torch.int32),
         temperature=row["temperature"],

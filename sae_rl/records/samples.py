@@ -26,17 +26,9 @@ def write_samples(file: Path, rollouts: Sequence[Rollout], rewards: Rewards, ope
     Args:
         opens: (T,) for each response; None: unknown, and null in the file.
     """
-    flat = {
-        "logprobs": torch.cat([r.rollout_logprobs for r in rollouts]),
-        "opens": None if opens is None else torch.cat(list(opens)),
-    }
+    flat = {"opens": None if opens is None else torch.cat(list(opens))}
     columns = {
-        "data_set": pa.array([r.prompt.task for r in rollouts]),
-        "response": pa.array([r.text for r in rollouts]),
-        "score": pa.array(rewards.scores, pa.float64()),
-        "why": pa.array(rewards.reasons, pa.string()),
         "extracted_answer": pa.array(rewards.answers, pa.string()),
         "failed": pa.array([isinstance(outcome, Failed) for outcome in rewards.outcomes]),
-        "num_tokens": pa.array([r.token_ids.numel() for r in rollouts], pa.int32()),
     }
-    return write_table(file, columns | response_columns(rollouts, flat))
+    return write_table(file, response_columns(rollouts, rewards.scores, rewards.reasons, flat) | columns)

@@ -62,7 +62,7 @@ CONFIGURATION = {
     "below a value": (["steps.many=1"], ["steps", "{'many': 1}", "integer"]),
     "a word for a number": (["steps=many"], ["steps", "'many'", "integer"]),
     "a fraction for a count": (["learner.policy.num_epochs=1.5"], ["learner.policy.num_epochs", "1.5", "integer"]),
-    "a word for a switch": (["resume=maybe"], ["resume", "'maybe'", "boolean"]),
+    "a word for a switch": (["resume=maybe"], ["resume", "'maybe'", "True, False or 'force'"]),
     "a number for a section": (["cluster.policy=3"], ["cluster.policy", "3", "dictionary"]),
     "not a choice": (["cluster.device=gpu"], ["cluster.device", "'gpu'", "'cpu' or 'cuda'"]),
     "two values": (["seed=1,2"], ["seed=1,2"]),

@@ -6,10 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import yaml
+
+from sae_rl.commands.run_folder import require_consent
+from sae_rl.config.schema import as_tree
 from sae_rl.data.sampler import Sampler
 from sae_rl.types import Prompt
 
 from ..conftest import CommandLine, Outcome
+from ..driver.scripted import make_config
 from .refused import assert_refused
 
 
@@ -65,3 +71,46 @@ def test_a_critic_is_not_pretrained_over_a_run(sae_rl: CommandLine, tiny_model: 
     outcome = sae_rl("pretrain-critic", f"model.path={tiny_model}", "output_dir=out", "rollout.max_response_tokens=64")
     assert_refused(outcome, "output_dir = out holds a run already", "choose another output_dir")
     assert content(tmp_path / "out") == before
+
+
+OTHERS = {
+    "a knob of the estimator": ("algorithm.estimator.lam=0.5", "algorithm.estimator.lam: 0.95 -> 0.5"),
+    "an estimator": ("algorithm=gae", "algorithm.estimator.name: 'sae' -> 'gae'"),
+    "a segmenter": ("algorithm/segmenter=entropy", "algorithm.segmenter.name: 'low_probability' -> 'entropy'"),
+    "a model": ("model.path=somebody/something", "model.path: 'nobody/nothing' -> 'somebody/something'"),
+}
+
+
+def leave_a_checkpoint(folder: Path) -> Path:
+    """A run's configuration, and its checkpoint after one step."""
+    make_checkpoint(folder / "checkpoints", 1)
+    folder.joinpath("config.yaml").write_text(
+        yaml.safe_dump(as_tree(make_config(folder, "algorithm.estimator.lam=0.95")))
+    )
+    return folder / "checkpoints" / "step_000001"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_algorithm_or_model_asks_for_consent(train: Callable[..., Outcome], tmp_path: Path, name: str) -> None:
+    leave_a_checkpoint(tmp_path / "out")
+    before = content(tmp_path / "out")
+    override, difference = OTHERS[name]
+    same = ["model.path=nobody/nothing", "model.context_tokens=1024", "algorithm.estimator.lam=0.95"]
+    outcome = train("steps=5", *same, override)
+    assert_refused(outcome, "output_dir = out holds step_000001 of a run", difference, "resume=force continues it")
+    assert content(tmp_path / "out") == before
+
+
+def test_consent_is_not_asked_for_other_keys_or_with_force(tmp_path: Path) -> None:
+    newest = leave_a_checkpoint(tmp_path)
+    (newest / "critic").mkdir()
+    same = "algorithm.estimator.lam=0.95"
+    require_consent(make_config(tmp_path, same, "steps=50", "learner.policy.optimizer.lr=1e-3"), newest)
+    require_consent(make_config(tmp_path, "algorithm.estimator.lam=0.5", "resume=force"), newest)
+
+
+def test_a_checkpoint_without_critic_cannot_go_on_with_one(tmp_path: Path) -> None:
+    newest = leave_a_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="it has no critic, which this estimator needs"):
+        require_consent(make_config(tmp_path, "algorithm.estimator.lam=0.5", "resume=force"), newest)
+    require_consent(make_config(tmp_path, "algorithm=grpo", "resume=force"), newest)

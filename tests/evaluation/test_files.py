@@ -84,11 +84,11 @@ def test_the_samples_are_rows(folder: Path, evaluation: Evaluation) -> None:
             rollout.text,
         )
         judged = isinstance(outcome, Verdict)
-        assert (row["score"], row["why"]) == (outcome.score if isinstance(outcome, Verdict) else 0.0, outcome.why)
+        assert (row["reward"], row["why"]) == (outcome.score if isinstance(outcome, Verdict) else 0.0, outcome.why)
         assert row["extracted_answer"] == (outcome.answer if isinstance(outcome, Verdict) else None)
         assert (row["failed"], row["finish_reason"]) == (not judged, rollout.finish_reason)
         assert row["num_tokens"] == len(row["token_ids"]) == rollout.token_ids.numel()
-        assert row["logprobs"] == rollout.rollout_logprobs.tolist() and row["opens"] == opens.tolist()
+        assert row["rollout_logprobs"] == rollout.rollout_logprobs.tolist() and row["opens"] == opens.tolist()
     assert {row["failed"] for row in rows} == {row["finish_reason"] == "stop" for row in rows} == {True, False}
 
 

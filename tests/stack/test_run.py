@@ -75,7 +75,7 @@ def test_records_of_a_run(finished: Path) -> None:
     assert [step for step, _ in step_files(finished / "evaluation")] == list(evaluations)
     for step, file in step_files(finished / "evaluation"):
         samples = pq.read_table(file)
-        assert mean(samples["score"].to_pylist()) == pytest.approx(evaluations[step]["evaluation/success_mean"])
+        assert mean(samples["reward"].to_pylist()) == pytest.approx(evaluations[step]["evaluation/success_mean"])
         assert mean(samples["num_tokens"].to_pylist()) == evaluations[step]["evaluation/response_tokens_mean"]
 
 
@@ -156,15 +156,16 @@ def test_the_numbers_of_an_evaluation_follow_from_its_samples(evaluated: tuple[P
         prompts = [of_set[i : i + 4] for i in range(0, len(of_set), 4)]
         assert all(len({row["prompt_id"] for row in prompt}) == 1 for prompt in prompts)
         assert found["num_prompts"] == len(prompts)
-        assert found["success"]["value"] == pytest.approx(mean(row["score"] for row in of_set))
+        assert found["success"]["value"] == pytest.approx(mean(row["reward"] for row in of_set))
         for k in (1, 2, 4):
-            passed = [any(row["score"] == 1 for row in s) for prompt in prompts for s in combinations(prompt, k)]
+            passed = [any(row["reward"] == 1 for row in s) for prompt in prompts for s in combinations(prompt, k)]
             assert found["pass_at"][str(k)]["value"] == pytest.approx(mean(passed))
         assert found["maj_at_n"]["value"] == pytest.approx(mean(map(elected_score, prompts)))
         assert found["response_tokens"]["value"] == pytest.approx(mean(len(row["token_ids"]) for row in of_set))
         assert found["truncated"]["value"] == mean(row["finish_reason"] == "length" for row in of_set)
         openings = [
-            sum(t == 0 or math.exp(logprob) < 0.2 for t, logprob in enumerate(row["logprobs"])) for row in of_set
+            sum(t == 0 or math.exp(logprob) < 0.2 for t, logprob in enumerate(row["rollout_logprobs"]))
+            for row in of_set
         ]
         assert [sum(row["opens"]) for row in of_set] == openings
         assert found["segments"]["per_response_mean"] == pytest.approx(mean(openings))

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "run": ["config", "data", "protocols", "records", "rewards", "types"],
     "rollouts": ["config", "data", "protocols", "records", "rewards", "run", "settings", "types"],
     "evaluation": ["algo", "config", "protocols", "records", "rewards", "rollouts", "types"],
-    "critic": ["algo", "config", "protocols", "rollouts", "run", "seeds", "settings", "types"],
+    "critic": ["algo", "config", "protocols", "records", "rollouts", "run", "seeds", "settings", "types"],
     "driver": [
         *("algo", "checkpoint", "critic", "data", "evaluation"),
         *("protocols", "records", "rollouts", "run", "seeds", "types"),
@@ -71,7 +71,7 @@ LAYERS = {
         "deepspeed models",
         "memory weight_sender",
     ],
-    "commands": ["prompts run_folder warm_start", "assemble", "*", "demo"],
+    "commands": ["prompts report run_folder warm_start", "assemble", "*", "demo"],
     "config": ["schema", "checks", "compose"],
     "critic": ["*"],
     "data": ["rows sampler", "columns curriculum mixture", "prompts", "loader task"],

@@ -1,0 +1,29 @@
+"""``sae-rl report``, and the report that every training run leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from transformers import AutoTokenizer
+
+REPORT = "report.html"
+
+
+def write_run_report(folder: Path) -> Path:
+    """Writes ``report.html`` into a run's folder and returns its path. Raises ValueError if it has no training step."""
+    from sae_rl.analysis.report import write_report  # matplotlib takes a second
+
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
+    target = folder / REPORT
+    write_report(folder, target, f"sae_rl: {config['name']}", lambda ids: [str(tokenizer.decode([i])) for i in ids])
+    return target
+
+
+def leave_report(folder: Path) -> str:
+    """Writes the report of a run that ends, and returns a line about it. Raises nothing."""
+    try:
+        return f"report: {write_run_report(folder)}"
+    except Exception as error:  # the run is over: a report that fails must not hide how the run ended
+        return f"no {REPORT}: {error}"
