@@ -8,8 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from sae_rl.config.schema import Config
 from sae_rl.data.loader import Loader
+from sae_rl.data.prompts import Record
 from sae_rl.data.sampler import PromptSampler
-from sae_rl.rewards.table import check_verifier, resolve
+from sae_rl.rewards.pool import pickled
+from sae_rl.rewards.table import check_answer, check_verifier, resolve
+from sae_rl.rewards.verdict import Verifier
 from sae_rl.types import Prompt
 
 
@@ -37,8 +40,14 @@ def load_heldout(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pro
 
 def _loader(config: Config, tokenizer: PreTrainedTokenizerBase) -> Loader:
     @cache  # rows of a file ask again and again
-    def check_reward(name: str) -> None:
-        check_verifier(name, resolve(name, config.rewards.verifiers), config.rewards.deadline_s)
+    def verifier(name: str) -> Verifier:
+        found = resolve(name, config.rewards.verifiers)
+        check_verifier(name, found, config.rewards.deadline_s)
+        pickled(name, found)
+        return found
+
+    def answer(record: Record) -> None:
+        check_answer(verifier(record.reward), record.answer, is_json=record.is_json)
 
     at_once = {
         "rollout.prompts_per_step": config.rollout.prompts_per_step,
@@ -51,6 +60,7 @@ def _loader(config: Config, tokenizer: PreTrainedTokenizerBase) -> Loader:
         tokenizer=tokenizer,
         max_prompt_tokens=config.task.max_prompt_tokens,
         overlong=config.task.overlong_prompts,
-        check_reward=check_reward,
+        check_reward=verifier,
+        check_answer=answer,
         prompts_at_once=at_once,
     )

@@ -17,7 +17,7 @@ from sae_rl.algo.losses import PolicyLoss, ValueLoss
 from sae_rl.algo.segmentation import Segmenter
 from sae_rl.algo.segmenters import SEGMENTERS
 from sae_rl.algo.shaping import TokenRewards, Whitening
-from sae_rl.data.rows import HUB_NAME
+from sae_rl.data.hub import HUB_NAME
 from sae_rl.data.task import TaskConfig
 from sae_rl.rewards.table import VERIFIERS
 from sae_rl.rewards.verdict import Verifier
