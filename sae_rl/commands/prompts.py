@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +13,7 @@ from sae_rl.data.sampler import PromptSampler
 from sae_rl.rewards.pool import pickled
 from sae_rl.rewards.table import check_answer, check_verifier, resolve
 from sae_rl.rewards.verdict import Verifier
+from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
 
 
@@ -38,13 +39,28 @@ def load_heldout(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pro
         return config.task.evaluation.prompts(loader.at("task.evaluation"))
 
 
+def check_rewards(config: Config) -> None:
+    """Raises ConfigError for verifiers of ``rewards.verifiers`` that cannot work here."""
+    problems = []
+    for name in config.rewards.verifiers:
+        try:
+            _verifier(config, name)
+        except ValueError as error:
+            problems.append(f"rewards.verifiers.{name}: {error}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _verifier(config: Config, name: str) -> Verifier:
+    """Raises ValueError if there is no verifier of this name, or if it cannot work here."""
+    found = resolve(name, config.rewards.verifiers)
+    check_verifier(name, found, config.rewards.deadline_s)
+    pickled(name, found)
+    return found
+
+
 def _loader(config: Config, tokenizer: PreTrainedTokenizerBase) -> Loader:
-    @cache  # rows of a file ask again and again
-    def verifier(name: str) -> Verifier:
-        found = resolve(name, config.rewards.verifiers)
-        check_verifier(name, found, config.rewards.deadline_s)
-        pickled(name, found)
-        return found
+    verifier = cache(partial(_verifier, config))  # rows of a file ask again and again
 
     def answer(record: Record) -> None:
         check_answer(verifier(record.reward), record.answer, is_json=record.is_json)

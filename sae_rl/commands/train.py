@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sae_rl.commands.assemble import assembled
-from sae_rl.commands.run_folder import find_checkpoint, is_finished, prepare_output, publish_policy
+from sae_rl.commands.model_files import check_model
+from sae_rl.commands.preflight import Ready, prepared, show_outline
+from sae_rl.commands.run_folder import find_checkpoint, is_finished, publish_policy
 from sae_rl.config.schema import Config
 from sae_rl.critic import card
 from sae_rl.driver import train
@@ -17,31 +19,48 @@ from sae_rl.workers.table import roles_of
 
 
 def run_training(config: Config) -> None:
-    """Trains a policy and exports it to ``output_dir/policy``.
+    """Trains a policy and exports it to ``output_dir/policy``. With ``dry_run`` it only checks, and says what would run.
 
     Raises:
         ConfigError: data, folders or Ray's resources do not fit the configuration; no worker was started. Or the run in
             ``output_dir`` is finished.
         WorkerError, RuntimeError: the run failed; its last checkpoint is usable.
     """
-    if config.replay is not None:
-        recorded_files(config.replay, config.steps)
-    prepare_output(config)
-    resume_from = find_checkpoint(config)
-    if resume_from is not None and is_finished(config, resume_from):
+    newest = find_checkpoint(config)
+    if newest is not None and is_finished(config, newest) and not config.dry_run:
         publish_policy(config)  # the finished run may have been killed before it published
-        done = f"{resume_from} has done all of steps = {config.steps}: nothing is left to train"
-        raise ConfigError([f"{done}; raise steps, or choose another output_dir"])
-    notes = []
-    if config.algorithm.needs_critic and config.learner.critic_pretraining.checkpoint is not None:
-        notes.append(card.describe(config))
-    if config.evaluation.every_steps == 0 and config.replay is None:
-        notes.append("nothing is evaluated: evaluation.every_steps = 0")
-    with assembled(config, roles_of(config), resume_from) as run:
-        for text in notes:
-            run.records.note(text)
+    ready = prepare_training(config)
+    if config.dry_run:
+        return show_outline(ready)
+    with assembled(ready) as run:
         loop_of(config)(run)
     publish_policy(config)
+
+
+def prepare_training(config: Config) -> Ready:
+    """Checks everything that a training run needs. Nothing is started or written. Raises ConfigError as `run_training`."""
+    resume_from = find_checkpoint(config)
+    if resume_from is not None and is_finished(config, resume_from):
+        done = f"{resume_from} has done all of steps = {config.steps}: nothing is left to train"
+        raise ConfigError([f"{done}; raise steps, or choose another output_dir"])
+
+    def replay() -> None:
+        if config.replay is not None:
+            recorded_files(config.replay, config.steps)
+
+    def critic() -> str | None:
+        folder = config.learner.critic_pretraining.checkpoint
+        if folder is None or not config.algorithm.needs_critic:
+            return None
+        note = card.describe(config)
+        check_model("learner.critic_pretraining.checkpoint", folder, generates=False)
+        return note
+
+    def evaluation() -> str | None:
+        is_off = config.evaluation.every_steps == 0 and config.replay is None
+        return "nothing is evaluated: evaluation.every_steps = 0" if is_off else None
+
+    return prepared(config, roles_of(config), resume_from=resume_from, more=(replay, critic, evaluation))
 
 
 def loop_of(config: Config) -> Callable[[Run], None]:

@@ -75,8 +75,10 @@ class ModelConfig(Section):
     @field_validator("path")
     @classmethod
     def _policy_of_a_checkpoint(cls, path: str) -> str:
-        inside = Path(path) / "hf"
-        return str(inside) if inside.is_dir() else path
+        folder = Path(path)
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise ValueError(f"{path} holds adapters without their model; merge them first (peft: merge_and_unload)")
+        return str(folder / "hf") if (folder / "hf").is_dir() else path
 
     @property
     def is_hub_name(self) -> bool:
@@ -281,6 +283,7 @@ class Config(Section):
     steps: NonNegative
     replay: Path | None  # train on the rollouts that this run's folder recorded, without rollout engines
     resume: bool  # continue from the newest checkpoint in output_dir, if there is one
+    dry_run: bool  # check everything, say what would run, and stop
     algorithm: AlgorithmConfig
     model: ModelConfig
     task: TaskConfig

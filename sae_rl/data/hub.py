@@ -18,10 +18,11 @@ def files_on_hub(name: str, kind: Literal["model", "dataset"]) -> list[str]:
         ConnectionError: the hub is switched off by HF_HUB_OFFLINE, does not answer, or gives nothing of that name.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # that of its HTTP library
 
     try:
-        found = HfApi().repo_info(name, repo_type=kind, timeout=TIMEOUT_S)
+        ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+        found = ask(name, timeout=TIMEOUT_S)
     except (HTTPError, OSError) as error:
         raise ConnectionError(str(error).strip().splitlines()[0]) from error
     return [file.rfilename for file in found.siblings or ()]

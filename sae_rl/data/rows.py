@@ -143,7 +143,7 @@ def _placed(path: str, unit: str, rows: Iterator[Row | BrokenRow | None]) -> Row
         raise ValueError(f"{path}: cannot be read{behind}: {error}") from error
 
 
-def _open(file: Path) -> io.BufferedIOBase:
+def _open(file: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
 
