@@ -100,8 +100,11 @@ def pretrain_critic(arguments: list[str]) -> None:
 def doctor(arguments: list[str]) -> None:
     """try every link that train would use with this configuration, with a tiny model: the first command on a cluster"""
     from sae_rl.config.compose import load_config
+    from sae_rl.settings import ConfigError
 
     config = load_config(arguments)
+    if config.dry_run:
+        raise ConfigError(["dry_run = true: the doctor starts workers to try them; use `sae-rl train`"])
     from sae_rl.commands.doctor import run_doctor
 
     if failed := run_doctor(config):

@@ -21,7 +21,7 @@ from sae_rl.types import Prompt
 from sae_rl.workers.session import check_address
 
 GIB = 2**30
-STATE_BYTES = 12  # of one parameter in a checkpoint, at least: Adam's moments and float32 weights
+STATE_BYTES = 12  # a checkpoint has at least Adam's moments and float32 weights of each parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from sae_rl.config.schema import Config
 from sae_rl.critic import card
 from sae_rl.driver import train
 from sae_rl.overlapped import train_overlapped
+from sae_rl.records.rollouts import check_step
 from sae_rl.replay import recorded_files, train_replay
 from sae_rl.run import Run
 from sae_rl.settings import ConfigError
@@ -46,7 +47,11 @@ def prepare_training(config: Config) -> Ready:
 
     def replay() -> None:
         if config.replay is not None:
-            recorded_files(config.replay, config.steps)
+            for _, file in recorded_files(config.replay, config.steps):
+                try:
+                    check_step(file)
+                except ValueError as error:
+                    raise ConfigError([f"replay = {config.replay}: {error}"]) from error
 
     def critic() -> str | None:
         folder = config.learner.critic_pretraining.checkpoint

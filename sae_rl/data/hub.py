@@ -18,7 +18,7 @@ def files_on_hub(name: str, kind: Literal["model", "dataset"]) -> list[str]:
         ConnectionError: the hub is switched off by HF_HUB_OFFLINE, does not answer, or gives nothing of that name.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # that of its HTTP library
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         ask = HfApi().model_info if kind == "model" else HfApi().dataset_info

@@ -19,7 +19,7 @@ T = TypeVar("T")
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, "Row | BrokenRow"]]  # (place such as "line 3", row)
 MAX_REPORTED = 50  # broken rows that one message lists
-MAX_CSV_CHARACTERS = 2**31 - 1  # of one value; the library's own limit of 131,072 refuses long prompts
+MAX_CSV_CHARACTERS = 2**31 - 1  # the library's own limit of 131,072 for one value refuses long prompts
 # What follows the name of a split in the names of its files: -00000-of-00002, perhaps with a hash, _1, or Spark's parts.
 SHARD = re.compile(r"(?<=^part)-\d.*|[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?$")
 SAVED = ("state.json", "dataset_info.json", "dataset_dict.json")  # files of datasets.save_to_disk

@@ -38,7 +38,7 @@ def check_address(config: Config) -> None:
             return
         scheme, _, place = address.rpartition("://")
         if scheme not in ("", "ray"):
-            return  # of a plug-in of Ray
+            return  # a plug-in of Ray knows it
         host, _, port = place.rpartition(":") if ":" in place or not scheme else (place, ":", RAY_CLIENT_PORT)
         if not host or not port.isdecimal():
             raise ConnectionError("an address is auto, HOST:PORT or ray://HOST:PORT")

@@ -139,7 +139,7 @@ def test_dry_run_says_what_would_run_and_starts_nothing(train: Train, tmp_path: 
     lines = outcome.stdout.splitlines()
     assert lines[0] == "every check passed; dry_run = true, so nothing is started"
     assert "  prompts: 4 to train on, 2 held out" in lines
-    assert f"  workers: 1 rollout, 1 policy, 1 critic, on cpu, in 127.0.0.1:{listening}" in lines
+    assert f"  workers: 2 rollout, 1 policy, 1 critic, on cpu, in 127.0.0.1:{listening}" in lines
     assert "  steps: 0 to 2, each of 4 responses" in lines
     assert not (tmp_path / "out").exists()
 
@@ -195,6 +195,26 @@ def test_a_name_that_nobody_downloaded(train: Train) -> None:
 
 def test_replay_of_too_little(train: Train, tmp_path: Path) -> None:
     assert_refused(train(f"replay={tmp_path}", "dry_run=true"), "0 steps are recorded", "steps = 2")
+    (tmp_path / "rollouts").mkdir()
+    for step in (0, 1):
+        (tmp_path / "rollouts" / f"step_{step:06d}.parquet").write_text("cut")
+    assert_refused(train(f"replay={tmp_path}"), f"replay = {tmp_path}", "step_000000.parquet holds no rollouts")
+
+
+def test_a_list_of_files(train: Train, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        row = {"prompt": "I0 D+3", "reward_model": {"ground_truth": "1"}}
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([json.dumps(row)] * 4))
+    files = ["task=dapo_math", "task.max_prompt_tokens=32", "task.train.path=[a.jsonl,b.jsonl]"]
+    outcome = train(*files, "task.evaluation.path=b.jsonl", "dry_run=true")
+    assert "  prompts: 8 to train on, 4 held out" in outcome.stdout, outcome.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor"])
+def test_commands_without_a_dry_run_say_so(command: str, sae_rl: CommandLine, tiny_model: Path, tmp_path: Path) -> None:
+    outcome = sae_rl(command, f"model.path={tiny_model}", "rollout.max_response_tokens=64", "dry_run=true")
+    assert_refused(outcome, "dry_run = true", "use `sae-rl train`")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_is_read_or_refused(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 class FileSource(ShapedSource):
     name: Literal["file"]
-    path: str | tuple[str, ...]  # of several, ids begin with the path of their file
+    path: str | tuple[str, ...]  # with several, ids begin with the path of their file
     split: str | None = None  # needed for a folder or a Hugging Face data set with several splits
     subset: str | None = None  # needed for a data set on the hub with several, such as main of openai/gsm8k
     layout: str = "own"
