@@ -137,9 +137,13 @@ def _check_parts(config: Config, trained: list[str], resume_from: Path | None) -
     for role in trained:
         ranks = len(list((resume_from / role).glob("random_state_*.pt")))
         wanted = getattr(config.cluster, role).num_workers
+        if not ranks:
+            raise ConfigError(
+                [f"cannot resume from {resume_from}: it lacks its {role}; remove it to resume from an earlier one"]
+            )
         if ranks < wanted:
-            found = f"cannot resume from {resume_from}: it holds {ranks} ranks of the {role}, but cluster.{role}.num_workers"
-            raise ConfigError([f"{found} = {wanted}; remove that folder to resume from the one before, or set {ranks}"])
+            found = f"cannot resume from {resume_from}: {ranks} ranks of the {role} wrote it"
+            raise ConfigError([f"{found}, but cluster.{role}.num_workers = {wanted}"])
 
 
 def restore_sampler(sampler: PromptSampler, resume_from: Path) -> int:

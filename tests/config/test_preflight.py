@@ -170,7 +170,11 @@ def checkpoint_at(folder: Path, ranks: int = 1) -> Path:
 
 def test_a_checkpoint_that_cannot_be_resumed(train: Train, tmp_path: Path) -> None:
     folder = checkpoint_at(tmp_path / "out" / "checkpoints" / "step_000001", ranks=0)
-    assert_refused(train(), "cannot resume from", "it holds 0 ranks of the policy, but cluster.policy.num_workers = 1")
+    assert_refused(train(), "cannot resume from", "it lacks its policy; remove it to resume from an earlier one")
+    for role in ("policy", "critic"):
+        (folder / role / "random_state_0.pt").touch()
+    wider = ["cluster.policy.num_workers=2", "cluster.critic.num_workers=2"]
+    assert_refused(train(*wider), "1 ranks of the policy wrote it, but cluster.policy.num_workers = 2")
     (folder / "driver.json").write_text("{")
     assert_refused(train(), "driver.json cannot be read", "remove that folder to resume from the one before it")
 
