@@ -10,8 +10,9 @@ from sae_rl.config.schema import Config
 from sae_rl.data.loader import Loader
 from sae_rl.data.prompts import Record
 from sae_rl.data.sampler import PromptSampler
+from sae_rl.rewards.function import Function
 from sae_rl.rewards.pool import pickled
-from sae_rl.rewards.table import check_answer, check_verifier, resolve
+from sae_rl.rewards.table import check_answer, check_verifier, parts_of, resolve
 from sae_rl.rewards.verdict import Verifier
 from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
@@ -40,11 +41,13 @@ def load_heldout(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pro
 
 
 def check_rewards(config: Config) -> None:
-    """Raises ConfigError for verifiers of ``rewards.verifiers`` that cannot work here."""
+    """Raises ConfigError for verifiers of ``rewards.verifiers`` that cannot be imported, or be sent to reward processes."""
     problems = []
-    for name in config.rewards.verifiers:
+    for name, verifier in config.rewards.verifiers.items():
         try:
-            _verifier(config, name)
+            for function in (part for part in parts_of(verifier) if isinstance(part, Function)):
+                function.function()
+            pickled(name, verifier)
         except ValueError as error:
             problems.append(f"rewards.verifiers.{name}: {error}")
     if problems:
