@@ -41,7 +41,7 @@ def bare(threads: int) -> str:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    from sae_rl.commands.assemble import load_tokenizer
+    from sae_rl.commands.model_files import load_tokenizer
     from sae_rl.commands.prompts import load_task
     from sae_rl.config.compose import load_config
     from sae_rl.records.clock import Clock

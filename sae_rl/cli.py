@@ -18,7 +18,7 @@ USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
 def train(arguments: list[str]) -> None:
-    """train as configured; -m sweeps, --print shows the configuration and an estimate of GPU memory, and stops"""
+    """train as configured; -m sweeps, --print shows the configuration and an estimate of GPU memory, checks, and stops"""
     from sae_rl.config.compose import load_config
 
     if {"-m", "--multirun"} & set(arguments):
@@ -56,7 +56,7 @@ def sweep(overrides: list[str]) -> None:
 
 
 def show(overrides: list[str]) -> None:
-    """Prints the resolved and validated configuration; for GPUs also, in comments, an estimate of their memory."""
+    """Prints the resolved configuration, for GPUs with an estimate of their memory in comments. Then it checks the rest."""
     import yaml
 
     from sae_rl.config.compose import load_config
@@ -69,6 +69,9 @@ def show(overrides: list[str]) -> None:
 
         for line in describe(config):
             print(f"# {line}")
+    from sae_rl.commands.train import prepare_training
+
+    prepare_training(config)
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -79,7 +82,8 @@ def evaluate(arguments: list[str]) -> None:
     from sae_rl.analysis.evaluation_table import print_evaluation
     from sae_rl.commands.evaluate import run_evaluation
 
-    print_evaluation(run_evaluation(config), plain=config.logger.console != "rich")
+    if folder := run_evaluation(config):
+        print_evaluation(folder, plain=config.logger.console != "rich")
 
 
 def pretrain_critic(arguments: list[str]) -> None:
@@ -89,15 +93,18 @@ def pretrain_critic(arguments: list[str]) -> None:
     config = load_config(arguments)
     from sae_rl.commands.pretrain_critic import run_critic_pretraining
 
-    folder = run_critic_pretraining(config)
-    print(f"the critic is in {folder}: sae-rl train ... learner.critic_pretraining.checkpoint={folder}")
+    if folder := run_critic_pretraining(config):
+        print(f"the critic is in {folder}: sae-rl train ... learner.critic_pretraining.checkpoint={folder}")
 
 
 def doctor(arguments: list[str]) -> None:
     """try every link that train would use with this configuration, with a tiny model: the first command on a cluster"""
     from sae_rl.config.compose import load_config
+    from sae_rl.settings import ConfigError
 
     config = load_config(arguments)
+    if config.dry_run:
+        raise ConfigError(["dry_run = true: the doctor starts workers to try them; use `sae-rl train`"])
     from sae_rl.commands.doctor import run_doctor
 
     if failed := run_doctor(config):

@@ -17,6 +17,7 @@ from sae_rl.commands.run_folder import is_finished, publish_policy
 from sae_rl.commands.train import run_training
 from sae_rl.commands.warm_start import WarmStartConfig, run_warm_start
 from sae_rl.config.compose import build, compose_tree, load_config
+from sae_rl.settings import ConfigError
 
 
 def run_demo(overrides: list[str]) -> None:
@@ -24,6 +25,8 @@ def run_demo(overrides: list[str]) -> None:
     console, started = Console(), time.monotonic()
     tree = compose_tree(["experiment=demo", *overrides])
     folder = Path(tree.output_dir)
+    if tree.dry_run:
+        raise ConfigError(["dry_run = true: the demo makes its model first; use `sae-rl train`"])
     console.print(
         f"A small language model learns the task Level in {folder}: about ten minutes on two cores. Ctrl-C stops it; the "
         "same command continues it.",

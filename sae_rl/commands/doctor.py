@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from sae_rl.commands.assemble import load_tokenizer
-from sae_rl.commands.run_folder import prepare_output
+from sae_rl.commands.model_files import load_tokenizer
+from sae_rl.commands.run_folder import check_output
 from sae_rl.config.schema import Config
 from sae_rl.protocols import Metrics
 from sae_rl.records.clock import Clock
@@ -24,7 +24,7 @@ from sae_rl.sft import save
 from sae_rl.types import Batch, Prompt, Scores, Targets
 from sae_rl.workers.nodes import NodeFacts, facts_of_nodes, kernel_differences, on_nodes
 from sae_rl.workers.run_workers import RunWorkers
-from sae_rl.workers.session import ray_session, start_workers
+from sae_rl.workers.session import check_address, ray_session, start_workers
 
 FAST_LR = 1e-2  # one update changes logprobs by far more than rounding does
 LIMIT_S = 60.0  # for one call
@@ -76,9 +76,11 @@ def run_doctor(config: Config, show: Callable[[str], None] = print) -> list[str]
     """
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno > logging.WARNING)  # the driver has no GPU
     transformers_logging.disable_progress_bar()
-    prepare_output(config)
+    check_address(config)
+    check_output(config)
     tokenizer = load_tokenizer(config.model.path)
     checks, output = Checks(show), config.output_dir.absolute()
+    output.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="doctor_", dir=output))
     try:
         tiny = tiny_run(config, folder, tokenizer)

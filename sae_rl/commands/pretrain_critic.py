@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sae_rl import checkpoint
 from sae_rl.commands.assemble import assembled
-from sae_rl.commands.run_folder import prepare_output
+from sae_rl.commands.preflight import prepared, show_outline
 from sae_rl.config.schema import Config
 from sae_rl.critic import card
 from sae_rl.critic.pretraining import pretrain
@@ -16,11 +16,11 @@ from sae_rl.settings import ConfigError
 from sae_rl.workers.table import pretraining_roles
 
 
-def run_critic_pretraining(config: Config) -> Path:
+def run_critic_pretraining(config: Config) -> Path | None:
     """Pre-trains a critic for ``model.path`` without training a policy.
 
     Returns:
-        The folder of the critic, for ``learner.critic_pretraining.checkpoint`` of later runs.
+        The folder of the critic, for ``learner.critic_pretraining.checkpoint`` of later runs; None with ``dry_run``.
 
     Raises:
         ConfigError: as in `run_training`; or the estimator has no critic; or there are no prompts for pre-training.
@@ -34,8 +34,11 @@ def run_critic_pretraining(config: Config) -> Path:
     for found, what in ((folder, "a critic"), (checkpoint.newest(config.output_dir / "checkpoints"), "a run")):
         if found is not None and found.exists():
             raise ConfigError([f"output_dir = {config.output_dir} holds {what} already; choose another output_dir"])
-    prepare_output(config)
-    with assembled(config, pretraining_roles(config), None) as run:
+    ready = prepared(config, pretraining_roles(config))
+    if config.dry_run:
+        show_outline(ready)
+        return None
+    with assembled(ready) as run:
         explained_variance, num_responses = pretrain(run)
         if not math.isfinite(explained_variance):
             raise RuntimeError(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 from transformers import PreTrainedTokenizerBase
 
 from sae_rl.config.schema import Config
 from sae_rl.data.loader import Loader
+from sae_rl.data.prompts import Record
 from sae_rl.data.sampler import PromptSampler
-from sae_rl.rewards.table import check_verifier, resolve
+from sae_rl.rewards.function import Function
+from sae_rl.rewards.pool import pickled
+from sae_rl.rewards.table import check_answer, check_verifier, parts_of, resolve
+from sae_rl.rewards.verdict import Verifier
+from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
 
 
@@ -35,10 +40,33 @@ def load_heldout(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Pro
         return config.task.evaluation.prompts(loader.at("task.evaluation"))
 
 
+def check_rewards(config: Config) -> None:
+    """Raises ConfigError for verifiers of ``rewards.verifiers`` that cannot be imported, or be sent to reward processes."""
+    problems = []
+    for name, verifier in config.rewards.verifiers.items():
+        try:
+            for function in (part for part in parts_of(verifier) if isinstance(part, Function)):
+                function.function()
+            pickled(name, verifier)
+        except ValueError as error:
+            problems.append(f"rewards.verifiers.{name}: {error}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _verifier(config: Config, name: str) -> Verifier:
+    """Raises ValueError if there is no verifier of this name, or if it cannot work here."""
+    found = resolve(name, config.rewards.verifiers)
+    check_verifier(name, found, config.rewards.deadline_s)
+    pickled(name, found)
+    return found
+
+
 def _loader(config: Config, tokenizer: PreTrainedTokenizerBase) -> Loader:
-    @cache  # rows of a file ask again and again
-    def check_reward(name: str) -> None:
-        check_verifier(name, resolve(name, config.rewards.verifiers), config.rewards.deadline_s)
+    verifier = cache(partial(_verifier, config))  # rows of a file ask again and again
+
+    def answer(record: Record) -> None:
+        check_answer(verifier(record.reward), record.answer, is_json=record.is_json)
 
     at_once = {
         "rollout.prompts_per_step": config.rollout.prompts_per_step,
@@ -51,6 +79,7 @@ def _loader(config: Config, tokenizer: PreTrainedTokenizerBase) -> Loader:
         tokenizer=tokenizer,
         max_prompt_tokens=config.task.max_prompt_tokens,
         overlong=config.task.overlong_prompts,
-        check_reward=check_reward,
+        check_reward=verifier,
+        check_answer=answer,
         prompts_at_once=at_once,
     )

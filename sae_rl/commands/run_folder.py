@@ -17,11 +17,11 @@ from sae_rl.settings import ConfigError
 NEED_CONSENT = ("algorithm.estimator.", "algorithm.segmenter.", "model.path")
 
 
-def prepare_output(config: Config) -> None:
-    """Creates ``output_dir``. Raises ConfigError if it cannot be created or written to."""
+def check_output(config: Config) -> None:
+    """Raises ConfigError if ``output_dir`` cannot be created or written to. It creates nothing."""
+    folder = config.output_dir.absolute()
     try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=config.output_dir):
+        with tempfile.TemporaryFile(dir=next(each for each in (folder, *folder.parents) if each.exists())):
             pass
     except OSError as error:
         raise ConfigError([f"output_dir = {config.output_dir}: cannot write there ({error.strerror})"]) from error
@@ -58,9 +58,17 @@ def require_consent(config: Config, newest: Path) -> None:
         raise ConfigError([f"{found}; it has no critic, which this estimator needs: choose another output_dir"])
 
 
+def read_checkpoint(folder: Path) -> checkpoint.DriverState:
+    """The driver's part of a checkpoint. Raises ConfigError if it cannot be read."""
+    try:
+        return checkpoint.read_state(folder)
+    except ValueError as error:
+        raise ConfigError([f"{error}; remove that folder to resume from the one before it"]) from error
+
+
 def is_finished(config: Config, newest: Path) -> bool:
     """Whether a run whose newest checkpoint this is has done all its steps."""
-    return checkpoint.read_state(newest).step >= config.steps
+    return read_checkpoint(newest).step >= config.steps
 
 
 def publish_policy(config: Config) -> None:

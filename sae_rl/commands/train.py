@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sae_rl.commands.assemble import assembled
+from sae_rl.commands.model_files import check_model
+from sae_rl.commands.preflight import Ready, prepared, show_outline
 from sae_rl.commands.report import leave_report
-from sae_rl.commands.run_folder import find_checkpoint, is_finished, prepare_output, publish_policy, require_consent
+from sae_rl.commands.run_folder import find_checkpoint, is_finished, publish_policy, require_consent
 from sae_rl.config.schema import Config
 from sae_rl.critic import card
 from sae_rl.driver import train
 from sae_rl.overlapped import train_overlapped
+from sae_rl.records.rollouts import check_step
 from sae_rl.records.terminal import console
 from sae_rl.replay import recorded_files, train_replay
 from sae_rl.run import Run
@@ -22,6 +25,8 @@ from sae_rl.workers.table import roles_of
 def run_training(config: Config, session: Session | None = None) -> None:
     """Trains a policy and exports it to ``output_dir/policy``. However the run ends, it leaves ``report.html``.
 
+    With ``dry_run`` it only checks, and says what would run.
+
     Args:
         session: of several runs that follow each other; None: this run has a connection to Ray of its own.
 
@@ -30,27 +35,16 @@ def run_training(config: Config, session: Session | None = None) -> None:
             ``output_dir`` is finished.
         WorkerError, RuntimeError: the run failed; its last checkpoint is usable.
     """
-    if config.replay is not None:
-        recorded_files(config.replay, config.steps)
-    prepare_output(config)
-    resume_from = find_checkpoint(config)
-    if resume_from is not None and is_finished(config, resume_from):
+    newest = find_checkpoint(config)
+    if newest is not None and is_finished(config, newest) and not config.dry_run:
         publish_policy(config)  # the finished run may have been killed before it published
-        done = f"{resume_from} has done all of steps = {config.steps}: nothing is left to train"
-        raise ConfigError([f"{done}; raise steps, or choose another output_dir"])
-    if resume_from is not None:
-        require_consent(config, resume_from)
-    notes = []
-    if config.algorithm.needs_critic and config.learner.critic_pretraining.checkpoint is not None:
-        notes.append(card.describe(config))
-    if config.evaluation.every_steps == 0 and config.replay is None:
-        notes.append("nothing is evaluated: evaluation.every_steps = 0")
+    ready = prepare_training(config)
+    if config.dry_run:
+        return show_outline(ready)
     mode = config.logger.console
     output = console(plain=mode != "rich", quiet=mode == "off")
     try:
-        with assembled(config, roles_of(config), resume_from, session) as run:
-            for text in notes:
-                run.records.note(text)
+        with assembled(ready, session) as run:
             loop_of(config)(run)
         publish_policy(config)
     except ConfigError:
@@ -59,6 +53,38 @@ def run_training(config: Config, session: Session | None = None) -> None:
         output.print(leave_report(config.output_dir), markup=False)
         raise
     output.print(leave_report(config.output_dir), markup=False)
+
+
+def prepare_training(config: Config) -> Ready:
+    """Checks everything that a training run needs. Nothing is started or written. Raises ConfigError as `run_training`."""
+    resume_from = find_checkpoint(config)
+    if resume_from is not None and is_finished(config, resume_from):
+        done = f"{resume_from} has done all of steps = {config.steps}: nothing is left to train"
+        raise ConfigError([f"{done}; raise steps, or choose another output_dir"])
+    if resume_from is not None:
+        require_consent(config, resume_from)
+
+    def replay() -> None:
+        if config.replay is not None:
+            for _, file in recorded_files(config.replay, config.steps):
+                try:
+                    check_step(file)
+                except ValueError as error:
+                    raise ConfigError([f"replay = {config.replay}: {error}"]) from error
+
+    def critic() -> str | None:
+        folder = config.learner.critic_pretraining.checkpoint
+        if folder is None or not config.algorithm.needs_critic:
+            return None
+        note = card.describe(config)
+        check_model("learner.critic_pretraining.checkpoint", folder, generates=False)
+        return note
+
+    def evaluation() -> str | None:
+        is_off = config.evaluation.every_steps == 0 and config.replay is None
+        return "nothing is evaluated: evaluation.every_steps = 0" if is_off else None
+
+    return prepared(config, roles_of(config), resume_from=resume_from, more=(replay, critic, evaluation))
 
 
 def loop_of(config: Config) -> Callable[[Run], None]:

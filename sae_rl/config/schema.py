@@ -17,7 +17,7 @@ from sae_rl.algo.losses import PolicyLoss, ValueLoss
 from sae_rl.algo.segmentation import Segmenter
 from sae_rl.algo.segmenters import SEGMENTERS
 from sae_rl.algo.shaping import TokenRewards, Whitening
-from sae_rl.data.rows import HUB_NAME
+from sae_rl.data.hub import HUB_NAME
 from sae_rl.data.task import TaskConfig
 from sae_rl.rewards.table import VERIFIERS
 from sae_rl.rewards.verdict import Verifier
@@ -75,8 +75,10 @@ class ModelConfig(Section):
     @field_validator("path")
     @classmethod
     def _policy_of_a_checkpoint(cls, path: str) -> str:
-        inside = Path(path) / "hf"
-        return str(inside) if inside.is_dir() else path
+        folder = Path(path)
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise ValueError(f"{path} holds adapters without their model; merge them first (peft: merge_and_unload)")
+        return str(folder / "hf") if (folder / "hf").is_dir() else path
 
     @property
     def is_hub_name(self) -> bool:
@@ -283,6 +285,7 @@ class Config(Section):
     # true: continue from the newest checkpoint in output_dir, if there is one; force: also with another estimator,
     # segmenter or model
     resume: Literal[True, False, "force"]
+    dry_run: bool  # check everything, say what would run, and stop
     algorithm: AlgorithmConfig
     model: ModelConfig
     task: TaskConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,10 +14,14 @@ from sae_rl.settings import Section
 
 Messages = list[dict[str, Any]]  # a chat: {role, content} and other keys of the tokenizer's chat template
 GSM8K_MARK = "####"
+ENDS = ("user", "tool")  # roles of a prompt's last message: the model answers it
+# Columns with a part of the prompt that only the chat templates of some models read.
+NOT_READ = ("image", "images", "video", "videos", "audio", "audios", "tools")
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from)['"]\s*:""")
 
 
 class Columns(Section):
-    """The names of columns in a file. A dot leads into a nested object; null means the layout's name.
+    """The names of columns in a file. A dot leads into a nested object or list; null means the layout's name.
 
     Every row needs a prompt and an answer. A row without id gets its place in the file as id; a row without reward or
     task gets those of the source.
@@ -39,6 +44,9 @@ def value_at(row: Row, column: str) -> Any:
         return row[column]
     value: Any = row
     for key in column.split("."):
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+            continue
         if not isinstance(value, Mapping):
             raise BrokenRow(f"no column {column!r}: {key!r} would be inside {shown(value)}")
         if key not in value:
@@ -57,11 +65,15 @@ def text_at(row: Row, column: str) -> str:
 
 
 def prompt_at(row: Row, column: str) -> str | Messages:
-    """The text or the chat messages in a column. Raises BrokenRow as `text_at`."""
+    """The text or the chat messages in a column. Raises BrokenRow as `text_at`, or if the prompt has other parts."""
+    if lost := [name for name in NOT_READ if row.get(name)]:
+        raise BrokenRow(f"{lost[0]!r} would be lost, since a prompt is text alone; leave this row or that column out")
     value = value_at(row, column)
     if not isinstance(value, list):
         if not (text := text_at(row, column)).strip():
             raise BrokenRow(f"{column!r} is empty")
+        if MESSAGES_AS_TEXT.match(text):
+            raise BrokenRow(f"{column!r} holds chat messages written as text; store them as a list, in JSON or parquet")
         return text
     good = [isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value]
     if not value or not all(good):
@@ -69,17 +81,31 @@ def prompt_at(row: Row, column: str) -> str | Messages:
         raise BrokenRow(f"{column!r} must be text or a list of {{role, content}} messages, found {bad}")
     for message in value:
         checked_text(message["content"], column)
+    if (role := value[-1]["role"]) not in ENDS:
+        raise BrokenRow(
+            f"{column!r} ends with a message of {role!r}, which the model would read as part of its prompt; it must end with "
+            f"one of {' or '.join(map(repr, ENDS))}. Take the last out of the file, or read one alone as text: "
+            f"columns.prompt={column}.{max(len(value) - 2, 0)}.content"
+        )
     return value
 
 
 def answer_at(row: Row, column: str) -> str:
-    """The answer in a column: text, or any other value as JSON. Raises BrokenRow if there is none."""
+    """The answer in a column: text, or any other value as JSON. Raises BrokenRow if there is none, or chat messages."""
     value = value_at(row, column)
     if value is None:
         raise BrokenRow(f"{column!r} must hold an answer, found null")
+    answer = checked_text(value, column) if isinstance(value, str) else _as_json(value, column)
+    if MESSAGES_AS_TEXT.match(answer) or (isinstance(value, Mapping) and {"role", "content"} <= value.keys()):
+        inside = "" if isinstance(value, str) else f"; a dot leads to it, as in columns.answer={column}.0.content"
+        raise BrokenRow(f"{column!r} holds chat messages, but an answer is the text of one{inside}")
+    return answer
+
+
+def _as_json(value: Any, column: str) -> str:
     try:
-        return checked_text(value, column) if isinstance(value, str) else json.dumps(value)
-    except TypeError as error:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:  # bytes, dates, NaN
         raise BrokenRow(f"{column!r} must be text, or fit into JSON: {error}") from error
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from sae_rl.data.prompts import Overlong, Record, tokenized
+from sae_rl.data.rows import listed
 from sae_rl.reasoning_gym.puzzles import PuzzleProcess
 from sae_rl.settings import BadKeys, ConfigError
 from sae_rl.types import Prompt
 
 logger = logging.getLogger(__name__)
+
+MAX_ASKED = 2000  # answers of a source that its verifiers are asked about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,7 @@ class Loader:
     max_prompt_tokens: int
     overlong: Overlong  # what happens to longer prompts
     check_reward: Callable[[str], object]  # raises ValueError if a verifier of this name does not exist
+    check_answer: Callable[[Record], object]  # raises ValueError if a record's verifier cannot read its answer
     prompts_at_once: Mapping[str, int] = field(default_factory=dict)  # key -> prompts that a run takes at once
     key: str = "task"  # where the source is in the configuration
     part: str | None = None  # the name of the source in a mixture
@@ -51,7 +56,13 @@ class Loader:
         return replace(self, key=f"{self.key}.parts.{name}", part=name, share=share)
 
     def load(
-        self, name: str, reward: str | None, read: Callable[[], tuple[list[Record], list[str]]], num_prompts: int | None
+        self,
+        name: str,
+        reward: str | None,
+        read: Callable[[], tuple[list[Record], list[str]]],
+        num_prompts: int | None,
+        *,
+        drop_unreadable: bool = False,
     ) -> list[Prompt]:
         """The prompts of one source; none if something is wrong.
 
@@ -60,20 +71,24 @@ class Loader:
             reward: the source's reward, which is checked here; None: the records' own rewards need no check.
             read: returns the records, and a line for each problem. It may raise ValueError, or BadKeys for wrong keys.
             num_prompts: the most prompts to return; None: all.
+            drop_unreadable: leave out records whose answer the verifier cannot read, instead of finding a problem.
         """
+        is_known = True
         if reward is not None:
             try:
                 self.check_reward(reward)
             except ValueError as error:
                 self.problems.append(f"{self.key}.reward: {error}")
+                is_known = False
         try:
             records, problems = read()
         except ValueError as error:
             between = "." if isinstance(error, BadKeys) else ": "
             self.problems.extend(f"{self.key}{between}{line}" for line in str(error).splitlines())
             return []
+        records, unreadable = self._readable(name, records, drop_unreadable) if is_known else (records, [])
         prompts, more = tokenized(name, records, self.tokenizer, self.max_prompt_tokens, self.overlong)
-        if problems := problems + more:
+        if problems := problems + unreadable + more:
             self.problems.extend(f"{self.key}: {line}" for line in problems)
             return []
         if num_prompts is not None and len(prompts) < num_prompts:
@@ -82,6 +97,25 @@ class Loader:
         if self.part is None:
             return prompts
         return [replace(prompt, id=f"{self.part}/{prompt.id}", task=self.part) for prompt in prompts]
+
+    def _readable(self, name: str, records: list[Record], drop: bool) -> tuple[list[Record], list[str]]:
+        """The records whose verifier can read their answer, and lines about the others unless they are dropped."""
+        # An answer takes some milliseconds. Of more, evenly spaced ones are asked for, unless the others are dropped.
+        asked = records[:: 1 if drop else max(1, math.ceil(len(records) / MAX_ASKED))]
+        unreadable: dict[str, str] = {}  # by place
+        for record in asked:
+            try:
+                self.check_answer(record)
+            except ValueError as error:
+                unreadable[record.where] = f"{record.where}: {error}"
+        if not unreadable or not drop:
+            of = f"{len(asked)}" if len(asked) == len(records) else f"{len(asked)} (of {len(records)}, evenly spaced)"
+            found = f"{name}: the reward cannot read {len(unreadable)} of {of} answers, so no response could be right"
+            advice = "choose another reward, correct these rows, or leave them out with unreadable_answers=drop (files)"
+            return records, listed(f"{found}; {advice}", list(unreadable.values()))
+        logger.warning("%s: %d rows were dropped, whose answers the reward cannot read", name, len(unreadable))
+        readable = [record for record in records if record.where not in unreadable]
+        return readable, [] if readable else [f"{name}: the reward can read none of {len(records)} answers"]
 
     def is_enough(self, num_prompts: int) -> bool:
         """Whether the source has as many prompts as a run takes from it at once. If not, that is a problem."""

@@ -30,6 +30,7 @@ class Record:
     reward: str
     task: str
     where: str  # its place in the source, such as "line 3"
+    is_json: bool = False  # the answer was a list, an object, true or false, and is JSON now
 
 
 def tokenized(

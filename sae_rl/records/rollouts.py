@@ -105,6 +105,16 @@ def read_rollouts(file: Path) -> pa.Table:
     return table.rename_columns([OLD_NAMES.get(name, name) for name in table.column_names])
 
 
+def check_step(file: Path) -> None:
+    """Raises ValueError for a file that was cut, or that is no recording. It reads no rows."""
+    try:
+        found = {OLD_NAMES.get(name, name) for name in pq.read_schema(file).names}
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file} holds no rollouts that can be read: {error}") from error
+    if lacking := {"token_ids", "rollout_logprobs", "reward", "action_mask"} - found:
+        raise ValueError(f"{file} holds no rollouts: it lacks the columns {', '.join(sorted(lacking))}")
+
+
 def read_step(file: Path) -> tuple[list[Rollout], list[float], list[str]]:
     """The responses of a recorded step, their rewards, and the verifier's reasons. Raises ValueError for any other file."""
     try:

@@ -37,11 +37,16 @@ class Choice:
         if len(letters) < 2 or len(set(letters)) < len(letters) or not set(letters) <= set(string.ascii_uppercase):
             raise ValueError(f"Choice.letters = {letters!r}, but it must be two or more different letters of A-Z")
 
-    def __call__(self, sample: Sample) -> Verdict:
-        """Raises ValueError if the right answer is not one of the letters."""
-        wanted = self.letters_in(sample.answer)
+    def read_answer(self, answer: str) -> list[str]:
+        """The right answer. Raises ValueError if it is not one of the letters."""
+        wanted = self.letters_in(answer)
         if len(wanted) != 1:
-            raise ValueError(f"choice: the answer {sample.answer[:80]!r} is not one letter of {self.letters}")
+            raise ValueError(f"choice: the answer {answer[:80]!r} is not one letter of {self.letters}")
+        return wanted
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """Raises ValueError as `read_answer`."""
+        wanted = self.read_answer(sample.answer)
         text = self.chosen(sample.response)
         found = self.letters_in(text)
         if len(found) != 1:

@@ -61,9 +61,13 @@ class Code(Knobs):
     def time_limit(self) -> TimeLimit:
         return TimeLimit(self.total_s + ENDING_S, f"total_s, and {ENDING_S:g} s to end the programs")
 
+    def read_answer(self, answer: str) -> Tests:
+        """The tests. Raises ValueError as `read_tests`."""
+        return read_tests(answer)
+
     def __call__(self, sample: Sample) -> Verdict:
         """Raises ValueError for an answer that holds no tests, and OSError if programs cannot be isolated here."""
-        tests = read_tests(sample.answer)
+        tests = self.read_answer(sample.answer)
         program = program_of(sample.response)
         if program is None:
             return Verdict(0.0, "no Python code block")

@@ -13,6 +13,11 @@ class Exact:
 
     ignore_case: bool = False
 
+    def read_answer(self, answer: str) -> None:
+        """Raises ValueError for an empty answer, which an empty response would equal."""
+        if not answer.strip():
+            raise ValueError("exact: the answer is empty")
+
     def __call__(self, sample: Sample) -> Verdict:
         found, wanted = sample.response.strip(), sample.answer.strip()
         if self.ignore_case:

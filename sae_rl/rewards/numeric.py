@@ -28,11 +28,16 @@ class Numeric(Knobs):
     absolute: float = number(0.0, low=0)
     boxed_only: bool = False  # no answer without a box
 
-    def __call__(self, sample: Sample) -> Verdict:
-        """Raises ValueError if the right answer is no number."""
-        wanted = number_in(sample.answer)
+    def read_answer(self, answer: str) -> Number:
+        """The right answer. Raises ValueError if it is no number."""
+        wanted = number_in(answer)
         if wanted is None:
-            raise ValueError(f"numeric: the answer {sample.answer[:80]!r} is not a number")
+            raise ValueError(f"numeric: the answer {answer[:80]!r} is not a number")
+        return wanted
+
+    def __call__(self, sample: Sample) -> Verdict:
+        """Raises ValueError as `read_answer`."""
+        wanted = self.read_answer(sample.answer)
         final = final_answer(sample.response, self.boxed_only)
         if final.problem:
             return Verdict(0.0, final.problem)

@@ -24,6 +24,10 @@ class ReasoningGym:
     score for the right form.
     """
 
+    def read_answer(self, answer: str) -> None:
+        """Raises ValueError for an answer that is no problem."""
+        _read(answer)
+
     def __call__(self, sample: Sample) -> Verdict:
         """Raises ValueError for an answer that is no problem, and any exception if a task cannot score its own answer."""
         from reasoning_gym.utils import extract_answer

@@ -7,6 +7,7 @@ A user's function needs no entry: its name is its import path, ``package.module:
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from sae_rl.rewards.math.verifier import Math
 from sae_rl.rewards.math_verify import MathVerify
 from sae_rl.rewards.numeric import Numeric
 from sae_rl.rewards.reasoning_gym import ReasoningGym
-from sae_rl.rewards.verdict import Timed, Verifier
+from sae_rl.rewards.verdict import ReadsAnswers, Timed, Verifier, shown
 from sae_rl.rewards.weighted import Weighted
 from sae_rl.sandbox.probe import chosen
 
@@ -39,6 +40,7 @@ VERIFIERS: dict[str, type[Any]] = {
     "weighted": Weighted,
 }
 
+OF_ONE_TEXT = (Exact, Choice, Numeric, MathVerify)  # they compare a response with one text or number
 
 READY: dict[str, Verifier] = {  # what a source, or a row of a file, may name without any configuration
     "level": Function("sae_rl.tasks.level:level"),
@@ -78,6 +80,28 @@ def parts_of(verifier: Verifier) -> Iterator[Verifier]:
 def runs_programs(verifier: Verifier) -> bool:
     """Whether a verifier runs programs that a model wrote."""
     return any(isinstance(part, Code) for part in parts_of(verifier))
+
+
+def check_answer(verifier: Verifier, answer: str, *, is_json: bool) -> None:
+    """Raises ValueError if a verifier, or a part of it, cannot read a right answer.
+
+    Args:
+        is_json: the answer is a list, an object, true or false as JSON. Most verifiers compare with one text.
+    """
+    for part in parts_of(verifier):
+        if is_json and (isinstance(part, OF_ONE_TEXT) or (isinstance(part, Math) and not _is_list_of_texts(answer))):
+            wanted = "a text, a number or a list of texts" if isinstance(part, Math) else "a text or a number"
+            raise ValueError(f"{type(part).__name__.lower()}: the answer must be {wanted}, found {shown(answer)}")
+        if isinstance(part, ReadsAnswers):
+            try:
+                part.read_answer(answer)
+            except Exception as error:  # a library's, or a user's class; their checks would fail with it
+                raise ValueError(str(error) if isinstance(error, ValueError) else repr(error)) from error
+
+
+def _is_list_of_texts(answer: str) -> bool:
+    listed = json.loads(answer)
+    return isinstance(listed, list) and bool(listed) and all(isinstance(each, str) for each in listed)
 
 
 def check_verifier(name: str, verifier: Verifier, deadline_s: float) -> None:

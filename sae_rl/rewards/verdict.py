@@ -60,3 +60,12 @@ class Timed(Protocol):
     """A verifier with a time limit of its own: if that ends before ``rewards.deadline_s``, it can say what was late."""
 
     def time_limit(self) -> TimeLimit: ...
+
+
+@runtime_checkable
+class ReadsAnswers(Protocol):
+    """A verifier that can say before any response whether it can read the right answer to a prompt."""
+
+    def read_answer(self, answer: str) -> object:
+        """Raises ValueError if no response could be right."""
+        ...

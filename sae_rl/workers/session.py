@@ -6,11 +6,13 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import psutil
 import ray
+from ray._private import services
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from sae_rl.config.schema import Config
@@ -23,17 +25,37 @@ from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.table import WORKERS, roles_of
 
 CLOSE_TIMEOUT_S = 4.0
+CONNECT_TIMEOUT_S = 5.0
+RAY_CLIENT_PORT = "10001"  # where Ray's documentation has it if ray://HOST names none
 
 
-def address_of(config: Config) -> str | None:
-    """Where the Ray cluster is; None: a local one is started."""
-    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+def check_address(config: Config) -> None:
+    """Raises ConfigError if nothing listens at ``cluster.address``, where Ray itself would wait for minutes."""
+    address = _address(config)
+    try:
+        if address == "auto":
+            address = services.canonicalize_bootstrap_address(address)
+        if address is None or address == "local":
+            return
+        scheme, _, place = address.rpartition("://")
+        if scheme not in ("", "ray"):
+            return  # a plug-in of Ray knows it
+        host, _, port = place.rpartition(":") if ":" in place or not scheme else (place, ":", RAY_CLIENT_PORT)
+        if not host or not port.isdecimal():
+            raise ConnectionError("an address is auto, HOST:PORT or ray://HOST:PORT")
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError([f"cluster.address = {address!r}: no Ray cluster answers there ({error})"]) from error
+
+
+def _address(config: Config) -> str | None:
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
 
 
 @contextlib.contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Joins the Ray cluster at ``cluster.address``, or starts a local one and ends it afterwards."""
-    address = address_of(config)
+    address = _address(config)
     options = {"log_to_driver": False, "configure_logging": False}
     terminate = signal.getsignal(signal.SIGTERM)
     try:
@@ -80,7 +102,7 @@ class Session:
     @contextlib.contextmanager
     def ray(self, config: Config) -> Iterator[None]:
         """`ray_session`, which stays open until `close` if the run succeeds."""
-        address = address_of(config)
+        address = _address(config)
         if self._joined != (address or "local"):
             self.close()
             self._ray.enter_context(ray_session(config))

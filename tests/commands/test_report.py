@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from sae_rl.commands import train as module
+from sae_rl.commands.preflight import Ready
 from sae_rl.commands.run_folder import write_config
 from sae_rl.commands.train import run_training
-from sae_rl.config.schema import Config
 from sae_rl.protocols import Metrics
 from sae_rl.records.records import Records
 from sae_rl.run import Run
@@ -42,8 +42,8 @@ def ended(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def train(end: BaseException | None, *overrides: str) -> Path:
         @contextlib.contextmanager
-        def assembled(config: Config, *_: Any) -> Iterator[Run]:
-            workers = Ending()
+        def assembled(ready: Ready, *_: Any) -> Iterator[Run]:
+            config, workers = ready.config, Ending()
             workers.end = end
             with Records(config, config.output_dir, first_step=0) as records:
                 write_config(config, records)

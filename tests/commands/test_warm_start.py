@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from sae_rl.commands.assemble import load_tokenizer
+from sae_rl.commands.model_files import load_tokenizer
 from sae_rl.commands.prompts import load_heldout, load_task
 from sae_rl.config.compose import load_config, load_evaluation_config
 from sae_rl.sft import IGNORED, ModelShape, Progress, WarmStart, batches, demonstration, measure, padded, warm_start

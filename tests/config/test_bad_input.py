@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -244,7 +245,8 @@ def test_a_folder_without_a_model(train: Callable[..., Outcome], tmp_path: Path)
 def test_a_model_without_a_tokenizer(train: Callable[..., Outcome], tiny_model: Path, tmp_path: Path) -> None:
     """transformers makes an empty tokenizer where it finds none, and every prompt would have no tokens."""
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "config.json").write_text((tiny_model / "config.json").read_text())
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model / name, tmp_path / "bare")
     assert_refused(train(f"model.path={tmp_path}/bare"), "model.path", f"{tmp_path}/bare", "tokenizer")
 
 
@@ -267,9 +269,10 @@ def test_every_broken_line_of_a_data_file_is_named(train: Callable[..., Outcome]
 
 
 def test_a_file_of_another_kind(train: Callable[..., Outcome], tmp_path: Path) -> None:
-    file = tmp_path / "rows.csv"
+    file = tmp_path / "rows.tsv"
     file.touch()
-    assert_refused(train(*from_files(file, file)), "task.train", "rows.csv", "'.csv'", ".jsonl, .parquet", lines=2)
+    wanted = ["task.train", "rows.tsv", "'.tsv'", ".jsonl, .json, .csv, .parquet"]
+    assert_refused(train(*from_files(file, file)), *wanted, lines=2)
 
 
 def test_an_unknown_column(train: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -333,9 +333,10 @@ def test_a_wrong_plugin_is_named(name: str, knobs: dict[str, object], fragments:
         assert fragment in str(error.value)
 
 
-def test_train_print_shows_the_resolved_configuration(sae_rl: CommandLine) -> None:
-    shown = sae_rl("train", "--print", *MODEL, "seed=7", "name=mine")
+def test_train_print_shows_the_resolved_configuration(sae_rl: CommandLine, tiny_model: Path) -> None:
+    overrides = [f"model.path={tiny_model}", "rollout.max_response_tokens=64", "seed=7", "name=mine"]
+    shown = sae_rl("train", "--print", *overrides)
     assert (shown.code, shown.stderr) == (0, "")
     tree = yaml.safe_load(shown.stdout)
     assert (tree["seed"], tree["output_dir"]) == (7, "outputs/mine")
-    assert Config.model_validate(tree) == load_config([*MODEL, "seed=7", "name=mine"])
+    assert Config.model_validate(tree) == load_config(overrides)

@@ -47,6 +47,9 @@ def leave_a_run(folder: Path) -> dict[str, bytes]:
     make_checkpoint(folder / "checkpoints", 1)
     state = {"step": 1, "sampler": Sampler(other, seed=0).state()}
     (folder / "checkpoints" / "step_000001" / "driver.json").write_text(json.dumps(state))
+    for role in ("policy", "critic"):
+        (folder / "checkpoints" / "step_000001" / role).mkdir(exist_ok=True)
+        (folder / "checkpoints" / "step_000001" / role / "random_state_0.pt").touch()
     (folder / "rollouts").mkdir()
     (folder / "rollouts" / "step_000001.parquet").touch()
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "phase": "train", "time": 0.0}) + "\n")

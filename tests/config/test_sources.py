@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from sae_rl.commands.assemble import load_tokenizer
+from sae_rl.commands.model_files import load_tokenizer
 from sae_rl.commands.prompts import load_heldout, load_task
 from sae_rl.config.compose import load_config, load_evaluation_config
 from sae_rl.config.schema import Config, as_tree

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sae_rl.data.loader import Loader
-from sae_rl.data.prompts import Overlong
+from sae_rl.data.prompts import Overlong, Record
 from sae_rl.data.sources.file import FileSource
 from sae_rl.data.sources.procedural import ProceduralSource
 from sae_rl.data.sources.source import Source
@@ -24,11 +24,16 @@ def load_prompts(
     max_prompt_tokens: int,
     overlong: Overlong = "error",
     check_reward: Callable[[str], object] = str,
+    check_answer: Callable[[Record], object] = str,
 ) -> list[Prompt]:
     """Raises ConfigError, whose lines do not repeat the key of the source if they are about its file."""
     try:
         with Loader(
-            tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens, overlong=overlong, check_reward=check_reward
+            tokenizer=tokenizer,
+            max_prompt_tokens=max_prompt_tokens,
+            overlong=overlong,
+            check_reward=check_reward,
+            check_answer=check_answer,
         ) as loader:
             return source.prompts(loader.at(KEY))
     except ConfigError as error:

@@ -205,7 +205,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     message = unreadable(file_source(path="nobody/no-such-data", split="train"))
     assert message.startswith("nobody/no-such-data: there is no such file or folder, and the hub gave no data set")
-    assert message.endswith("with datasets.load_dataset(...).save_to_disk(FOLDER), and name that folder")
+    assert "with datasets.load_dataset(...).save_to_disk(FOLDER), and name that folder" in message
     assert len(message.splitlines()) == 1
 
 
@@ -254,11 +254,11 @@ def test_what_a_model_reads(keys: dict[str, Any], prompt: Any, text: str, tmp_pa
 
 
 def test_shapes_that_do_not_fit_a_row(tmp_path: Path) -> None:
-    answered = [*CHAT, {"role": "assistant", "content": "two"}]
+    answered = [*CHAT, {"role": "tool", "content": "two"}]
     guided = [{"role": "system", "content": "two"}, *CHAT]
     source = write(tmp_path, "jsonl", *({"prompt": prompt, "answer": "1"} for prompt in (answered, guided)))
     message = unreadable(file_source(**source, template="Q: {prompt}", system_prompt="one", chat=True))
-    assert "line 1: the template goes around a user's message, but the last is from 'assistant'" in message
+    assert "line 1: the template goes around a user's message, but the last is from 'tool'" in message
     assert "line 2: the messages hold a system prompt already; set system_prompt to null" in message
     with pytest.raises(ValueError, match=r"a template has \{prompt\} once"):
         file_source("rows.jsonl", template="{prompt} and {prompt}")

@@ -88,12 +88,12 @@ def test_a_file_that_is_broken_throughout_gives_a_short_message(tmp_path: Path) 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "bad.parquet").write_text("not parquet")
-    (tmp_path / "rows.csv").write_text("prompt,answer")
+    (tmp_path / "rows.tsv").write_text("prompt,answer")
     (tmp_path / "folder.jsonl").mkdir()
     for name, message in {
         "empty.jsonl": "holds no rows",
         "bad.parquet": "not a parquet file",
-        "rows.csv": r"'\.csv', allowed: \.jsonl, \.parquet",
+        "rows.tsv": r"'\.tsv', allowed: \.jsonl, \.json, \.csv, \.parquet",
         "missing.jsonl": "no such file",
         "folder.jsonl": "it is a folder, but not a whole one of datasets.save_to_disk",
     }.items():

@@ -1,4 +1,4 @@
-"""Prompts from a file or a data set: JSONL, parquet, a folder of ``datasets.save_to_disk``, or the Hugging Face hub."""
+"""Prompts from files or a data set: JSON, CSV, parquet, a folder of ``datasets.save_to_disk``, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ logger = logging.getLogger(__name__)
 
 class FileSource(ShapedSource):
     name: Literal["file"]
-    path: str
-    split: str | None = None  # needed for a Hugging Face data set with several splits
+    path: str | tuple[str, ...]  # with several, ids begin with the path of their file
+    split: str | None = None  # needed for a folder or a Hugging Face data set with several splits
     subset: str | None = None  # needed for a data set on the hub with several, such as main of openai/gsm8k
     layout: str = "own"
     columns: Columns = Columns()
     reward: str  # for rows that name none: a verifier of sae_rl.rewards.table, or package.module:function
     duplicates: Literal["error", "drop"] = "error"  # rows that repeat the id, the prompt and the answer of another row
+    unreadable_answers: Literal["error", "drop"] = "error"  # answers that the reward cannot read
     num_prompts: Positive | None = None  # only the first so many; null: all
 
     @field_validator("layout")
@@ -39,25 +40,39 @@ class FileSource(ShapedSource):
             raise ValueError(f"found {layout!r}, {nearest(layout, LAYOUTS)}")
         return layout
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if isinstance(self.path, str) else self.path
+
     def prompts(self, loader: Loader) -> list[Prompt]:
-        return loader.load(self.path, self.reward, lambda: self._records(loader), self.num_prompts)
+        name, drop = ", ".join(self.paths), self.unreadable_answers == "drop"
+        return loader.load(name, self.reward, lambda: self._records(loader), self.num_prompts, drop_unreadable=drop)
 
     def _records(self, loader: Loader) -> tuple[list[Record], list[str]]:
-        """The good rows, and a line for each broken one. Raises ValueError if the file cannot be read."""
-        reader = _Reader(self, loader.check_reward)
+        """The good rows, and a line for each broken one. Raises ValueError if a file cannot be read."""
+        records: list[Record] = []
+        problems: list[str] = []
         # If prompts may be dropped, nobody knows yet how many rows num_prompts takes.
-        limit = None if loader.overlong == "drop" else self.num_prompts
-        records, problems = parse_rows(self.path, reader, self.split, self.subset, limit)
-        if reader.num_dropped:
-            logger.warning("%s: %d rows were dropped, whose ids were there before", self.path, reader.num_dropped)
-        return records, problems + [f"{self.path}: {line}" for line in reader.missing_columns()]
+        limit = None if "drop" in (loader.overlong, self.unreadable_answers) else self.num_prompts
+        for path in self.paths:
+            if limit is not None and len(records) >= limit:
+                break
+            reader = _Reader(self, path, loader.check_reward)
+            left = None if limit is None else limit - len(records)
+            found, broken = parse_rows(path, reader, self.split, self.subset, left)
+            records += found
+            problems += broken + [f"{path}: {line}" for line in reader.missing_columns()]
+            if reader.num_dropped:
+                logger.warning("%s: %d rows were dropped, whose ids were there before", path, reader.num_dropped)
+        return records, problems
 
 
 class _Reader:
     """Turns rows into records. It remembers ids, and the columns that no row had."""
 
-    def __init__(self, source: FileSource, check_reward: Callable[[str], object]) -> None:
+    def __init__(self, source: FileSource, path: str, check_reward: Callable[[str], object]) -> None:
         self._source, self._check_reward, self._layout = source, check_reward, LAYOUTS[source.layout]
+        self._task, self._prefix = Path(path).stem, f"{path} " if len(source.paths) > 1 else ""
         self._named: dict[str, str] = source.columns.model_dump(exclude_none=True)
         self._columns = {name: name for name in Columns.model_fields} | self._layout.names | self._named
         self._first: dict[str, Record] = {}  # by id
@@ -68,12 +83,13 @@ class _Reader:
     def __call__(self, row: Row, where: str) -> Record | None:
         """The record of a row, or None if the row is a duplicate to drop. Raises BrokenRow."""
         record = Record(
-            id=self._optional_text(row, "id", where),
+            id=self._prefix + self._optional_text(row, "id", where),
             reward=self._optional_text(row, "reward", self._source.reward),
-            task=self._optional_text(row, "task", Path(self._source.path).stem),
+            task=self._optional_text(row, "task", self._task),
             prompt=self._source.shaped(prompt_at(row, self._columns["prompt"])),
             answer=self._layout.answer_at(row, self._columns["answer"]),
-            where=where,
+            where=self._prefix + where,
+            is_json=isinstance(value_at(row, self._columns["answer"]), bool | list | dict),
         )
         if record.reward != self._source.reward:
             try:
@@ -101,9 +117,9 @@ class _Reader:
             self._missing[name] = f"columns.{name}: {error}"
             return default
         self._found.add(name)
-        if value is None:
+        if value is None or value == "":
             return default
-        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        if isinstance(value, bool) or not isinstance(value, str | int):
             raise BrokenRow(f"{column!r} must be text or a whole number, found {shown(value)}")
         return checked_text(str(value), column)
 

@@ -29,9 +29,13 @@ class Math:
         if self.precision < 1:
             raise ValueError(f"Math.precision = {self.precision}, but it must be at least 1, in significant digits")
 
+    def read_answer(self, answer: str) -> tuple[Answer, ...]:
+        """The right answers. Raises ValueError as `golds`."""
+        return golds(answer)
+
     def __call__(self, sample: Sample) -> Verdict:
         """Raises ValueError if the right answer is broken, so that no response could be right."""
-        wanted = golds(sample.answer)
+        wanted = self.read_answer(sample.answer)
         final = final_answer(sample.response, self.boxed_only)
         if not final.boxed and not self.boxed_only and sample.response.strip() == sample.answer.strip():
             final = FinalAnswer(sample.answer, boxed=False)

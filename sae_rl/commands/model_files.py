@@ -1,0 +1,124 @@
+"""What can be known about a model without loading it: its weights are there and readable, and its tokenizer fits."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from sae_rl.data.hub import files_on_hub
+from sae_rl.settings import ConfigError
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their parts, which WEIGHTS.index.json lists
+GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+LFS = b"version https://git-lfs"
+
+
+def check_model(key: str, path: str, *, generates: bool = True) -> dict[str, int] | None:
+    """Checks the configuration and the weights of a model.
+
+    Args:
+        path: a folder or a name on the hub.
+        generates: it must be a language model; otherwise any architecture will do.
+
+    Returns:
+        The number of parameters in each of its tensors; None: it will be downloaded, or its files do not say.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+    """
+    try:
+        folder = Path(path) if Path(path).is_dir() else _downloaded(path)
+        if folder is None:
+            return None
+        architectures = AutoConfig.from_pretrained(folder).architectures or []
+        if generates and architectures and not any(name.endswith(GENERATES) for name in architectures):
+            raise ValueError(f"it is a {', '.join(architectures)}, but a policy is a language model")
+        return _check_weights(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError([f"{key} = {path}: {str(error).strip().splitlines()[0]}"]) from error
+
+
+def _downloaded(name: str) -> Path | None:
+    """The folder of a model in the hub's cache; None: the hub has it, and its weights will be downloaded."""
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        folder = None
+    if folder is not None and _weight_files(folder):
+        return folder
+    if is_offline_mode():
+        raise ValueError("its weights are not in the hub's cache, and HF_HUB_OFFLINE forbids to download them")
+    try:
+        files = files_on_hub(name, "model")
+    except ConnectionError as error:
+        raise ValueError(
+            f"it is neither a folder here nor in the hub's cache, and the hub gave none ({error})"
+        ) from error
+    if not any(file in (weights, f"{weights}.index.json") for weights in WEIGHTS for file in files):
+        raise ValueError(f"on the hub it has neither {' nor '.join(WEIGHTS)}")
+    return None
+
+
+def _weight_files(folder: Path) -> dict[str, set[str]]:
+    """The files with weights -> the tensors that each must have; empty: there are none."""
+    for name in WEIGHTS:
+        if (folder / name).exists():
+            return {name: set()}
+        if (index := folder / f"{name}.index.json").exists():
+            try:
+                places: dict[str, str] = json.loads(index.read_text())["weight_map"]
+                return {file: {tensor for tensor, at in places.items() if at == file} for file in set(places.values())}
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ValueError(f"{index.name} cannot be read ({error!r})") from error
+    return {}
+
+
+def _check_weights(folder: Path) -> dict[str, int] | None:
+    files = _weight_files(folder)
+    if not files:
+        raise ValueError(f"the folder has no weights: neither {' nor '.join(WEIGHTS)}")
+    if missing := sorted(name for name in files if not (folder / name).exists()):
+        raise ValueError(f"{len(missing)} of {len(files)} files with weights are missing: {', '.join(missing[:5])}")
+    sizes: dict[str, int] = {}
+    for name, wanted in sorted(files.items()):
+        with (folder / name).open("rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise ValueError(f"{name} is a pointer of git-lfs; fetch the weights with `git lfs pull`")
+        if name.endswith(".safetensors"):
+            sizes |= (found := _tensors(folder / name))
+            if lacking := sorted(wanted - found.keys()):
+                raise ValueError(f"{name} lacks {len(lacking)} of the tensors in its index, such as {lacking[0]}")
+    return sizes or None
+
+
+def _tensors(file: Path) -> dict[str, int]:
+    """The number of parameters of each tensor. Reading the header also tells whether the file is complete."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file.name} cannot be read; it may have been cut ({error})") from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises ConfigError if there is none, or if it has more tokens than the model."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"model.path = {path}: no tokenizer can be loaded from there ({error})"]) from error
+    if len(tokenizer) < 2:  # transformers returns an empty tokenizer for a folder without tokenizer files
+        raise ConfigError([f"model.path = {path}: the folder has no tokenizer; add the files of its tokenizer"])
+    model: Any = AutoConfig.from_pretrained(path).get_text_config()
+    if len(tokenizer) > model.vocab_size:
+        found = (
+            f"model.path = {path}: the tokenizer has {len(tokenizer)} tokens, but the model knows {model.vocab_size}"
+        )
+        raise ConfigError([f"{found}; take the tokenizer that belongs to the model"])
+    return tokenizer
