@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from sae_rl import checkpoint
 from sae_rl.config.schema import Config, as_tree
+from sae_rl.config.schema import flat as _flat
 from sae_rl.records.records import Records
 from sae_rl.settings import ConfigError
 
@@ -68,8 +68,15 @@ def write_config(config: Config, records: Records) -> None:
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def check_run(folder: Path) -> None:
+    """Raises ConfigError unless a run wrote into the folder. The message lists the runs of a sweep's folder."""
+    if (folder / "config.yaml").is_file():
+        return
+    if not folder.is_dir():
+        raise ConfigError([f"{folder}: there is no such folder"])
+    # A swept group, such as algorithm/segmenter, makes a folder of its own.
+    runs = [str(file.parent) for depth in ("*", "*/*") for file in sorted(folder.glob(f"{depth}/config.yaml"))]
+    found = (
+        f"it holds the runs {', '.join(runs)}: name one of them" if runs else "no run wrote into it (no config.yaml)"
+    )
+    raise ConfigError([f"{folder}: {found}"])

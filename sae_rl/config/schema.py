@@ -6,6 +6,7 @@ Defaults live in ``conf/``. A field has a default here only if leaving it out ha
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,8 +31,8 @@ SAMPLING_KEYS = [field.name for field in fields(Sampling) if field.name != "max_
 
 
 class AlgorithmConfig(Section):
-    segmenter: Annotated[Segmenter, PlainValidator(member_of(SEGMENTERS))]
-    estimator: Annotated[Estimator, PlainValidator(member_of(ESTIMATORS, requires="needs_critic"))]
+    segmenter: Annotated[Segmenter, PlainValidator(member_of(SEGMENTERS, group="algorithm/segmenter"))]
+    estimator: Annotated[Estimator, PlainValidator(member_of(ESTIMATORS, "needs_critic", "algorithm"))]
     token_rewards: TokenRewards
     policy_loss: PolicyLoss
     value_loss: ValueLoss
@@ -327,3 +328,11 @@ def as_tree(config: Config) -> dict[str, Any]:
     tree["algorithm"]["estimator"] = tree_of(config.algorithm.estimator, ESTIMATORS)
     tree["rewards"]["verifiers"] = {name: tree_of(v, VERIFIERS) for name, v in config.rewards.verifiers.items()}
     return tree
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by their full key, such as ``rollout.group_size``."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
