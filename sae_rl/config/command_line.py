@@ -12,7 +12,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sae_rl.config.compose import composed, first_line, problems_of
+from sae_rl.config.compose import composed, problems_of
 from sae_rl.config.overrides import HYDRAS_OWN, MODE, SEARCH_PATH, Overrides
 from sae_rl.names import nearest
 from sae_rl.settings import ConfigError
@@ -94,7 +94,7 @@ def print_for(flags: argparse.Namespace, name: str, before: Sequence[str]) -> bo
     if len(wanted) + flags.multirun + flags.print > 1:
         raise ConfigError(["only one of --multirun (perhaps with --print), --cfg, --info and --help"])
     found = Overrides.read([*before, *flags.overrides])
-    if problems := problems_of(found, name):
+    if problems := problems_of(found, name) or found.several_values():
         raise ConfigError(problems)
     tree, lines = composed(found, name), found.forced()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
@@ -110,5 +110,5 @@ def print_for(flags: argparse.Namespace, name: str, before: Sequence[str]) -> bo
         try:
             found.hydra.show_cfg(name, lines, flags.cfg, flags.package, flags.resolve)
         except OmegaConfBaseException as error:
-            raise ConfigError([f"{error.full_key}: {first_line(error)}"]) from error
+            raise ConfigError([" ".join(str(error).split())]) from error
     return True

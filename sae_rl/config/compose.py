@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -18,9 +19,10 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from sae_rl.config.checks import check, check_evaluation
-from sae_rl.config.overrides import Overrides, no_such_key, several_values
+from sae_rl.config.overrides import Overrides, no_such_key
 from sae_rl.config.schema import Config
 from sae_rl.config.search_path import CONF, GROUPS
+from sae_rl.names import nearest
 from sae_rl.settings import ConfigError, Section, describe
 
 T = TypeVar("T", bound=Section)
@@ -49,10 +51,8 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
         ConfigError: an override that Hydra cannot read or apply, or an unknown group, option or first word of a key.
     """
     found = Overrides.read(overrides)
-    if problems := problems_of(found, name):
+    if problems := problems_of(found, name) or found.several_values():
         raise ConfigError(problems)
-    if several := [several_values(override) for override in found.parsed if override.is_sweep_override()]:
-        raise ConfigError(several)
     tree = composed(found, name)
     with open_dict(tree):
         del tree["hydra"]
@@ -62,9 +62,10 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
 def problems_of(found: Overrides, name: str) -> list[str]:
     """A line for each unknown group, option and first word of a key in overrides of ``conf/NAME.yaml``."""
     file = OmegaConf.load(CONF / f"{name}.yaml")
-    known = {*map(str, file), *(GROUPS if "defaults" in file else ())} - {"defaults", "hydra"}
+    groups = sorted(GROUPS) if "defaults" in file else []
+    known = {*map(str, file), *groups} - {"defaults", "hydra"}
     unknown = found.unknown_keys(known)
-    paths = [*sorted(GROUPS), *default_paths(name)] if unknown else []
+    paths = [*groups, *default_paths(name)] if unknown else []
     return found.problems() + [no_such_key(override, known, paths) for override in unknown]
 
 
@@ -74,6 +75,9 @@ def composed(found: Overrides, name: str, mode: RunMode = RunMode.RUN) -> DictCo
         return found.hydra.compose_config(name, found.forced(), mode, from_shell=False)
     except YAMLError as error:
         raise ConfigError([" ".join(str(error).split())]) from error
+    except MissingConfigException as error:  # an option that a file of the user chooses
+        hint = f", {nearest(Path(error.missing_cfg_file).name, error.options)}" if error.options else ""
+        raise ConfigError([f"{first_line(error)}{hint}"]) from error
     except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         raise ConfigError([first_line(error.__cause__ or error)]) from error
 

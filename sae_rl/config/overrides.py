@@ -17,10 +17,12 @@ from sae_rl.settings import ConfigError
 
 HYDRAS_OWN = ("hydra/", "hydra.")  # overrides of Hydra itself, such as hydra/launcher=joblib
 SEARCH_PATH, MODE = "hydra.searchpath", "hydra.mode"
-PLUG_INS = {  # an option of hydra/launcher or hydra/sweeper -> how to get it
-    "joblib": "pip install hydra-joblib-launcher",
-    "optuna": "pip install hydra-optuna-sweeper",
-    "ray": "it cannot run here, since each run starts or joins Ray itself; use hydra/launcher=joblib",
+PLUG_INS = {  # group -> option -> how to get it
+    "hydra/launcher": {
+        "joblib": "the plug-in is not installed: pip install hydra-joblib-launcher",
+        "ray": "each run starts or joins Ray itself, and cannot be a job of Ray's launcher: use hydra/launcher=joblib",
+    },
+    "hydra/sweeper": {"optuna": "the plug-in is not installed: pip install hydra-optuna-sweeper"},
 }
 
 
@@ -66,6 +68,15 @@ class Overrides:
             values = override.sweep_string_iterator()
         return [f"{override.get_key_element()}={value}" for value in values]
 
+    def several_values(self) -> list[str]:
+        """A line for each override with several values, for where there is no sweep."""
+        lines = []
+        for override in (o for o in self.parsed if o.is_sweep_override()):
+            key, value = override.key_or_group, override.get_value_string()
+            ways = f"a list is {key}=[{value}], a text {shown_in_shell(key, value)}"
+            lines.append(f"{override.input_line}: several values need a sweep, sae-rl train -m; {ways}")
+        return lines
+
     def problems(self) -> list[str]:
         """A line for each wrong group and option."""
         return [problem for override in self.parsed if (problem := self._problem(override))]
@@ -88,9 +99,9 @@ class Overrides:
         key, value, line = override.key_or_group, override.value(), override.input_line
         options = self.hydra.options(key)
         if key.startswith(HYDRAS_OWN):
-            if key in ("hydra/launcher", "hydra/sweeper") and value not in options:
-                how = PLUG_INS.get(str(value))
-                return f"{line}: {f'this plug-in is not installed: {how}' if how else nearest(str(value), options)}"
+            plug_ins = PLUG_INS.get(key, {})
+            if plug_ins and value not in options:
+                return f"{line}: {plug_ins.get(str(value)) or nearest(str(value), [*options, *plug_ins])}"
             return None
         group = key.replace(".", "/")
         if "." in key and group in GROUPS and isinstance(value, str):
@@ -111,15 +122,6 @@ class Overrides:
         if hint.startswith("allowed"):
             hint = f"a key has dots: write {str(override.input_line).replace('/', '.', key.count('/'))}"
         return f"{start}, {hint}"
-
-
-def several_values(override: Override) -> str:
-    """The message about several values where only a sweep takes them."""
-    key, value = override.key_or_group, override.get_value_string()
-    text = shown_in_shell(key, value)
-    return (
-        f"{override.input_line}: several values need a sweep, sae-rl train -m; a list is {key}=[{value}], a text {text}"
-    )
 
 
 def no_such_key(override: Override, known: Iterable[str], paths: Iterable[str]) -> str:

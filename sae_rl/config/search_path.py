@@ -52,7 +52,10 @@ def hydra_with(folders: tuple[str, ...]) -> SearchPath:
     for folder in folders:
         path.append(USERS, folder)
     path.get_path().append(schema)
-    hydra = SearchPath("sae-rl", ConfigLoaderImpl(path))
+    try:
+        hydra = SearchPath("sae-rl", ConfigLoaderImpl(path))
+    except ValueError as error:  # a schema such as s3://
+        raise ConfigError([f"hydra.searchpath: {error}"]) from error
     problems = []
     for source in hydra.config_loader.get_sources():
         if source.provider != USERS:

@@ -78,6 +78,8 @@ def load_sweep(sweep: Sweep) -> list[Config]:
     found = Overrides.read(sweep.overrides)
     path = [line for line in sweep.overrides if line.lstrip("+").startswith(SEARCH_PATH)]
     choices = [found.alternatives(override) for override in found.parsed]
+    if none := [o.input_line for o, values in zip(found.parsed, choices, strict=True) if not values]:
+        raise ConfigError([f"{line}: it stands for no value" for line in none])
     if sweep.optimises:
         first = [values[0] for values in choices]
         combinations = [

@@ -108,7 +108,7 @@ def _jsonl_rows(file: Path) -> Iterator[Row | BrokenRow | None]:
 
 def _json_row(line: bytes) -> Row | BrokenRow:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig").rstrip())  # behind a line's end json counts columns anew
     except UnicodeDecodeError as error:
         return BrokenRow(f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}")
     except json.JSONDecodeError as error:

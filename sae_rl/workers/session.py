@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from sae_rl.workers.run_workers import RunWorkers
 from sae_rl.workers.table import WORKERS, roles_of
 
 CLOSE_TIMEOUT_S = 4.0
+# It says at every start that a local Ray asks its own processes for a token, as Ray does unless it is told otherwise.
+logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
@@ -73,7 +76,7 @@ def start_workers(
         check_resources(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    reserved = reserve(placement, config.cluster.start_timeout_s)
+    reserved = reserve(placement, config.cluster.start_timeout_s, note)
     groups: dict[str, WorkerGroup] = {}
     try:
         placement = order_ranks(placement, nodes_of_bundles(reserved), config.learner.sequence_parallel_size)
