@@ -83,9 +83,12 @@ class Overrides:
 
     def unknown_keys(self, known: Iterable[str]) -> list[Override]:
         """The overrides of values whose key begins with none of the ``known`` words."""
-        known = set(known)
+        known = {*known, "hydra"}
         keys = ((override, override.key_or_group) for override in self.parsed)
-        return [o for o, key in keys if "/" not in key and key.split(".")[0] not in {*known, "hydra"}]
+        unknown = [(o, key) for o, key in keys if "/" not in key and key.split(".")[0] not in known]
+        return [
+            o for o, key in unknown if key in GROUPS or not self._is_group(key)
+        ]  # a user may have groups of their own
 
     def _is_group(self, key: str) -> bool:
         return key in GROUPS or ("." not in key and bool(self.hydra.options(key)))

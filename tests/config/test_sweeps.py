@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Config, as_tree
+from sae_rl.config.search_path import SearchPath
 from sae_rl.config.sweeps import Sweep, load_sweep
 from sae_rl.settings import ConfigError
 
@@ -127,3 +130,108 @@ def test_free_mappings_are_set_on_the_command_line_like_other_keys(
     monkeypatch.setattr("sae_rl.commands.train.run_training", swept.append)
     assert sae_rl("train", "-m", *MODEL, *overrides, "seed=0,1").code == 0
     assert [config.task for config in swept] == [load_config([*MODEL, *overrides]).task] * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("hydra/launcher=joblib", ["pip install hydra-joblib-launcher"]),
+        ("hydra/launcher=ray", ["cannot be a job of Ray's launcher", "hydra/launcher=joblib"]),
+        ("hydra/sweeper=optuna", ["pip install hydra-optuna-sweeper"]),
+        ("hydra/sweeper=optna", ["did you mean 'optuna'?"]),
+        (
+            "learner.policy.optimizer.lr=interval(0.1,0.2)",
+            ["an interval has no list of values", "hydra/sweeper=optuna"],
+        ),
+        ("hydra.sweep.dir=there", ["hydra.sweep.dir=there", "output_dir=..."]),
+        ("algorithm=glob(nothing*)", ["algorithm=glob(nothing*): it stands for no value"]),
+    ],
+)
+def test_a_sweep_that_hydra_cannot_run(
+    override: str, fragments: list[str], sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is installed beside Hydra does not count here.
+    monkeypatch.setattr("sae_rl.config.search_path.SearchPath.options", only_basic(SearchPath.options))
+    assert_refused(sae_rl("train", "-m", *MODEL, override), *fragments)
+
+
+def only_basic(options: Any) -> Any:
+    return lambda self, group: ["basic"] if group in ("hydra/launcher", "hydra/sweeper") else options(self, group)
+
+
+def test_the_other_batches_of_a_sweep_go_on_after_a_failure(
+    sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def fail(config: Config) -> None:
+        seeds.append(config.seed)
+        raise ConfigError(["one line", "and another"])
+
+    monkeypatch.setattr("sae_rl.commands.train.run_training", fail)
+    outcome = sae_rl("train", "-m", *MODEL, "seed=0,1", "hydra.sweeper.max_batch_size=1")
+    assert (outcome.code, seeds) == (1, [0, 1])
+    assert outcome.lines[0].endswith("/outputs/run/seed=0: one line; and another")
+    assert len([line for line in outcome.lines if line.startswith("error: ")]) == 3
+
+
+def test_a_sweep_in_a_file_of_the_user(sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    configs: list[Config] = []
+    monkeypatch.setattr("sae_rl.commands.train.run_training", configs.append)
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    params = "{seed: '0,1', algorithm.estimator.lam: '0.5,0.9'}"
+    (tmp_path / "own/experiment/grid.yaml").write_text(
+        f"# @package _global_\nsteps: 3\nhydra: {{sweeper: {{params: {params}}}}}\n"
+    )
+    assert sae_rl("train", "-m", "--config-dir", "own", *MODEL, "experiment=grid", "seed=5,6").code == 0
+    assert [config.output_dir.name for config in configs] == [
+        f"algorithm.estimator.lam={lam},seed={seed}" for seed in (5, 6) for lam in (0.5, 0.9)
+    ]
+    assert {config.steps for config in configs} == {3}
+
+
+def test_a_sweep_that_is_started_again_leaves_finished_runs_alone(
+    sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
+
+    def finish(config: Config) -> None:
+        seeds.append(config.seed)
+        folder = config.output_dir / "checkpoints" / "step_000003"
+        (folder / "hf").mkdir(parents=True)
+        state = {"step": 3, "sampler": {}}
+        (folder / "driver.json").write_text(json.dumps(state))
+        (config.output_dir / "config.yaml").write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
+
+    monkeypatch.setattr("sae_rl.commands.train.run_training", finish)
+    assert sae_rl("train", "-m", *MODEL, "seed=0,1", "steps=3").code == 0
+    again = sae_rl("train", "-m", *MODEL, "seed=0,1,2", "steps=3")
+    assert (again.code, seeds) == (0, [0, 1, 2])
+    assert again.stdout.count("finished before") == 2
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_optuna_maximises_the_last_held_out_success(
+    launcher: str, sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+
+    def score(config: Config) -> None:
+        config.output_dir.mkdir(parents=True)
+        success = 1 - abs(config.learner.policy.optimizer.lr - 0.5)
+        rows = [{"step": 0, "phase": "evaluation", "evaluation/success_mean": value} for value in (0.0, success)]
+        (config.output_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr("sae_rl.commands.train.run_training", score)
+    optuna = ["hydra/sweeper=optuna", "learner.policy.optimizer.lr=interval(0.1,0.9)", "hydra.sweeper.n_trials=4"]
+    optuna += [f"hydra/launcher={launcher}"]
+    assert_refused(sae_rl("train", "-m", *MODEL, *optuna), "the last held-out success", "evaluation.every_steps")
+    if launcher == "joblib":
+        return  # other processes have the real run_training
+    outcome = sae_rl("train", "-m", *MODEL, *optuna, "evaluation.every_steps=5")
+    assert outcome.code == 0, outcome
+    best = yaml.safe_load(Path("outputs/run/optimization_results.yaml").read_text())["best_params"]
+    rates = [float(folder.name.partition("=")[2]) for folder in Path("outputs/run").iterdir() if folder.is_dir()]
+    assert best["++learner.policy.optimizer.lr"] == min(rates, key=lambda rate: abs(rate - 0.5)) and len(rates) == 4
