@@ -76,7 +76,7 @@ def composed(found: Overrides, name: str, mode: RunMode = RunMode.RUN) -> DictCo
     except YAMLError as error:
         raise ConfigError([" ".join(str(error).split())]) from error
     except MissingConfigException as error:  # an option that a file of the user chooses
-        hint = f", {nearest(Path(error.missing_cfg_file).name, error.options)}" if error.options else ""
+        hint = f", {nearest(Path(str(error.missing_cfg_file)).name, error.options)}" if error.options else ""
         raise ConfigError([f"{first_line(error)}{hint}"]) from error
     except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         raise ConfigError([first_line(error.__cause__ or error)]) from error

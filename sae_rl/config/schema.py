@@ -69,7 +69,8 @@ def no_model(folder: Path) -> str | None:
     """What is wrong with a folder without a model's config.json, and which folder inside it to take; None: it has one."""
     if (folder / "config.json").is_file():
         return None
-    for pattern in ("policy", "checkpoints/step_*/hf", "step_*/hf", "*/policy"):  # of a run, its checkpoints, a sweep
+    # In the folder of a run, of its checkpoints, and of a sweep
+    for pattern in ("policy", "checkpoints/step_*/hf", "step_*/hf", "*/policy"):
         models = sorted(folder.glob(f"{pattern}/config.json"))
         if models:
             inside = models[-1].parent
