@@ -17,42 +17,14 @@ from types import FrameType
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
-def train(arguments: list[str]) -> None:
+def train(overrides: list[str]) -> None:
     """train as configured; -m sweeps, --print shows the configuration and an estimate of GPU memory, checks, and stops"""
     from sae_rl.config.compose import load_config
 
-    if {"-m", "--multirun"} & set(arguments):
-        return sweep([argument for argument in arguments if argument not in ("-m", "--multirun")])
-    if "--print" in arguments:
-        return show([argument for argument in arguments if argument != "--print"])
-    config = load_config(arguments)
+    config = load_config(overrides)
     from sae_rl.commands.train import run_training
 
     return run_training(config)
-
-
-def sweep(overrides: list[str]) -> None:
-    """Hydra's multirun: trains every combination. A run that fails does not end the sweep; Hydra raises its error last."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
-
-    from sae_rl.config.compose import CONF, forced, load_run_of_sweep, load_sweep
-
-    load_sweep(overrides)
-    from sae_rl.commands.train import run_training
-
-    def job(tree: DictConfig) -> None:
-        config = load_run_of_sweep(tree, HydraConfig.get().overrides.task, overrides)
-        try:
-            run_training(config)
-        except Exception as error:
-            print(f"error: {config.output_dir}: {error or type(error).__name__}", file=sys.stderr)
-            raise
-
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, and `main` reports them
-    sys.argv = ["sae-rl", "--multirun", *forced(overrides)]
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(job)()
 
 
 def show(overrides: list[str]) -> None:
@@ -74,11 +46,11 @@ def show(overrides: list[str]) -> None:
     prepare_training(config)
 
 
-def evaluate(arguments: list[str]) -> None:
+def evaluate(overrides: list[str]) -> None:
     """avg@n, pass@k and maj@n of model.path, a folder or a checkpoint, on task.evaluation"""
     from sae_rl.config.compose import load_evaluation_config
 
-    config = load_evaluation_config(arguments)
+    config = load_evaluation_config(overrides)
     from sae_rl.analysis.evaluation_table import print_evaluation
     from sae_rl.commands.evaluate import run_evaluation
 
@@ -86,23 +58,23 @@ def evaluate(arguments: list[str]) -> None:
         print_evaluation(folder, plain=config.logger.console != "rich")
 
 
-def pretrain_critic(arguments: list[str]) -> None:
+def pretrain_critic(overrides: list[str]) -> None:
     """pre-train a critic for model.path that several runs can start from"""
     from sae_rl.config.compose import load_config
 
-    config = load_config(arguments)
+    config = load_config(overrides)
     from sae_rl.commands.pretrain_critic import run_critic_pretraining
 
     if folder := run_critic_pretraining(config):
         print(f"the critic is in {folder}: sae-rl train ... learner.critic_pretraining.checkpoint={folder}")
 
 
-def doctor(arguments: list[str]) -> None:
+def doctor(overrides: list[str]) -> None:
     """try every link that train would use with this configuration, with a tiny model: the first command on a cluster"""
     from sae_rl.config.compose import load_config
     from sae_rl.settings import ConfigError
 
-    config = load_config(arguments)
+    config = load_config(overrides)
     if config.dry_run:
         raise ConfigError(["dry_run = true: the doctor starts workers to try them; use `sae-rl train`"])
     from sae_rl.commands.doctor import run_doctor
@@ -111,28 +83,30 @@ def doctor(arguments: list[str]) -> None:
         raise RuntimeError(f"{len(failed)} check(s) failed; docs/clusters.md says what each of them means")
 
 
-def warm_start(arguments: list[str]) -> None:
+def warm_start(overrides: list[str]) -> None:
     """supervised training of a small base model on a task's demonstrations"""
     from sae_rl.commands.warm_start import WarmStartConfig, run_warm_start
     from sae_rl.config.compose import build, compose_tree
 
-    run_warm_start(build(WarmStartConfig, compose_tree(arguments, "warm_start")))
+    run_warm_start(build(WarmStartConfig, compose_tree(overrides, "warm_start")))
 
 
-def demo(arguments: list[str]) -> None:
+def demo(overrides: list[str]) -> None:
     """everything on a laptop: base model, training with SAE, report"""
     from sae_rl.commands.demo import run_demo
 
-    run_demo(arguments)
+    run_demo(overrides)
 
 
 def report(arguments: list[str]) -> None:
     """write report.html of a run's folder"""
     from sae_rl.commands.report import write_run_report
+    from sae_rl.commands.run_folder import check_run
     from sae_rl.settings import ConfigError
 
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ConfigError([f"sae-rl report takes the folder of one run, found {arguments}"])
+    check_run(Path(arguments[0]))
     print(write_run_report(Path(arguments[0])))
 
 
@@ -148,10 +122,43 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
+FLAGS = """\
+  --print              the validated configuration (train); with -m, that of each run
+  -m, --multirun       a sweep (train): seed=0,1,2
+  --config-dir DIR     adds a folder of configurations of your own, such as DIR/experiment/mine.yaml
+  --cfg job|hydra|all  the configuration as Hydra composes it, unchecked; with --resolve, --package PACKAGE
+  --info [TOPIC]       how Hydra composes it: all, config, defaults, defaults-tree, plugins, searchpath
+  --help               also the groups with their options
+"""
+
+
 def usage() -> str:
     commands = "".join(f"  {name:15} {run.__doc__}\n" for name, run in COMMANDS.items())
     example = "Keys and groups are those of conf/ (Hydra): sae-rl train experiment=demo algorithm=gae seed=1"
-    return f"usage: sae-rl COMMAND [key=value ...]\n\n{commands}\n{example}"
+    return f"usage: sae-rl COMMAND [key=value ...]\n\n{commands}\n{FLAGS}\n{example}"
+
+
+def run(name: str, arguments: list[str]) -> None:
+    """Runs a command, or prints what a flag of Hydra asks for. Raises ConfigError for flags that do not fit."""
+    if name == "report":
+        return print(f"sae-rl report: {report.__doc__}\n\n{usage()}") if "--help" in arguments else report(arguments)
+    from sae_rl.config.command_line import print_for, read_flags, refuse_sweeps_own
+    from sae_rl.settings import ConfigError
+
+    flags = read_flags(arguments)
+    overrides = flags.overrides
+    if flags.help:
+        print(f"sae-rl {name}: {COMMANDS[name].__doc__}\n\n{usage()}\n")
+    if print_for(flags, "warm_start" if name == "warm-start" else "train", ["experiment=demo"] * (name == "demo")):
+        return None
+    if name != "train" and (flags.multirun or flags.print):
+        raise ConfigError([f"sae-rl {name} has no --multirun and no --print: they belong to sae-rl train"])
+    if not flags.multirun:
+        refuse_sweeps_own(overrides)
+        return show(overrides) if flags.print else COMMANDS[name](overrides)
+    from sae_rl.commands.sweep import run_sweep, show_sweep
+
+    return show_sweep(overrides) if flags.print else run_sweep(overrides)
 
 
 def main() -> None:
@@ -165,12 +172,9 @@ def main() -> None:
         return
     if arguments[0] not in COMMANDS:
         _exit(USAGE_ERROR, f"unknown command {arguments[0]!r}, {nearest(arguments[0], list(COMMANDS))}\n\n{usage()}")
-    if {"-h", "--help"} & set(arguments):
-        print(f"sae-rl {arguments[0]}: {COMMANDS[arguments[0]].__doc__}\n\n{usage()}")
-        return
     signal.signal(signal.SIGTERM, _interrupt)  # sent by `kill` and by Ray's job manager; the run closes as with Ctrl-C
     try:
-        COMMANDS[arguments[0]](arguments[1:])
+        run(arguments[0], arguments[1:])
     except ConfigError as error:
         _exit(USAGE_ERROR, "\n".join(f"error: {line}" for line in str(error).splitlines()))
     except KeyboardInterrupt:

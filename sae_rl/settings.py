@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from sae_rl.names import imported, nearest
+from sae_rl.names import NEAREST, imported, nearest, paths_to, unknown_member
 
 T = TypeVar("T")
 
@@ -56,17 +56,17 @@ def refuse_unknown_keys(node: Mapping[str, Any], allowed: Iterable[str], hint: C
     """Raises pydantic's error, which `describe` shows with the key of the section, if ``node`` has other keys."""
     allowed = set(allowed)
     if unknown := [str(key) for key in node if key not in allowed]:
-        problems = [f"has no {key!r}, {hint(key)}" for key in unknown]
-        raise PydanticCustomError(UNKNOWN_KEYS, "{problems}", {"problems": problems})
+        raise PydanticCustomError(UNKNOWN_KEYS, "{problems}", {"problems": [(key, hint(key)) for key in unknown]})
 
 
-def describe(error: ValidationError, kind: type[Any] | None = None) -> list[str]:
+def describe(error: ValidationError, kind: type[Any] | None = None, paths: Iterable[str] = ()) -> list[str]:
     """One line per problem: the key, what was found, what is allowed.
 
     Args:
         kind: the section that was validated. With it, a line about an unknown knob of a dataclass names the nearest.
+        paths: full keys, such as ``rollout.group_size``; a line about an unknown ``group_size`` elsewhere names them.
     """
-    lines = []
+    lines, paths = [], list(paths)
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
         key = ".".join(path)
@@ -74,7 +74,10 @@ def describe(error: ValidationError, kind: type[Any] | None = None) -> list[str]
         if problem["type"] == "missing":
             lines.append(f"{key} is missing")
         elif problem["type"] == UNKNOWN_KEYS:
-            lines += [f"{key or 'the configuration'} {text}" for text in problem["ctx"]["problems"]]
+            for unknown, hint in problem["ctx"]["problems"]:
+                if hint.startswith(NEAREST):
+                    hint = paths_to(unknown, paths) or hint
+                lines.append(f"{key or 'the configuration'} has no {unknown!r}, {hint}")
         elif problem["type"] == "unexpected_keyword_argument" and kind is not None:
             lines.append(f"{'.'.join(path[:-1])} has no {path[-1]!r}, {nearest(path[-1], _knobs_at(kind, path[:-1]))}")
         elif not key:
@@ -93,44 +96,62 @@ def _knobs_at(kind: type[Any], path: Sequence[str]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
 
 
-def member_of(table: Mapping[str, type[Any]], requires: str | None = None) -> Callable[[object], object]:
+def member_of(
+    table: Mapping[str, type[Any]], requires: str | None = None, group: str | None = None
+) -> Callable[[object], object]:
     """A validator that builds a member of an extension point from ``{name: ..., knob: value}``.
 
     ``name`` is a key of ``table``, or the import path ``package.module:Class`` of a user's own frozen dataclass, which
-    must be callable and have the attribute ``requires``.
+    must be callable and have the attribute ``requires``. ``group`` is the group of ``conf/`` whose options are members.
     """
 
     def build(node: object) -> object:
         if not isinstance(node, Mapping):
-            raise ValueError(f"found {node!r}, but it must be a mapping with a name")
+            hint = f"; write {group}={node}" if group and node in table else ""
+            raise ValueError(f"found {node!r}, but it must be a mapping with a name{hint}")
         knobs = dict(node)
         name = knobs.pop("name", None)
         if not isinstance(name, str):
             raise ValueError(f"name is missing; allowed: {', '.join(sorted(table))}, or package.module:Class")
         cls = imported(name) if ":" in name else table.get(name)
         if cls is None:
-            raise ValueError(f"name {name!r} is unknown, {nearest(name, table)}")
+            raise ValueError(unknown_member(name, table))
         if not dataclasses.is_dataclass(cls):
             raise ValueError(f"{name} is not a dataclass; write it as a frozen dataclass whose fields are its knobs")
         if "__call__" not in dir(cls):
             raise ValueError(f"{name} has no method __call__")
         if requires is not None and not hasattr(cls, requires):
             raise ValueError(f"{name} has no attribute {requires}, which must be true or false")
-        return from_knobs(cls, name, {knob: _with_members(value, build) for knob, value in knobs.items()})
+        return from_knobs(cls, name, {knob: _with_members(value, build) for knob, value in knobs.items()}, hint_at)
+
+    def hint_at(name: str, knob: str) -> str:
+        """Where a knob belongs that the member ``name`` does not have."""
+        owners = [other for other, cls in table.items() if knob in _fields(cls)]
+        if group and ":" in name and owners:
+            return f"; it is left over from {group}: choose {group}=custom, and then a name"
+        return f"; {', '.join(owners)} has it" if owners else ""
 
     return build
 
 
-def from_knobs(cls: type[T], name: str, knobs: Mapping[str, Any]) -> T:
+def _fields(cls: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls) if field.init]
+
+
+def from_knobs(
+    cls: type[T], name: str, knobs: Mapping[str, Any], hint: Callable[[str, str], str] = lambda name, knob: ""
+) -> T:
     """A dataclass with these fields.
 
     Raises:
-        ValueError: an unknown field, a wrong type or a wrong range. The message calls the class ``name``.
+        ValueError: an unknown field, a wrong type or a wrong range. The message calls the class ``name``, and ends with
+            ``hint`` of the name and the unknown field.
     """
-    fields = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
-    # pydantic ignores unknown fields of a dataclass.
-    if unknown := [f"{name} has no knob {knob!r}, {nearest(knob, fields)}" for knob in knobs if knob not in fields]:
-        raise ValueError("; ".join(unknown))
+    fields = _fields(cls)
+    unknown = [knob for knob in knobs if knob not in fields]  # pydantic ignores unknown fields of a dataclass
+    if unknown:
+        told = [f"{name} has no knob {knob!r}, {nearest(knob, fields)}{hint(name, knob)}" for knob in unknown]
+        raise ValueError("; ".join(told))
     try:
         return TypeAdapter(cls).validate_python(knobs)
     except ValidationError as error:

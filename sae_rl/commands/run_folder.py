@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from sae_rl import checkpoint
-from sae_rl.config.schema import Config, as_tree
+from sae_rl.config.schema import Config, as_tree, flat
 from sae_rl.records.records import Records
 from sae_rl.settings import ConfigError
 
@@ -94,12 +94,19 @@ def _changes(config: Config) -> dict[str, tuple[Any, Any]]:
     file = config.output_dir / "config.yaml"
     if not file.exists():
         return {}
-    before, now = _flat(yaml.safe_load(file.read_text())), _flat(as_tree(config))
+    before, now = flat(yaml.safe_load(file.read_text())), flat(as_tree(config))
     return {key: (before.get(key), now[key]) for key in now if before.get(key) != now[key]}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+def check_run(folder: Path) -> None:
+    """Raises ConfigError unless a run wrote into the folder. The message lists the runs of a sweep's folder."""
+    if (folder / "config.yaml").is_file():
+        return
+    if not folder.is_dir():
+        raise ConfigError([f"{folder}: there is no such folder"])
+    # A swept group, such as algorithm/segmenter, makes a folder of its own.
+    runs = [str(file.parent) for depth in ("*", "*/*") for file in sorted(folder.glob(f"{depth}/config.yaml"))]
+    found = (
+        f"it holds the runs {', '.join(runs)}: name one of them" if runs else "no run wrote into it (no config.yaml)"
+    )
+    raise ConfigError([f"{folder}: {found}"])

@@ -6,32 +6,26 @@ refuses unknown keys, and its message names the nearest key that exists.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override, OverrideType
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
+from yaml import YAMLError
 
 from sae_rl.config.checks import check, check_evaluation
+from sae_rl.config.overrides import Overrides, no_such_key
 from sae_rl.config.schema import Config
+from sae_rl.config.search_path import CONF, GROUPS
 from sae_rl.names import nearest
 from sae_rl.settings import ConfigError, Section, describe
 
 T = TypeVar("T", bound=Section)
-
-# A wheel has conf/ inside the package, a checkout has it beside the package.
-CONF = next(folder / "conf" for folder in Path(__file__).parents[1:3] if (folder / "conf").is_dir())
-# A folder named base holds what the options of its group share, and is no group.
-GROUPS = {str(folder.relative_to(CONF)) for folder in CONF.rglob("*") if folder.is_dir() and folder.name != "base"}
-HYDRAS_OWN = ("hydra/", "hydra.")  # overrides of Hydra itself, such as hydra/launcher=joblib
 
 
 def load_config(overrides: Sequence[str]) -> Config:
@@ -40,7 +34,7 @@ def load_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: every misspelt key or group, every value of the wrong type or range, every contradiction.
     """
-    return _training_config(compose_tree(overrides))
+    return training_config(compose_tree(overrides))
 
 
 def load_evaluation_config(overrides: Sequence[str]) -> Config:
@@ -50,99 +44,56 @@ def load_evaluation_config(overrides: Sequence[str]) -> Config:
     return _checked(tree, check_evaluation)
 
 
-def load_sweep(overrides: Sequence[str]) -> list[Config]:
-    """Every combination of a sweep (``seed=0,1 algorithm=sae,gae``), before the first one starts.
-
-    Raises:
-        ConfigError: at least one of the runs would be refused.
-    """
-    combinations = itertools.product(*map(_alternatives, _parse(overrides)))
-    return [load_run_of_sweep(compose_tree(lines), lines, overrides) for lines in combinations]
-
-
-def load_run_of_sweep(tree: DictConfig, lines: Sequence[str], overrides: Sequence[str]) -> Config:
-    """One run of a sweep. Its output folder is inside ``output_dir``, named after the overrides that vary.
-
-    Args:
-        tree: the composed configuration of the run.
-        lines: the run's own overrides.
-        overrides: the overrides of the whole sweep.
-
-    Raises:
-        ConfigError: the run is refused.
-    """
-    varied = {override.get_key_element().lstrip("+") for override in _parse(overrides) if override.is_sweep_override()}
-    names = [line.lstrip("+") for line in lines if line.lstrip("+").partition("=")[0] in varied]
-    try:
-        OmegaConf.resolve(tree)  # paths below output_dir, such as the base model's, stay those of the sweep
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"{error.full_key}: {_first_line(error)}"]) from error
-    tree.output_dir = str(Path(tree.output_dir).absolute() / ",".join(sorted(names)))
-    return _training_config(tree)
-
-
-def _alternatives(override: Override) -> list[str]:
-    """The overrides that stand for this one in the runs of a sweep."""
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    chosen, options = override.value(), _options_of(override.key_or_group)
-    values = chosen.filter(options) if isinstance(chosen, Glob) else list(override.sweep_string_iterator())
-    return [f"{override.get_key_element()}={value}" for value in values]
-
-
 def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
     """The tree that Hydra composes, with its interpolations unresolved.
 
     Raises:
-        ConfigError: an override that Hydra cannot read or apply, or an unknown group or option.
+        ConfigError: an override that Hydra cannot read or apply, or an unknown group, option or first word of a key.
     """
-    file = OmegaConf.load(CONF / f"{name}.yaml")
-    known = {*map(str, file), *(GROUPS if "defaults" in file else ())} - {"defaults", "hydra"}
-    if problems := [problem for override in _parse(overrides) if (problem := _misspelt(override, known))]:
+    found = Overrides.read(overrides)
+    if problems := problems_of(found, name) or found.several_values():
         raise ConfigError(problems)
-    before = GlobalHydra.instance().hydra  # a caller may use Hydra, too
-    GlobalHydra.instance().clear()
+    tree = composed(found, name)
+    with open_dict(tree):
+        del tree["hydra"]
+    return tree
+
+
+def problems_of(found: Overrides, name: str) -> list[str]:
+    """A line for each unknown group, option and first word of a key in overrides of ``conf/NAME.yaml``."""
+    file = OmegaConf.load(CONF / f"{name}.yaml")
+    groups = sorted(GROUPS) if "defaults" in file else []
+    known = {*map(str, file), *groups} - {"defaults", "hydra"}
+    unknown = found.unknown_keys(known)
+    paths = [*groups, *default_paths(name)] if unknown else []
+    return found.problems() + [no_such_key(override, known, paths) for override in unknown]
+
+
+def composed(found: Overrides, name: str, mode: RunMode = RunMode.RUN) -> DictConfig:
+    """The tree with Hydra's own part in ``hydra``. Raises ConfigError if Hydra cannot apply an override or read a file."""
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            return compose(name, overrides=forced(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([_first_line(error.__cause__ or error)]) from error
-    finally:
-        GlobalHydra.instance().hydra = before
+        return found.hydra.compose_config(name, found.forced(), mode, from_shell=False)
+    except YAMLError as error:
+        raise ConfigError([" ".join(str(error).split())]) from error
+    except MissingConfigException as error:  # an option that a file of the user chooses
+        hint = f", {nearest(Path(str(error.missing_cfg_file)).name, error.options)}" if error.options else ""
+        raise ConfigError([f"{first_line(error)}{hint}"]) from error
+    except (HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError([first_line(error.__cause__ or error)]) from error
 
 
-def forced(overrides: Sequence[str]) -> list[str]:
-    """The overrides with Hydra's ``++`` before every value, so that pydantic judges keys that ``conf/`` does not have."""
-    lines = []
-    for override in _parse(overrides):
-        key = override.key_or_group
-        is_value = override.type is OverrideType.CHANGE and key not in GROUPS and not key.startswith(HYDRAS_OWN)
-        lines.append(f"++{override.input_line}" if is_value else str(override.input_line))
-    return lines
+@cache
+def default_paths(name: str = "train") -> tuple[str, ...]:
+    """The full path of every key of ``conf/NAME.yaml`` and its default groups, such as ``rollout.group_size``."""
 
+    def below(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+        for key, value in node.items():
+            yield prefix + key
+            if isinstance(value, Mapping):
+                yield from below(value, f"{prefix}{key}.")
 
-def _options_of(group: str) -> list[str]:
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError([f"cannot read an override: {_first_line(error)}"]) from error
-
-
-def _misspelt(override: Override, known: set[str]) -> str | None:
-    """What is wrong with a group, its option or a key at the top. The typed tree judges deeper keys."""
-    key, option = override.key_or_group, override.value()
-    if key.startswith(HYDRAS_OWN):
-        return None
-    if key not in GROUPS:
-        top = key.split(".")[0]
-        return None if top in known else f"{key}: the configuration has no {top!r}, {nearest(top, known)}"
-    if override.is_delete() or override.is_sweep_override() or str(option) in _options_of(key):
-        return None
-    return f"{override.input_line}: no such option, {nearest(str(option), _options_of(key))}"
+    tree: Any = OmegaConf.to_container(compose_tree([], name))
+    return tuple(below(tree))
 
 
 def build(kind: type[T], tree: DictConfig) -> T:
@@ -156,12 +107,14 @@ def build(kind: type[T], tree: DictConfig) -> T:
             raise ConfigError([f"{key} has no value; give it one on the command line: {key}=..." for key in missing])
         return kind.model_validate(OmegaConf.to_container(tree, resolve=True))
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{error.full_key}: {_first_line(error)}"]) from error
+        raise ConfigError([f"{error.full_key}: {first_line(error)}"]) from error
     except ValidationError as error:
-        raise ConfigError(describe(error, kind)) from error
+        paths = default_paths() if kind is Config else ()
+        raise ConfigError(describe(error, kind, paths)) from error
 
 
-def _training_config(tree: DictConfig) -> Config:
+def training_config(tree: DictConfig) -> Config:
+    """The configuration of a training run from its tree. Raises ConfigError as `load_config`."""
     if not OmegaConf.select(tree, "evaluation.every_steps"):
         _drop_unfinished_source(tree, "evaluation")
     return _checked(tree, check)
@@ -181,5 +134,6 @@ def _checked(tree: DictConfig, checks: Callable[[Config], list[str]]) -> Config:
     return config
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
     return str(error).strip().split("\n")[0]

@@ -6,11 +6,12 @@ Defaults live in ``conf/``. A field has a default here only if leaving it out ha
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, field_validator
+from pydantic import BeforeValidator, Field, PlainValidator, field_validator
 
 from sae_rl.algo.estimators import ESTIMATORS, Estimator
 from sae_rl.algo.losses import PolicyLoss, ValueLoss
@@ -30,8 +31,8 @@ SAMPLING_KEYS = [field.name for field in fields(Sampling) if field.name != "max_
 
 
 class AlgorithmConfig(Section):
-    segmenter: Annotated[Segmenter, PlainValidator(member_of(SEGMENTERS))]
-    estimator: Annotated[Estimator, PlainValidator(member_of(ESTIMATORS, requires="needs_critic"))]
+    segmenter: Annotated[Segmenter, PlainValidator(member_of(SEGMENTERS, group="algorithm/segmenter"))]
+    estimator: Annotated[Estimator, PlainValidator(member_of(ESTIMATORS, "needs_critic", "algorithm"))]
     token_rewards: TokenRewards
     policy_loss: PolicyLoss
     value_loss: ValueLoss
@@ -64,6 +65,19 @@ class AlgorithmConfig(Section):
         return any(bool(getattr(part, f"needs_{scores}", False)) for part in (self.segmenter, self.estimator))
 
 
+def no_model(folder: Path) -> str | None:
+    """What is wrong with a folder without a model's config.json, and which folder inside it to take; None: it has one."""
+    if (folder / "config.json").is_file():
+        return None
+    # In the folder of a run, of its checkpoints, and of a sweep
+    for pattern in ("policy", "checkpoints/step_*/hf", "step_*/hf", "*/policy"):
+        models = sorted(folder.glob(f"{pattern}/config.json"))
+        if models:
+            inside = models[-1].parent
+            return f"{folder}: no config.json; take {inside.parent if inside.name == 'hf' else inside}"
+    return f"{folder}: no config.json, so it is no folder of a Hugging Face model"
+
+
 class ModelConfig(Section):
     path: str  # a local Hugging Face folder, one of our checkpoints, or a hub name such as Qwen/Qwen3-8B-Base
     precision: Precision  # weights and activations; DeepSpeed keeps fp32 master weights beside bfloat16
@@ -90,6 +104,8 @@ class ModelConfig(Section):
         Raises:
             ValueError: the folder or its config.json is missing or unreadable.
         """
+        if Path(self.path).is_dir() and (problem := no_model(Path(self.path))):
+            raise ValueError(f"model.path: {problem}")
         if self.context_tokens is not None:
             return self.context_tokens
         if not Path(self.path).is_dir():
@@ -267,12 +283,29 @@ class CheckpointConfig(Section):
     keep_last: Positive
 
 
+class WandbConfig(Section):
+    """A key that is null leaves the choice to wandb's environment variable, such as ``WANDB_NAME``."""
+
+    # auto: WANDB_MODE, and without it online if an API key is there, offline otherwise
+    mode: Literal["auto", "online", "offline", "off", "disabled"]  # disabled is wandb's word for off
+    project: str | None = None  # without WANDB_PROJECT: sae-rl
+    name: str | None = None  # without WANDB_NAME: the run's name
+    group: str | None = None
+    tags: tuple[str, ...] | None = None
+    notes: str | None = None
+    entity: str | None = None
+
+
+def _mode_alone(node: object) -> object:
+    """``logger.wandb=off`` means ``logger.wandb.mode=off``."""
+    return {"mode": node} if isinstance(node, str) else node
+
+
 class LoggerConfig(Section):
     console: Literal["rich", "plain", "off"]
     jsonl: bool
     tensorboard: bool
-    wandb: Literal["auto", "offline", "off"]  # auto: online if an API key is there, offline otherwise
-    wandb_project: str
+    wandb: Annotated[WandbConfig, BeforeValidator(_mode_alone)]
     rollouts_every_steps: NonNegative  # write every response to a parquet file; 0: never
 
 
@@ -297,6 +330,12 @@ class Config(Section):
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
     logger: LoggerConfig
+
+    @classmethod
+    def hint(cls, key: str) -> str:
+        if key != "experiment":
+            return super().hint(key)
+        return "because a file of an experiment begins with the line `# @package _global_`, and keys follow"
 
     @property
     def responses_per_step(self) -> int:
@@ -332,3 +371,11 @@ def as_tree(config: Config) -> dict[str, Any]:
     tree["algorithm"]["estimator"] = tree_of(config.algorithm.estimator, ESTIMATORS)
     tree["rewards"]["verifiers"] = {name: tree_of(v, VERIFIERS) for name, v in config.rewards.verifiers.items()}
     return tree
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a tree by their full key, such as ``rollout.group_size``."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values

@@ -34,26 +34,38 @@ class Columns(Section):
     task: str | None = None
 
 
+class NoColumn(BrokenRow):
+    """A row lacks a column. ``near`` is the full name of a column that it has and that is almost called so."""
+
+    def __init__(self, column: str, problem: str, near: str | None = None) -> None:
+        super().__init__(f"no column {column!r}: {problem}")
+        self.column, self.near = column, near
+
+    def told(self, name: str) -> str:
+        """The message, with the value of ``columns.NAME`` that reads the near column."""
+        return f"{self}; columns.{name}={self.near} reads it" if self.near else str(self)
+
+
 def value_at(row: Row, column: str) -> Any:
     """The value in a column. The full name of a column comes before its parts as a path.
 
     Raises:
-        BrokenRow: there is no such column.
+        NoColumn: there is no such column.
     """
     if column in row:
         return row[column]
     value: Any = row
+    prefix = ""
     for key in column.split("."):
         if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
             value = value[int(key)]
             continue
         if not isinstance(value, Mapping):
-            raise BrokenRow(f"no column {column!r}: {key!r} would be inside {shown(value)}")
+            raise NoColumn(column, f"{key!r} would be inside {shown(value)}")
         if key not in value:
-            nearest = get_close_matches(key, value, n=1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise BrokenRow(f"no column {column!r}: found {', '.join(map(repr, value)) or 'nothing'}{hint}")
-        value = value[key]
+            near = [prefix + match for match in get_close_matches(key, value, n=1)]
+            raise NoColumn(column, f"found {', '.join(map(repr, value)) or 'nothing'}", *near)
+        value, prefix = value[key], f"{prefix}{key}."
     return value
 
 

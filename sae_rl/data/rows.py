@@ -185,7 +185,7 @@ def _json_row(line: bytes) -> Row | BrokenRow | None:
     if not line.strip():
         return None
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig").rstrip())  # behind a line's end json counts columns anew
     except UnicodeDecodeError as error:
         return BrokenRow(f"not UTF-8: byte {error.start + 1} of the line is 0x{line[error.start]:02x}")
     except json.JSONDecodeError as error:

@@ -72,7 +72,7 @@ class Records:
             yield Jsonl(self._run_dir / "metrics.jsonl", starts)
         if logger.tensorboard:
             yield TensorBoard(self._run_dir / "tensorboard", starts)
-        if logger.wandb != "off":
+        if logger.wandb.mode not in ("off", "disabled"):
             yield Wandb(self._config, self._run_dir, self.note)
 
     def __enter__(self) -> Self:
@@ -179,15 +179,21 @@ class Wandb:
         self._run: wandb.Run | None = None
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
+            id_file.write_text(os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8])
+        chosen = config.logger.wandb
         with self._off_after_a_failure():
             self._run = wandb.init(
-                project=config.logger.wandb_project,
-                name=config.name,
+                # wandb takes an argument that is None from its environment variable.
+                project=chosen.project or os.environ.get("WANDB_PROJECT") or "sae-rl",
+                name=chosen.name or os.environ.get("WANDB_NAME") or config.name,
+                group=chosen.group,
+                tags=chosen.tags,
+                notes=chosen.notes,
+                entity=chosen.entity,
                 id=id_file.read_text().strip(),
                 resume="allow",
-                dir=str(run_dir),
-                mode=_wandb_mode(config.logger.wandb),
+                dir=None if os.environ.get("WANDB_DIR") else str(run_dir),
+                mode=_wandb_mode(chosen.mode),
                 config=as_tree(config),
                 settings=wandb.Settings(console="off", silent=True),
             )
@@ -215,12 +221,12 @@ class Wandb:
             self._warn(f"wandb failed and is off from here on; the run goes on: {type(error).__name__}: {error}")
 
 
-def _wandb_mode(choice: Literal["auto", "offline", "off"]) -> Literal["online", "offline"] | None:
+def _wandb_mode(choice: str) -> Literal["online", "offline"] | None:
     """wandb's mode: online if wandb finds an API key. None leaves the choice to the environment variable WANDB_MODE."""
     from wandb.sdk.lib.wbauth.wbnetrc import read_netrc_auth
 
     if choice != "auto":
-        return "offline"
+        return "online" if choice == "online" else "offline"
     if os.environ.get("WANDB_MODE"):
         return None
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sae_rl.names import nearest
+from sae_rl.names import unknown_member
 from sae_rl.rewards.choice import Choice
 from sae_rl.rewards.code import Code
 from sae_rl.rewards.exact import Exact
@@ -66,7 +66,7 @@ def resolve(name: str, configured: Mapping[str, Verifier]) -> Verifier:
         return function
     if name in VERIFIERS:
         raise ValueError(f"{name!r} needs knobs: give it a name in rewards.verifiers")
-    raise ValueError(f"name {name!r} is unknown, {nearest(name, {*READY, *configured})}, or package.module:function")
+    raise ValueError(f"{unknown_member(name, {*READY, *configured})}, or package.module:function")
 
 
 def parts_of(verifier: Verifier) -> Iterator[Verifier]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from sae_rl.config.schema import Config
 from sae_rl.workers.placement import Slot
 
 LOG_LINES = 15
+NOTE_S, LOGGED_NOTE_S = 15.0, 60.0  # between two lines about a wait, on a terminal and in a log
 KILL_S = 30.0  # the longest wait for a node to kill processes; the node itself may be gone
 
 
@@ -90,12 +92,18 @@ START_OR_CALL = "cluster.call_timeout_s, or cluster.start_timeout_s at the start
 
 
 def wait_for(
-    calls: Sequence[Call], timeout_s: float, *, doing: str = "answer", key: str = START_OR_CALL
+    calls: Sequence[Call],
+    timeout_s: float,
+    *,
+    doing: str = "answer",
+    key: str = START_OR_CALL,
+    note: Callable[[str], None] | None = None,
 ) -> list[list[Any]]:
     """Waits for remote calls. Returns their results by call and rank.
 
     Args:
         doing, key: what the calls do and the key of their time limit, for the message of a late rank.
+        note: prints a line now and then that says which ranks are waited for; None: nothing is printed.
 
     Raises:
         WorkerError: a rank failed or died, or did not answer in time; raised as soon as that is known.
@@ -103,9 +111,15 @@ def wait_for(
     owners = {reference: (call.group, rank) for call in calls for rank, reference in call.references.items()}
     results: dict[Any, Any] = {}
     pending = list(owners)
-    deadline = time.monotonic() + timeout_s
+    started, every_s = time.monotonic(), NOTE_S if sys.stdout.isatty() else LOGGED_NOTE_S
+    next_s = every_s if note else timeout_s
     while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        left_s = started + min(next_s, timeout_s) - time.monotonic()
+        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, left_s))
+        if not done and next_s < timeout_s and note:
+            note(f"waiting for {_names(owners, pending)} to {doing}: {next_s:.0f} s")
+            next_s += every_s
+            continue
         if not done:
             raise _late(owners, pending, f"{doing} within {timeout_s:g} s ({key})")
         group, rank = owners[done[0]]
@@ -113,10 +127,13 @@ def wait_for(
     return [[results[reference] for reference in call.references.values()] for call in calls]
 
 
+def _names(owners: dict[Any, tuple[WorkerGroup, int]], pending: list[Any]) -> str:
+    return ", ".join(f"{owners[reference][0].role} {owners[reference][1]}" for reference in pending)
+
+
 def _late(owners: dict[Any, tuple[WorkerGroup, int]], pending: list[Any], what: str) -> WorkerError:
-    names = ", ".join(f"{owners[reference][0].role} {owners[reference][1]}" for reference in pending)
     group, rank = owners[pending[0]]
-    return WorkerError(f"worker(s) {names} did not {what}{group.last_lines(rank)}", died=group.role)
+    return WorkerError(f"worker(s) {_names(owners, pending)} did not {what}{group.last_lines(rank)}", died=group.role)
 
 
 class WorkerGroup:
@@ -129,10 +146,12 @@ class WorkerGroup:
         self.workers = [start() for start in starts]
         self.places: list[Place | None] = [None] * len(starts)  # None: unknown yet
 
-    def locate(self, timeout_s: float, ranks: Sequence[int] | None = None) -> list[Place]:
-        """Waits until the processes of these ranks (None: all) run, and notes where."""
+    def locate(
+        self, timeout_s: float, ranks: Sequence[int] | None = None, note: Callable[[str], None] | None = None
+    ) -> list[Place]:
+        """Waits until the processes of these ranks (None: all) run, and remembers where. ``note`` as in `wait_for`."""
         call = self.start(lambda worker: worker.whereabouts.remote(), ranks)
-        found: list[Place] = wait_for([call], timeout_s)[0]
+        found: list[Place] = wait_for([call], timeout_s, doing="start its process", note=note)[0]
         for rank, place in zip(call.references, found, strict=True):
             self.places[rank] = place
         return found

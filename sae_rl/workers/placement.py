@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import ray
@@ -11,6 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from sae_rl.config.schema import Config
 
 Resources = dict[str, float]
+NOTE_S = 10.0  # a reservation that takes longer is a line on the console
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,14 +98,18 @@ def check_resources(placement: Placement, nodes: Sequence[Mapping[str, float]]) 
             )
 
 
-def reserve(placement: Placement, timeout_s: float) -> PlacementGroup:
-    """Reserves all bundles at once, packed on as few nodes as possible.
+def reserve(placement: Placement, timeout_s: float, note: Callable[[str], None] = print) -> PlacementGroup:
+    """Reserves all bundles at once, packed on as few nodes as possible. ``note`` prints a line if that takes long.
 
     Raises:
         TimeoutError: other jobs hold the resources.
     """
     group = placement_group(placement.bundles, strategy="PACK")
-    if not group.wait(timeout_seconds=timeout_s):
+    is_ready = group.wait(timeout_seconds=min(NOTE_S, timeout_s))
+    if not is_ready and timeout_s > NOTE_S:
+        note(f"waiting for {placement.total}, which other jobs of the Ray cluster may hold: at most {timeout_s:g} s")
+        is_ready = group.wait(timeout_seconds=timeout_s - NOTE_S)
+    if not is_ready:
         remove_placement_group(group)
         raise TimeoutError(
             f"Ray did not free {placement.total} within cluster.start_timeout_s = {timeout_s:g} s; it has "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -44,7 +45,7 @@ class RunWorkers:
         clock: Clock,
         note: Callable[[str], None] = print,
     ) -> None:
-        self._config, self._groups, self._clock = config, groups, clock
+        self._config, self._groups, self._clock, self._note = config, groups, clock, note
         self._learners = {role: group for role, group in groups.items() if role != "rollout"}
         self._trained = {role: group for role, group in groups.items() if role in ("policy", "critic")}
         # Held while the policy works: its ranks need calls in one order, and its weights must not change while they are sent.
@@ -75,8 +76,9 @@ class RunWorkers:
         """
         config = self._config
         limit = config.cluster.start_timeout_s
+        loading = functools.partial(wait_for, timeout_s=limit, doing="load its model", note=self._note)
         for group in self._groups.values():
-            group.locate(limit)
+            group.locate(limit, note=self._note)
         if self._trained:
             check_shared(self._trained, config.output_dir)
         calls = []
@@ -85,8 +87,8 @@ class RunWorkers:
                 continue
             calls.append(group.start(self._load_engine) if role == "rollout" else self._start_learner(role))
             if config.cluster.colocate_rollout:  # one after the other, since vLLM measures the free memory of its GPU
-                wait_for([calls[-1]], limit)
-        wait_for(calls, limit)
+                loading([calls[-1]])
+        loading(calls)
         if "rollout" in self._groups:
             self._groups["rollout"].locate(limit)  # once more, now with vLLM's own processes
 

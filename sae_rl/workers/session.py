@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,9 @@ from sae_rl.workers.table import WORKERS, roles_of
 CLOSE_TIMEOUT_S = 4.0
 CONNECT_TIMEOUT_S = 5.0
 RAY_CLIENT_PORT = "10001"  # where Ray's documentation has it if ray://HOST names none
+
+# It says at every start that a local Ray asks its own processes for a token, as Ray does unless it is told otherwise.
+logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
 
 
 def check_address(config: Config) -> None:
@@ -168,7 +172,7 @@ def start_workers(
     settings = WORKERS["rollout"].settings(config)
     kept = None if session is None else session.take(placement, settings)
     reserved: PlacementGroup | None
-    reserved = reserve(placement, config.cluster.start_timeout_s) if kept is None else kept.reserved
+    reserved = reserve(placement, config.cluster.start_timeout_s, note) if kept is None else kept.reserved
     groups = {} if kept is None else {"rollout": kept.group}
     if kept is not None:
         note("the rollout engines of the run before are used again")

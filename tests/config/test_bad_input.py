@@ -278,7 +278,20 @@ def test_a_file_of_another_kind(train: Callable[..., Outcome], tmp_path: Path) -
 def test_an_unknown_column(train: Callable[..., Outcome], tmp_path: Path) -> None:
     file = write_rows(tmp_path, ROW)
     outcome = train(*from_files(file, file), "task.train.columns.prompt=promt")
-    assert_refused(outcome, "task.train", "line 1", "'promt'", "did you mean 'prompt'?", lines=2)
+    assert_refused(outcome, "task.train", "line 1", "'promt'", "columns.prompt=prompt reads it", lines=2)
+
+
+def test_a_column_that_the_data_misspell(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    """The typo is the data's own: nobody may be asked to write it for the name that is right."""
+    file = write_rows(tmp_path, {**ROW, "reward_model": {"ground_trut": "1"}})
+    outcome = train(*from_files(file, file))
+    assert_refused(outcome, "columns.answer=reward_model.ground_trut reads it", lines=4)
+    assert "did you mean" not in outcome.stderr
+
+
+def test_the_column_of_a_line_that_is_not_json(train: Callable[..., Outcome], tmp_path: Path) -> None:
+    file = write_rows(tmp_path, '{"prompt": ', ROW)
+    assert_refused(train(*from_files(file, file)), "line 1: not JSON", "at column 11", lines=4)
 
 
 def test_an_unknown_reward(train: Callable[..., Outcome], tmp_path: Path) -> None:

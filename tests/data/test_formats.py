@@ -110,7 +110,7 @@ def test_a_column_of_another_name_or_type(kind: str, tmp_path: Path) -> None:
     named = file_source(**source, columns={"answer": "anwser"})
     assert "1: 'prompt' must be text, found 3" in unreadable(named)
     as_text = {"prompt": "anwser"}
-    assert "1: no column 'answer': found 'prompt', 'anwser'; did you mean 'anwser'?" in unreadable(
+    assert "1: no column 'answer': found 'prompt', 'anwser'; columns.answer=anwser reads it" in unreadable(
         file_source(**source, columns=as_text)
     )
 

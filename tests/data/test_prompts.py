@@ -62,7 +62,7 @@ def test_all_broken_rows_are_named_at_once(tmp_path: Path) -> None:
         load_prompts(source, TOKENIZER, 10)
     expected = [
         "line 2: not JSON",
-        "line 3: no column 'answer': found 'prompt', 'anwser'; did you mean 'anwser'?",
+        "line 3: no column 'answer': found 'prompt', 'anwser'; columns.answer=anwser reads it",
         "line 4: not UTF-8: byte 13 of the line is 0xff",
         "line 5: id 'a' was used in line 1 already",
         "line 6: must be an object, found [1, 2]",

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sae_rl.backends.packing import build_micro_batch
 from sae_rl.config.compose import CONF
-from sae_rl.records.records import Jsonl, Records, _wandb_mode, first_steps, read_jsonl
+from sae_rl.records.records import Jsonl, Records, Wandb, _wandb_mode, first_steps, read_jsonl
 from sae_rl.records.rollouts import read_rollouts, read_step, step_files, write_rollouts
 from sae_rl.types import Batch, Prompt, Rollout, Scores, StepRecord, Targets
 from tests.evaluation.made_up import made_up
@@ -271,6 +271,46 @@ def test_wandb_is_online_only_with_a_key(tmp_path: Path, monkeypatch: pytest.Mon
     assert _wandb_mode("auto") == "online" and _wandb_mode("offline") == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert _wandb_mode("auto") is None, "wandb's own variable decides"
+
+
+def test_wandb_reads_its_own_environment_where_a_key_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With wandb's own settings, made from the environment as its users do."""
+    environment = {
+        "PROJECT": "p",
+        "NAME": "n",
+        "RUN_GROUP": "g",
+        "TAGS": "a,b",
+        "NOTES": "o",
+        "ENTITY": "e",
+        "DIR": "d",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / value) if name == "DIR" else value)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # it reads the environment once
+    (tmp_path / "d").mkdir()
+
+    def settings_of(*overrides: str) -> Any:
+        folder = tmp_path / f"run{len(overrides)}"
+        with Records(
+            make_config(folder, "logger.wandb.mode=auto", "logger.console=off", *overrides), folder, 0
+        ) as records:
+            (sink,) = (sink for sink in records._sinks if isinstance(sink, Wandb))
+            return sink._run.settings.model_copy()
+
+    plain = settings_of()
+    names = ("project", "run_name", "run_group", "run_tags", "run_notes", "entity")
+    assert [getattr(plain, name) for name in names] == ["p", "n", "g", ("a", "b"), "o", "e"]
+    assert plain.root_dir == str(tmp_path / "d") and plain.run_id == (tmp_path / "run0" / "wandb_id").read_text()
+    keys = [f"logger.wandb.{key}={value}" for key, value in {"name": "mine", "group": "own", "tags": "[c]"}.items()]
+    chosen = settings_of(*keys)
+    assert [getattr(chosen, name) for name in names] == ["p", "mine", "own", ("c",), "o", "e"]
+    for name in environment:
+        monkeypatch.delenv(f"WANDB_{name}")
+    wandb.teardown()
+    bare = settings_of("name=demo")
+    assert (bare.project, bare.run_name, bare.run_group, bare.run_tags) == ("sae-rl", "demo", None, None)
+    wandb.teardown()
 
 
 def test_a_failing_wandb_ends_no_run(

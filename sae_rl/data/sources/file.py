@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import field_validator
 
-from sae_rl.data.columns import LAYOUTS, Columns, checked_text, prompt_at, value_at
+from sae_rl.data.columns import LAYOUTS, Columns, NoColumn, checked_text, prompt_at, value_at
 from sae_rl.data.loader import Loader
 from sae_rl.data.prompts import Record
 from sae_rl.data.rows import BrokenRow, Row, parse_rows, shown
@@ -82,6 +82,12 @@ class _Reader:
 
     def __call__(self, row: Row, where: str) -> Record | None:
         """The record of a row, or None if the row is a duplicate to drop. Raises BrokenRow."""
+        try:
+            return self._record(row, where)
+        except NoColumn as error:
+            raise BrokenRow(error.told(next(n for n, c in self._columns.items() if c == error.column))) from error
+
+    def _record(self, row: Row, where: str) -> Record | None:
         record = Record(
             id=self._prefix + self._optional_text(row, "id", where),
             reward=self._optional_text(row, "reward", self._source.reward),
@@ -113,8 +119,8 @@ class _Reader:
         column = self._columns[name]
         try:
             value = value_at(row, column)
-        except BrokenRow as error:
-            self._missing[name] = f"columns.{name}: {error}"
+        except NoColumn as error:
+            self._missing[name] = f"columns.{name}: {error.told(name)}"
             return default
         self._found.add(name)
         if value is None or value == "":
