@@ -11,7 +11,8 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from sae_rl.algo.ragged import check_shape, check_tokens
+from sae_rl.algo.ragged import ANY, check_shape, check_tensor, check_type, check_weights
+from sae_rl.plugins import named
 from sae_rl.types import Batch, Scores, sampled_only
 
 
@@ -33,25 +34,37 @@ def segment(segmenter: Segmenter, batch: Batch, scores: Scores) -> Tensor:
     """Segments of a batch: (N,) bool, or float weights in [0, 1]; false or 0 at tokens that the policy did not sample.
 
     Raises:
-        ValueError: the segmenter's result has another shape or type, or is not in [0, 1].
+        ValueError: an argument has another type, or the segmenter's result has another shape or type, is not in [0, 1], or
+            opens no segment at the first token of a response. A user's segmenter is named with its file and line.
     """
-    name = f"the result of {type(segmenter).__name__}"
-    if batch.action_mask is None:
-        return checked_opens(name, segmenter(batch, scores), batch)
-    sampled, sampled_scores = sampled_only(batch, scores)
-    opens = checked_opens(name, segmenter(sampled, sampled_scores), sampled)
+    check_type("batch", batch, Batch)
+    check_type("scores", scores, Scores)
+    if not callable(segmenter):
+        raise ValueError(f"segmenter is {segmenter!r}, allowed: a Segmenter")
+    with named(segmenter):
+        if batch.action_mask is None:
+            return _checked_result(segmenter, batch, scores)
+        opens = _checked_result(segmenter, *sampled_only(batch, scores))
     return torch.zeros(batch.num_tokens, dtype=opens.dtype).masked_scatter(batch.action_mask, opens)
+
+
+def _checked_result(segmenter: Segmenter, batch: Batch, scores: Scores) -> Tensor:
+    name = f"the result of {type(segmenter).__name__}"
+    opens = checked_opens(name, segmenter(batch, scores), batch)
+    at_first_tokens = opens[batch.offsets[:-1]]
+    if not bool((at_first_tokens == 1).all()):
+        response = int((at_first_tokens != 1).nonzero()[0])
+        found = at_first_tokens[response].item()
+        raise ValueError(
+            f"{name} is {found} at the first token of response {response}, but the first token of each response opens a "
+            "segment: return opens.index_fill(0, batch.offsets[:-1], 1)"
+        )
+    return opens
 
 
 def checked_opens(name: str, opens: Tensor, batch: Batch) -> Tensor:
     """``opens``, unchanged. Raises ValueError unless it has one bool, or one float in [0, 1], per token of the batch."""
-    if opens.dtype != torch.bool and not opens.is_floating_point():
-        raise ValueError(f"{name} has type {opens.dtype}, allowed: bool, or float weights in [0, 1]")
-    if opens.dtype == torch.bool:
-        check_shape(name, opens, batch)
-    else:
-        check_tokens(name, opens, batch)
-        lowest, highest = (float(end) for end in opens.aminmax())
-        if lowest < 0 or highest > 1:
-            raise ValueError(f"{name} spans [{lowest}, {highest}], but a segmenter's weights must be in [0, 1]")
+    check_tensor(name, opens, dtypes=ANY)
+    check_shape(name, opens, batch)
+    check_weights(name, opens, batch.offsets)
     return opens
