@@ -22,8 +22,9 @@ def is_users(plug_in: object) -> bool:
     module = str(getattr(_definition(plug_in), "__module__", "builtins"))
     if module.partition(".")[0] not in ("sae_rl", "builtins"):
         return True
-    is_object = dataclasses.is_dataclass(plug_in) and not isinstance(plug_in, type)
-    return is_object and any(is_users(getattr(plug_in, field.name)) for field in dataclasses.fields(plug_in))
+    if not dataclasses.is_dataclass(plug_in) or isinstance(plug_in, type):
+        return False
+    return any(is_users(getattr(plug_in, field.name)) for field in dataclasses.fields(plug_in))
 
 
 @contextmanager
@@ -75,6 +76,6 @@ def _definition(plug_in: object) -> object:
 def _place(definition: object, error: Exception) -> str:
     """Where the error was raised; if that is outside of the user's code, such as for a wrong result: what was called."""
     place = place_in(error, str(getattr(definition, "__module__", None)))
-    called = getattr(definition, "__call__", None) if isinstance(definition, type) else definition
+    called = vars(definition).get("__call__") if isinstance(definition, type) else definition
     code = getattr(called, "__code__", None)
     return place or (f"{code.co_filename}, line {code.co_firstlineno}" if isinstance(code, CodeType) else "no source")

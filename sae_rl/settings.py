@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic_core import PydanticCustomError
 
 from sae_rl.names import imported, nearest
+from sae_rl.plugins import named
 
 T = TypeVar("T")
 
@@ -116,7 +117,10 @@ def member_of(table: Mapping[str, type[Any]], requires: str | None = None) -> Ca
             raise ValueError(f"{name} has no method __call__")
         if requires is not None and not hasattr(cls, requires):
             raise ValueError(f"{name} has no attribute {requires}, which must be true or false")
-        return from_knobs(cls, name, {knob: _with_members(value, build) for knob, value in knobs.items()})
+        member = from_knobs(cls, name, {knob: _with_members(value, build) for knob, value in knobs.items()})
+        if requires is not None and not isinstance(found := getattr(member, requires), bool):
+            raise ValueError(f"{name}.{requires} = {found!r}, but it must be true or false")
+        return member
 
     return build
 
@@ -135,6 +139,9 @@ def from_knobs(cls: type[T], name: str, knobs: Mapping[str, Any]) -> T:
         return TypeAdapter(cls).validate_python(knobs)
     except ValidationError as error:
         raise ValueError("; ".join(describe(error))) from None
+    except Exception:
+        with named(cls):  # a user's __post_init__ may raise anything
+            raise
 
 
 def _with_members(value: object, build: Callable[[object], object]) -> object:

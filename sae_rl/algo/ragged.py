@@ -119,10 +119,10 @@ def check_offsets(offsets: Tensor, flat: Tensor, its_name: str) -> None:
 
 @jit()
 def _ascends(ends: Any) -> Any:
+    ascends = True
     for i in range(ends.size - 1):
-        if ends[i + 1] <= ends[i]:
-            return False
-    return True
+        ascends &= ends[i + 1] > ends[i]
+    return ascends
 
 
 def check_finite(name: str, flat: Tensor, offsets: Tensor | None) -> None:

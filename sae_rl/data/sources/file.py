@@ -42,6 +42,15 @@ class FileSource(ShapedSource):
     def prompts(self, loader: Loader) -> list[Prompt]:
         return loader.load(self.path, self.reward, lambda: self._records(loader), self.num_prompts)
 
+    def first_record(self) -> Record | None:
+        if not Path(self.path).exists():
+            return None  # the loader says so; a data set on the hub would have to be downloaded
+        try:
+            records, _ = parse_rows(self.path, _Reader(self, lambda name: None), self.split, self.subset, limit=1)
+        except ValueError:
+            return None  # the loader says what is wrong
+        return records[0] if records else None
+
     def _records(self, loader: Loader) -> tuple[list[Record], list[str]]:
         """The good rows, and a line for each broken one. Raises ValueError if the file cannot be read."""
         reader = _Reader(self, loader.check_reward)
