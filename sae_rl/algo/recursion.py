@@ -74,32 +74,29 @@ def td_recursion(
             finite (the message names the response).
     """
     _check(rewards, values, weights, offsets, action_mask)
-    for name, found in (("gamma", gamma), ("lam", lam), ("value_lam", value_lam)):
-        _check_factor(name, found, values, 0 if name == "gamma" else offsets.numel() - 1)
+    num_responses = offsets.numel() - 1
     check_integer("num_threads", num_threads, 1)
     run = recursion_cpu.run
     if values.is_cuda:
         from sae_rl.algo.recursion_gpu import run
     out = _checked_out(out, values)
-    if final_values is None:
-        final_values = torch.zeros(offsets.numel() - 1, dtype=torch.float64, device=values.device)
-    else:
-        check_per_response("final_values", final_values, offsets.numel() - 1)
+    if final_values is not None:
+        check_per_response("final_values", final_values, num_responses)
     inputs = Inputs(
         rewards=rewards,
         values=values,
         weights=weights,
         offsets=offsets,
-        gamma=gamma,
-        lam=_as_tensor(lam, final_values),
-        value_lam=_as_tensor(value_lam, final_values),
-        final_values=final_values.double(),
+        gamma=_checked("gamma", gamma, values, 0),
+        lam=_per_response("lam", lam, values, num_responses),
+        value_lam=_per_response("value_lam", value_lam, values, num_responses),
+        final_values=_per_response("", 0, values, num_responses) if final_values is None else final_values.double(),
         action_mask=action_mask,
     )
     if not run(inputs, out, num_threads):
         check_finite("rewards", rewards, offsets)
         check_finite("values", values if action_mask is None else values.where(action_mask, 0.0), offsets)
-        check_finite("final_values", final_values, torch.arange(offsets.numel()))
+        check_finite("final_values", inputs.final_values, torch.arange(offsets.numel()))
         check_finite("the advantage", out[0], offsets)
     return out
 
@@ -117,28 +114,30 @@ def _check(rewards: Tensor, values: Tensor, weights: Tensor, offsets: Tensor, ac
         check_tensor("action_mask", action_mask, values, "values", BOOL)
 
 
-def _check_factor(name: str, found: object, values: Tensor, num_responses: int) -> None:
-    """Raises ValueError unless ``found`` is a number in [0, 1], or a tensor of them, one per token or per response.
+def _checked(name: str, found: float | Tensor, values: Tensor, num_responses: int) -> float | Tensor:
+    """``found``, unchanged. Raises ValueError unless it is a number in [0, 1], or a tensor of them per token or response.
 
     Args:
         num_responses: B; 0: the factor cannot be given per response.
     """
     if not isinstance(found, Tensor):
         check_number(name, found, 0, 1)
-        return
+        return found
     check_tensor(name, found)
     if found.shape != values.shape and not (num_responses and found.shape == (num_responses,)):
-        per_response = f"({num_responses},) per response, or " if num_responses else "or "
-        allowed = f"a number, {per_response}({values.numel()},) per token"
+        per_response = f"({num_responses},) per response, " if num_responses else ""
+        allowed = f"a number, {per_response}or ({values.numel()},) per token"
         raise ValueError(f"{name} has shape {tuple(found.shape)}, allowed: {allowed}")
     check_unit_interval(name, found, None, "it")
+    return found
 
 
-def _as_tensor(lam: float | Tensor, like: Tensor) -> Tensor:
-    """Lambda in float64, per response unless it is given per token."""
-    if not isinstance(lam, Tensor):
-        return torch.full_like(like, lam, dtype=torch.float64)
-    return lam.to(like.device, torch.float64)
+def _per_response(name: str, found: float | Tensor, values: Tensor, num_responses: int) -> Tensor:
+    """The checked numbers in float64: (B,) unless they are given per token."""
+    found = _checked(name, found, values, num_responses)
+    if isinstance(found, Tensor):
+        return found.to(values.device, torch.float64)
+    return torch.full((num_responses,), found, dtype=torch.float64, device=values.device)
 
 
 def _checked_out(out: Advantages | None, values: Tensor) -> Advantages:

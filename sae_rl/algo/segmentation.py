@@ -6,7 +6,7 @@ so ``opens.sum()`` is the number of segments. A soft segmenter returns weights i
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,12 +20,9 @@ from sae_rl.types import Batch, Scores, sampled_only
 class Segmenter(Protocol):
     """(batch, scores) -> opens (N,), bool, or float in [0, 1].
 
-    `segment` calls it with sampled tokens only. ``needs_entropies = True`` requests ``scores.entropies``, and
-    ``needs_old_logprobs = True`` requests ``scores.old_logprobs``; otherwise they may be None.
+    `segment` calls it with sampled tokens only. A class that sets ``needs_entropies = True`` is given ``scores.entropies``,
+    and with ``needs_old_logprobs = True`` ``scores.old_logprobs``; otherwise they may be None.
     """
-
-    needs_entropies: ClassVar[bool] = False
-    needs_old_logprobs: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor: ...
 
@@ -41,25 +38,25 @@ def segment(segmenter: Segmenter, batch: Batch, scores: Scores) -> Tensor:
     check_type("scores", scores, Scores)
     if not callable(segmenter):
         raise ValueError(f"segmenter is {segmenter!r}, allowed: a Segmenter")
-    with named(segmenter):
-        if batch.action_mask is None:
-            return _checked_result(segmenter, batch, scores)
-        opens = _checked_result(segmenter, *sampled_only(batch, scores))
+    if batch.action_mask is None:
+        return opens_of(segmenter, batch, scores)
+    opens = opens_of(segmenter, *sampled_only(batch, scores))
     return torch.zeros(batch.num_tokens, dtype=opens.dtype).masked_scatter(batch.action_mask, opens)
 
 
-def _checked_result(segmenter: Segmenter, batch: Batch, scores: Scores) -> Tensor:
+def opens_of(segmenter: Segmenter, batch: Batch, scores: Scores) -> Tensor:
+    """What a segmenter returns for a batch of sampled tokens, with the checks of `segment`."""
     name = f"the result of {type(segmenter).__name__}"
-    opens = checked_opens(name, segmenter(batch, scores), batch)
-    at_first_tokens = opens[batch.offsets[:-1]]
-    if not bool((at_first_tokens == 1).all()):
-        response = int((at_first_tokens != 1).nonzero()[0])
-        found = at_first_tokens[response].item()
-        raise ValueError(
-            f"{name} is {found} at the first token of response {response}, but the first token of each response opens a "
-            "segment: return opens.index_fill(0, batch.offsets[:-1], 1)"
-        )
-    return opens
+    with named(segmenter):
+        opens = checked_opens(name, segmenter(batch, scores), batch)
+        at_first_tokens = opens[batch.offsets[:-1]]
+        if not bool((at_first_tokens == 1).all()):
+            response = int((at_first_tokens != 1).nonzero()[0])
+            raise ValueError(
+                f"{name} is {at_first_tokens[response].item()} at the first token of response {response}, but the first token "
+                "of each response opens a segment: return opens.index_fill(0, batch.offsets[:-1], 1)"
+            )
+        return opens
 
 
 def checked_opens(name: str, opens: Tensor, batch: Batch) -> Tensor:

@@ -54,11 +54,7 @@ def segmental_advantages(
     """
     for name, value in {"p": p, "lam": lam, "gamma": gamma, "value_lam": value_lam}.items():
         check_number(name, value, 0, 1)
-    check_tensor("rewards", rewards)
-    check_tensor("values", values, rewards, "rewards")
-    check_tensor("logprobs", logprobs, rewards, "rewards")
-    if rewards.numel() == 0:
-        raise ValueError(f"rewards has shape {tuple(rewards.shape)}: there are no tokens")
+    _check(rewards, values=values, logprobs=logprobs)
     offsets = _checked_offsets(offsets, rewards)
     action_mask = None if mask is None else _as_bool(mask, rewards).flatten()
     advantages, returns = td_recursion(
@@ -74,6 +70,14 @@ def segmental_advantages(
         num_threads=torch.get_num_threads(),
     )
     return advantages.view(rewards.shape), returns.view(rewards.shape)
+
+
+def _check(rewards: Tensor, **others: Tensor) -> None:
+    check_tensor("rewards", rewards)
+    for name, tensor in others.items():
+        check_tensor(name, tensor, rewards, "rewards")
+    if rewards.numel() == 0:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}: there are no tokens")
 
 
 def _as_bool(mask: Tensor, rewards: Tensor) -> Tensor:

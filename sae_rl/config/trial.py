@@ -28,7 +28,7 @@ from sae_rl.rewards.verdict import Failed, Verifier, shown
 from sae_rl.tasks.table import make_task, try_task
 from sae_rl.types import Batch, Prompt, Rollout, Scores
 
-NUM_PROMPTS, LENGTHS = 3, (5, 1, 3)  # of the made-up batch; the tokens of its responses, in turns
+NUM_PROMPTS, LENGTHS = 3, (5, 1, 3)  # the made-up batch: its prompts, and the tokens of its responses in turns
 UNANSWERED = "I do not know."
 
 
@@ -40,8 +40,11 @@ class AnyText(str):
 
 
 def try_plug_ins(config: Config) -> list[str]:
-    """A line for each plug-in that raises an exception, or returns what a run would refuse. Each begins with the key."""
-    return [problem for trial in TRIALS for problem in trial(config)]
+    """Lines about plug-ins that raise an exception, or return what a run would refuse; each begins with the key.
+
+    The kinds are tried in their order up to the first with a problem, since later ones build on it.
+    """
+    return next((problems for trial in TRIALS if (problems := list(trial(config)))), [])
 
 
 def _algorithm(config: Config) -> Iterator[str]:
@@ -134,7 +137,7 @@ def _verifiers(config: Config) -> Iterator[str]:
     for key, source in _sources(config):
         reward = getattr(source, "reward", None)
         try:
-            if not reward or not (":" in reward or any(map(_is_users, configured.values()))):
+            if not reward or not (":" in reward or any(map(_has_users, configured.values()))):
                 continue
             resolve(reward, configured)  # raises for a path that cannot be imported
             record = source.first_record()
@@ -164,8 +167,12 @@ def _verifiers(config: Config) -> Iterator[str]:
 
 
 def _is_users(verifier: Verifier) -> bool:
-    """Whether a user wrote the verifier or one of its parts. Raises ValueError for a function that cannot be imported."""
-    return any(is_users(part.function() if isinstance(part, Function) else part) for part in parts_of(verifier))
+    """Whether a user wrote the verifier itself. Raises ValueError for a function that cannot be imported."""
+    return is_users(verifier.function() if isinstance(verifier, Function) else type(verifier))
+
+
+def _has_users(verifier: Verifier) -> bool:
+    return any(map(_is_users, parts_of(verifier)))
 
 
 def _sources(config: Config) -> Iterator[tuple[str, Source]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from sae_rl.names import imported
 from sae_rl.plugins import named
@@ -18,12 +18,12 @@ TASKS: dict[str, type[Task]] = {"countdown": Countdown, "level": Level}
 
 def task_class(name: str) -> type[Task]:
     """The task of that name in `TASKS`, or the user's at the import path. Raises ValueError if there is none."""
-    cls: type[Any] = imported(name) if ":" in name else TASKS[name]
+    cls: Any = imported(name) if ":" in name else TASKS[name]
     if not dataclasses.is_dataclass(cls):
         raise ValueError(f"{name} is not a dataclass; write it as a frozen dataclass whose fields are its knobs")
     if missing := [member for member in ("name", "words", "problem", "demonstration") if not hasattr(cls, member)]:
         raise ValueError(f"{name} has no {' and no '.join(missing)}; sae_rl.tasks.task.Task says what a task has")
-    return cls
+    return cast(type[Task], cls)
 
 
 def make_task(name: str, knobs: Mapping[str, Any]) -> Task:

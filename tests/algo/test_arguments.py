@@ -79,45 +79,74 @@ def test_discount_and_lambdas(call: Callable[..., object], name: str, mistake: s
 def test_gamma_has_no_value_per_response() -> None:
     with pytest.raises(ValueError, match=r"gamma has shape \(2,\), allowed: a number, or \(5,\) per token"):
         recursion(gamma=torch.ones(2))
-    with pytest.raises(ValueError, match=r"lam has shape \(3,\), allowed: a number, \(2,\) per response, or \(5,\) per"):
+    with pytest.raises(
+        ValueError, match=r"lam has shape \(3,\), allowed: a number, \(2,\) per response, or \(5,\) per"
+    ):
         recursion(lam=torch.ones(3))
 
 
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "no tensor": (lambda: recursion(rewards=[0.0] * N), "rewards is list, allowed: Tensor"),
-    "complex": (lambda: recursion(values=FLAT.to(torch.complex64)), "values has type torch.complex64, allowed: integers or"),
+    "complex": (
+        lambda: recursion(values=FLAT.to(torch.complex64)),
+        "values has type torch.complex64, allowed: integers or",
+    ),
     "padded": (lambda: recursion(values=torch.ones(2, 3)), r"values has shape \(2, 3\), allowed: \(N,\)"),
     "no tokens": (lambda: recursion(values=FLAT[:0]), r"values has shape \(0,\), allowed: \(N,\) with at least one"),
     "short rewards": (lambda: recursion(rewards=FLAT[:4]), r"rewards has shape \(4,\), but values has \(5,\)"),
     "short weights": (lambda: recursion(weights=MASK[:4]), r"weights has shape \(4,\), but values has \(5,\)"),
-    "counted weights": (lambda: recursion(weights=MASK.long()), r"weights has type torch.int64, allowed: bool, or float"),
-    "large weights": (lambda: recursion(weights=2 * FLAT), r"weights spans \[2.0, 2.0\], but a segmenter's weights must be"),
+    "counted weights": (
+        lambda: recursion(weights=MASK.long()),
+        r"weights has type torch.int64, allowed: bool, or float",
+    ),
+    "large weights": (
+        lambda: recursion(weights=2 * FLAT),
+        r"weights spans \[2.0, 2.0\], but a segmenter's weights must be",
+    ),
     "weights of nan": (lambda: recursion(weights=FLAT / 0 * 0), r"weights is nan at token 0 of response 0 \(5 of 5"),
     "a mask of floats": (lambda: recursion(action_mask=FLAT), "action_mask has type torch.float32, allowed: bool"),
     "a short mask": (lambda: recursion(action_mask=MASK[:2]), r"action_mask has shape \(2,\), but values has \(5,\)"),
-    "offsets of floats": (lambda: recursion(offsets=BATCH.offsets.float()), "offsets has type torch.float32, allowed: int"),
+    "offsets of floats": (
+        lambda: recursion(offsets=BATCH.offsets.float()),
+        "offsets has type torch.float32, allowed: int",
+    ),
     "offsets beyond": (lambda: recursion(offsets=torch.tensor([0, 3, 6])), r"from 0 to the 5 tokens of values, found"),
-    "offsets that fall": (lambda: recursion(offsets=torch.tensor([0, 6, 5])), "response 1 has -1 tokens according to off"),
+    "offsets that fall": (
+        lambda: recursion(offsets=torch.tensor([0, 6, 5])),
+        "response 1 has -1 tokens according to off",
+    ),
     "final values": (lambda: recursion(final_values=FLAT), r"final_values has shape \(5,\), but there are 2 responses"),
     "threads": (lambda: recursion(num_threads=0), "num_threads = 0, but it must be an integer of at least 1"),
     "out": (lambda: recursion(out=FLAT), "out is Tensor, allowed: a tuple of two tensors"),
     "a dict for a batch": (lambda: targets(batch={}), "batch is dict, allowed: Batch"),
     "a dict for scores": (lambda: targets(scores={}), "scores is dict, allowed: Scores"),
-    "rewards per response": (lambda: targets(token_rewards=BATCH.rewards), r"token_rewards has shape \(2,\), but the batch"),
+    "rewards per response": (
+        lambda: targets(token_rewards=BATCH.rewards),
+        r"token_rewards has shape \(2,\), but the batch",
+    ),
     "a list of segments": (lambda: targets(weights=[True] * N), "opens is list, allowed: Tensor"),
     "final scores": (
         lambda: targets(scores=replace(SCORES, final_values=torch.ones(N))),
         r"scores.final_values has shape \(5,\), but there are 2 responses",
     ),
     "a batch for a segmenter": (lambda: segment(LowProbability(), cast(Any, None), SCORES), "batch is NoneType"),
-    "scores for a segmenter": (lambda: segment(LowProbability(), BATCH, cast(Any, BATCH)), "scores is Batch, allowed: Sc"),
+    "scores for a segmenter": (
+        lambda: segment(LowProbability(), BATCH, cast(Any, BATCH)),
+        "scores is Batch, allowed: Sc",
+    ),
     "a class for a segmenter": (lambda: segment(cast(Any, 3), BATCH, SCORES), "segmenter is 3, allowed: a Segmenter"),
     "a name for an estimator": (
         lambda: estimate(cast(Any, "sae"), BATCH, SCORES, REWARDS, OPENS),
         "estimator is 'sae', allowed: an Estimator",
     ),
-    "an estimator's rewards": (lambda: estimate(GRPO(), BATCH, SCORES, REWARDS[:2], OPENS), r"token_rewards has shape \(2"),
-    "an estimator's segments": (lambda: estimate(GRPO(), BATCH, SCORES, REWARDS, 2 * FLAT), r"opens spans \[2.0, 2.0\]"),
+    "an estimator's rewards": (
+        lambda: estimate(GRPO(), BATCH, SCORES, REWARDS[:2], OPENS),
+        r"token_rewards has shape \(2",
+    ),
+    "an estimator's segments": (
+        lambda: estimate(GRPO(), BATCH, SCORES, REWARDS, 2 * FLAT),
+        r"opens spans \[2.0, 2.0\]",
+    ),
     "a mask of 2": (
         lambda: segmental_advantages(FLAT, FLAT, -FLAT, mask=2 * FLAT),
         "mask has numbers other than 0 and 1",
@@ -126,7 +155,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         lambda: segmental_advantages(FLAT, FLAT, -FLAT, out=(torch.ones(N, 2)[:, 0],) * 2),
         "out is not contiguous",
     ),
-    "logprobs as a list": (lambda: segmental_advantages(FLAT, FLAT, cast(Any, [0.0] * N)), "logprobs is list, allowed: T"),
+    "logprobs as a list": (
+        lambda: segmental_advantages(FLAT, FLAT, cast(Any, [0.0] * N)),
+        "logprobs is list, allowed: T",
+    ),
     "padded advantages": (lambda: Whitening()(FLAT[:, None]), r"advantages has shape \(5, 1\), allowed: \(N,\)"),
     "advantages of nan": (lambda: Whitening()(FLAT / 0 * 0), r"advantages is nan at token 0 \(5 of 5"),
     "clipped advantages of inf": (
@@ -134,14 +166,19 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         r"advantages is inf at token 0 \(5 of 5",
     ),
     "a mask for whitening": (lambda: Whitening()(FLAT, FLAT), "action_mask has type torch.float32, allowed: bool"),
-    "out of whitening": (lambda: Whitening()(FLAT, out=FLAT.double()), "out has type torch.float64, allowed: torch.float32"),
+    "out of whitening": (
+        lambda: Whitening()(FLAT, out=FLAT.double()),
+        "out has type torch.float64, allowed: torch.float32",
+    ),
     "rewards per token": (
         lambda: TokenRewards()(replace(BATCH, rewards=FLAT), SCORES),
         r"batch.rewards has shape \(5,\), but there are 2 responses",
     ),
     "values of a loss": (lambda: ValueLoss()(FLAT, FLAT, cast(Any, None)), "returns is NoneType, allowed: Tensor"),
     "counts of a loss": (
-        lambda: PolicyLoss()(PolicyTokens(logprobs=FLAT, old_logprobs=FLAT, advantages=FLAT, counts=torch.tensor([2, 2]))),
+        lambda: PolicyLoss()(
+            PolicyTokens(logprobs=FLAT, old_logprobs=FLAT, advantages=FLAT, counts=torch.tensor([2, 2]))
+        ),
         "counts sum to 4, but there are 5 tokens",
     ),
 }
@@ -270,6 +307,8 @@ def test_the_result_of_an_estimator_has_a_type() -> None:
         def __call__(self, *_: Any) -> Targets:
             return cast(Any, (FLAT, FLAT))
 
-    with pytest.raises(ValueError, match=r"test_arguments.py, line \d+\): the result of Pair is tuple, allowed: Targets"):
+    with pytest.raises(
+        ValueError, match=r"test_arguments.py, line \d+\): the result of Pair is tuple, allowed: Targets"
+    ):
         estimate(Pair(), BATCH, SCORES, REWARDS, OPENS)
     assert estimate(SAE(), BATCH, SCORES, REWARDS, OPENS).advantages.shape == (N,)
