@@ -94,11 +94,16 @@ def td_recursion(
         action_mask=action_mask,
     )
     if not run(inputs, out, num_threads):
-        check_finite("rewards", rewards, offsets)
-        check_finite("values", values if action_mask is None else values.where(action_mask, 0.0), offsets)
-        check_finite("final_values", inputs.final_values, torch.arange(offsets.numel()))
-        check_finite("the advantage", out[0], offsets)
+        _refuse_non_finite(inputs, out[0])
     return out
+
+
+def _refuse_non_finite(inputs: Inputs, advantages: Tensor) -> None:
+    offsets, values, action_mask = inputs.offsets, inputs.values, inputs.action_mask
+    check_finite("rewards", inputs.rewards, offsets)
+    check_finite("values", values if action_mask is None else values.where(action_mask, 0.0), offsets)
+    check_finite("final_values", inputs.final_values, torch.arange(offsets.numel()))
+    check_finite("the advantage", advantages, offsets)
 
 
 def _check(rewards: Tensor, values: Tensor, weights: Tensor, offsets: Tensor, action_mask: Tensor | None) -> None:

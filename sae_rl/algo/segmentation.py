@@ -53,8 +53,8 @@ def opens_of(segmenter: Segmenter, batch: Batch, scores: Scores) -> Tensor:
         if not bool((at_first_tokens == 1).all()):
             response = int((at_first_tokens != 1).nonzero()[0])
             raise ValueError(
-                f"{name} is {at_first_tokens[response].item()} at the first token of response {response}, but the first token "
-                "of each response opens a segment: return opens.index_fill(0, batch.offsets[:-1], 1)"
+                f"{name} is {at_first_tokens[response].item()} at the first token of response {response}, but the first "
+                "token of each response opens a segment: return opens.index_fill(0, batch.offsets[:-1], 1)"
             )
         return opens
 

@@ -64,8 +64,8 @@ def test_entropies_are_computed_only_when_something_asks_for_them(
         ("returns", "Broken needs a critic, but its returns are None: the critic would have no targets"),
         (
             "field",
-            r"tests.driver.plugins:Broken \(.*/plugins.py, line \d+: token_rewards = batch.lenghts .*\): AttributeError: 'Batch' "
-            "object has no attribute 'lenghts', did you mean 'lengths'. Batch has prompt_token_ids, .*, num_sampled, ",
+            r"tests.driver.plugins:Broken \(.*/plugins.py, line \d+: token_rewards = batch.lenghts .*\): AttributeError: "
+            "'Batch' object has no attribute 'lenghts', did you mean 'lengths'. Batch has prompt_token_ids, .*, num_sampled, ",
         ),
     ],
 )
