@@ -45,7 +45,10 @@ def named(plug_in: object) -> Iterator[None]:
 
 def said(error: BaseException) -> str:
     """What an exception says, in one line. For an attribute that one of our objects lacks, it lists those that there are."""
-    message = " ".join(str(error).split())
+    try:
+        message = " ".join(str(error).split())
+    except Exception as another:  # a user's __str__ may raise
+        message = f"(its message cannot be read: {type(another).__name__})"
     message = message if type(error) is ValueError else f"{type(error).__name__}: {message}"
     if not isinstance(error, AttributeError) or not type(error.obj).__module__.startswith("sae_rl."):
         return message

@@ -57,9 +57,8 @@ def td_recursion(
         weights: (N,) w_t, bool or float in [0, 1].
         offsets: (B+1,) int64 or int32, from 0 to N; each response has at least one token.
         gamma: discount in [0, 1]; a number, or (N,) per token.
-        lam: lambda of the advantages in [0, 1]; a number, (B,) per response, or (N,) per token. The lambda of a token
-            holds between it and the next sampled token of its response, so with weights of 1 it is lambda_t itself. If B = N,
-            each response has one token, and both readings are the same.
+        lam: lambda of the advantages in [0, 1]; a number, (B,) per response, or (N,) per token. That of a token holds
+            between it and the next sampled one. If B = N, each response has one token, and both readings are the same.
         value_lam: lambda of the critic's targets, as ``lam``.
         final_values: (B,) V after the last token. None: V = 0, the response is over.
         action_mask: (N,) bool, false at transparent tokens, whose advantages and targets are 0. None: all are sampled.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,9 @@ class Function:
             try:
                 score = float(returned)
             except (TypeError, ValueError):
-                raise ValueError(f"it returned {returned!r}, allowed: a number or a Verdict") from None
+                raise ValueError(f"returned {returned!r}, allowed: a number or a Verdict") from None
+            if not math.isfinite(score):
+                raise ValueError(f"returned the score {score}")
             return Verdict(score, f"{self.path} says {score:g}")
 
     def function(self) -> Callable[..., Any]:

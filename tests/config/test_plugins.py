@@ -181,8 +181,8 @@ REWARD_ERRORS = {
     "field": "mine_rewards:field (.*/mine_rewards.py, line 15: return answer.lenght): AttributeError: 'str' object has no",
     "raises": "mine_rewards:raises (.*line 19: return int.*): invalid literal for int() .* the right answer was '7', the "
     "response 'I do not know.'",
-    "nan": "ValueError: returned the score nan",
-    "nothing": "mine_rewards:nothing (.*/mine_rewards.py, line 26): it returned None, allowed: a number or a Verdict",
+    "nan": "mine_rewards:nan (.*line 22): returned the score nan",
+    "nothing": "mine_rewards:nothing (.*/mine_rewards.py, line 26): returned None, allowed: a number or a Verdict",
     "two": "mine_rewards:two (.*line 30): TypeError: two() takes 2 positional arguments but 3 were given",
     "sampled": "mine_rewards:Sampled (.*line 43: return Verdict.*): AttributeError: 'Sample' object has no attribute 'tokens'"
     ", did you mean 'num_tokens'? Sample has prompt, response, answer, num_tokens, truncated",
