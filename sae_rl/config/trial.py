@@ -161,7 +161,8 @@ def _verifiers(config: Config) -> Iterator[str]:
         yield f"rewards.verifiers: {error}"
         return
     for (key, rollout), outcome in zip(asked, outcomes, strict=True):
-        if isinstance(outcome, Failed):
+        if isinstance(outcome, Failed) and rollout.prompt.reward in tried:
+            del tried[rollout.prompt.reward]  # one line for each verifier
             right = shown(rollout.prompt.answer)
             yield f"{key}: {outcome.why}; the right answer was {right}, the response {shown(rollout.text)}"
 

@@ -325,8 +325,7 @@ def test_a_verifier(how: str, tmp_path: Path) -> None:
     deadline = ["rewards.deadline_s=0.5"] if how == "slow" else []
     found = refused(*data_in(tmp_path), VERIFIERS, f"task.train.reward={name}", *deadline)
     pattern = re.escape(REWARD_ERRORS[how]).replace(r"\.\*", ".*")
-    line = next((line for line in found.splitlines() if re.search(pattern, line)), None)
-    assert line is not None and line.startswith("task.train.reward: "), found
+    assert re.search(pattern, found) and found.startswith("task.train.reward: ") and "\n" not in found, found
 
 
 def test_a_good_verifier_is_called_with_the_first_problem_of_its_source(tmp_path: Path) -> None:
