@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from sae_rl.plugins import place_in, said
+
 NEAREST = ("did you mean", "allowed")  # how the hints of `nearest` begin
 MAX_PATHS = 5  # that one message lists
 
@@ -40,8 +42,11 @@ def imported(path: str) -> Any:
     module, _, name = path.partition(":")
     try:
         found = vars(importlib.import_module(module))
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"cannot import {path!r}: {error}") from error
+    except Exception as error:  # a user's module may raise anything
+        place = place_in(error, module)
+        advice = "; put its folder into PYTHONPATH" if isinstance(error, ModuleNotFoundError) and not place else ""
+        told = f"{place}: {said(error)}" if place else str(error)
+        raise ValueError(f"cannot import {path!r}: {told}{advice}") from error
     if name not in found:
         raise ValueError(f"cannot import {path!r}: module {module} has no {name!r}, {nearest(name, found)}")
     return found[name]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from pydantic_core import PydanticCustomError
 
 from sae_rl.names import NEAREST, imported, nearest, paths_to, unknown_member
+from sae_rl.plugins import named
 
 T = TypeVar("T")
 
@@ -122,7 +123,10 @@ def member_of(
             raise ValueError(f"{name} has no method __call__")
         if requires is not None and not hasattr(cls, requires):
             raise ValueError(f"{name} has no attribute {requires}, which must be true or false")
-        return from_knobs(cls, name, {knob: _with_members(value, build) for knob, value in knobs.items()}, hint_at)
+        member = from_knobs(cls, name, {knob: _with_members(value, build) for knob, value in knobs.items()}, hint_at)
+        if requires is not None and not isinstance(found := getattr(member, requires), bool):
+            raise ValueError(f"{name}.{requires} = {found!r}, but it must be true or false")
+        return member
 
     def hint_at(name: str, knob: str) -> str:
         """Where a knob belongs that the member ``name`` does not have."""
@@ -156,6 +160,9 @@ def from_knobs(
         return TypeAdapter(cls).validate_python(knobs)
     except ValidationError as error:
         raise ValueError("; ".join(describe(error))) from None
+    except Exception:
+        with named(cls):  # a user's __post_init__ may raise anything
+            raise
 
 
 def _with_members(value: object, build: Callable[[object], object]) -> object:

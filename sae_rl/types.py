@@ -101,7 +101,7 @@ class Batch:
     rewards: Tensor  # (B,) float32, R(x, y) of the whole response
     groups: Tensor  # (B,) int64, responses to the same prompt share a number
     truncated: Tensor  # (B,) bool, cut at the length limit
-    temperature: float
+    temperature: float  # at which the policy sampled
     # (N,) bool; False: the policy did not sample the token, as in a tool's output. The networks read such a token, but it
     # has no advantage and no loss, and its logprobs and values are 0. None: the policy sampled all tokens.
     action_mask: Tensor | None = None
@@ -144,10 +144,12 @@ class Batch:
 
     @property
     def num_responses(self) -> int:
+        """B."""
         return self.offsets.numel() - 1
 
     @property
     def num_tokens(self) -> int:
+        """N."""
         return self.token_ids.numel()
 
     @property

@@ -14,10 +14,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from sae_rl.algo.ragged import check_tokens, response_sums
+from sae_rl.algo.ragged import check_per_response, check_tokens, check_type, response_sums
 from sae_rl.algo.recursion import td_recursion
 from sae_rl.algo.segmentation import checked_opens
 from sae_rl.knobs import Knobs, flag, number
+from sae_rl.plugins import named
 from sae_rl.types import Batch, Scores, Targets
 
 GROUP_STD_EPSILON = 1e-6
@@ -39,10 +40,22 @@ def estimate(estimator: Estimator, batch: Batch, scores: Scores, token_rewards: 
     """Calls the estimator and checks its targets, so that no NaN reaches an update.
 
     Raises:
-        ValueError: advantages or critic targets are missing, have another shape, or are not finite.
+        ValueError: an argument has another type, shape or range; advantages or critic targets are missing, have another
+            shape, or are not finite. A user's estimator is named with its file and line.
     """
-    targets = estimator(batch, scores, token_rewards, opens)
+    check_type("batch", batch, Batch)
+    check_type("scores", scores, Scores)
+    check_tokens("token_rewards", token_rewards, batch)
+    checked_opens("opens", opens, batch)
+    if not callable(estimator):
+        raise ValueError(f"estimator is {estimator!r}, allowed: an Estimator")
+    with named(estimator):
+        return _checked_targets(estimator, estimator(batch, scores, token_rewards, opens), batch)
+
+
+def _checked_targets(estimator: Estimator, targets: Targets, batch: Batch) -> Targets:
     name = type(estimator).__name__
+    check_type(f"the result of {name}", targets, Targets)
     check_tokens(f"{name}'s advantages", targets.advantages, batch)
     if targets.returns is not None:
         check_tokens(f"{name}'s returns", targets.returns, batch)
@@ -158,13 +171,19 @@ def td_targets(
         gamma, lam, value_lam: as in `td_recursion`.
 
     Raises:
-        ValueError: ``scores.values`` is None; or an input has another shape, is not finite, or is not in [0, 1].
+        ValueError: ``scores.values`` is None; or an input has another type or shape, is not finite, or is not in [0, 1].
     """
+    check_type("batch", batch, Batch)
+    check_type("scores", scores, Scores)
     if scores.values is None:
         raise ValueError("scores.values is None, but this estimator needs a critic: train one, or choose grpo")
     _check_inputs(batch, scores, token_rewards)
     check_tokens("scores.values", scores.values, batch)
     checked_opens("opens", weights, batch)
+    final_values = scores.final_values
+    if final_values is not None:
+        check_per_response("scores.final_values", final_values, batch.num_responses)
+        final_values = final_values.double() * batch.truncated
     advantages, returns = td_recursion(
         token_rewards,
         scores.values,
@@ -173,7 +192,7 @@ def td_targets(
         gamma=gamma,
         lam=lam,
         value_lam=value_lam,
-        final_values=None if scores.final_values is None else scores.final_values.double() * batch.truncated,
+        final_values=final_values,
         action_mask=batch.action_mask,
         num_threads=torch.get_num_threads(),
     )

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from sae_rl.algo.corrections import ImportanceCorrection
 from sae_rl.algo.kl import KL_LOSSES, MAX_LOG_RATIO, KLName, k3
-from sae_rl.algo.ragged import response_sums
+from sae_rl.algo.ragged import check_per_response, check_tensor, check_type, response_sums
 from sae_rl.knobs import Knobs, choice, integer, number
 
+PER_TOKEN = ("logprobs", "old_logprobs", "advantages", "ref_logprobs", "entropies", "rollout_logprobs")
+REQUIRED = ("old_logprobs", "advantages", "old_values", "returns")
 # Coefficient of `PolicyLoss` -> the field of `PolicyTokens` that it needs.
 NEEDED = {"kl_coef": "ref_logprobs", "entropy_coef": "entropies", "positive_nll_coef": "rewards"}
 Surrogate = Literal["ppo", "gspo", "cispo"]
@@ -97,14 +99,21 @@ class PolicyLoss(Knobs):
             )
 
     def __call__(self, tokens: PolicyTokens) -> LossSum:
-        """The loss of a micro-batch. Raises ValueError if a term or the correction needs a tensor that is None."""
+        """The loss of a micro-batch.
+
+        Raises:
+            ValueError: a term or the correction needs a tensor that is None, or a tensor has another type or shape. Numbers
+                that are not finite are not looked for; they make the loss non-finite, and the caller skips its update.
+        """
+        check_type("tokens", tokens, PolicyTokens)
         for key, needed in NEEDED.items():
             value = getattr(self, key)
             if value > 0 and getattr(tokens, needed) is None:
                 raise ValueError(f"PolicyLoss.{key} = {value}, but {needed} is None: set {key} to 0 or pass them")
-        given = (tokens.ref_logprobs, tokens.entropies, tokens.rollout_logprobs)
-        _check_shapes(tokens.logprobs, tokens.old_logprobs, tokens.advantages, *given)
+        _check_shapes({name: getattr(tokens, name) for name in PER_TOKEN})
         counts = tokens.counts
+        if counts is not None:
+            _check_counts(counts, tokens)
         if counts is None:
             counts = torch.tensor([tokens.logprobs.numel()], device=tokens.logprobs.device)
         objective, stats = self._surrogate(tokens, counts)
@@ -188,8 +197,8 @@ class ValueLoss(Knobs):
     value_clip: float | None = number(None, low=0, above_low=True, optional=True)  # None: no clipping
 
     def __call__(self, values: Tensor, old_values: Tensor, returns: Tensor) -> LossSum:
-        """The loss of a micro-batch; all inputs are (n,)."""
-        _check_shapes(values, old_values, returns)
+        """The loss of a micro-batch; all inputs are (n,). Raises ValueError for another type or shape."""
+        _check_shapes({"values": values, "old_values": old_values, "returns": returns})
         errors = clipped_errors = (values - returns).square() / 2
         if self.value_clip is not None:
             clipped = old_values + (values - old_values).clamp(-self.value_clip, self.value_clip)
@@ -208,7 +217,23 @@ def _loss_sum(loss: Tensor, stats: dict[str, Tensor]) -> LossSum:
     return LossSum(loss, {name: value.detach().float() for name, value in stats.items()})
 
 
-def _check_shapes(first: Tensor, *others: Tensor | None) -> None:
+def _check_shapes(tensors: dict[str, Tensor | None]) -> None:
     """All tensors must be flat and equally long: (n,) and (n, 1) would silently broadcast to (n, n)."""
-    shapes = [tuple(other.shape) for other in (first, *others) if other is not None]
-    assert first.dim() == 1 and len(set(shapes)) == 1, f"a loss needs flat tensors of one length, found {shapes}"
+    (name, first), *others = tensors.items()
+    check_type(name, first, Tensor)
+    assert first is not None
+    if first.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(first.shape)}, but a loss needs flat tensors (n,)")
+    for other, tensor in others:
+        if tensor is not None or other in REQUIRED:
+            check_tensor(other, tensor, first, name)  # type: ignore[arg-type]
+
+
+def _check_counts(counts: Tensor, tokens: PolicyTokens) -> None:
+    check_type("counts", counts, Tensor)
+    if counts.dim() != 1 or counts.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"counts is {counts.dtype} of shape {tuple(counts.shape)}, allowed: (b,) of int64 or int32")
+    if tokens.rewards is not None:
+        check_per_response("rewards", tokens.rewards, counts.numel())
+    if not counts.is_cuda and int(counts.sum()) != tokens.logprobs.numel():  # on a GPU the sum would be waited for
+        raise ValueError(f"counts sum to {int(counts.sum())}, but there are {tokens.logprobs.numel()} tokens")

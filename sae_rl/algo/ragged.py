@@ -10,6 +10,8 @@ from torch import Tensor
 from sae_rl.algo.jit import empty, jit
 from sae_rl.types import Batch
 
+NUMBERS, BOOL, ANY = "integers or floats", "bool", "bool, integers or floats"  # types of tensors
+
 
 def last_tokens(offsets: Tensor) -> Tensor:
     """(B,) index of the last token of each response."""
@@ -33,8 +35,37 @@ def sampled_tokens(flat: Tensor, batch: Batch) -> Tensor:
     return flat if batch.action_mask is None else flat[batch.action_mask]
 
 
+def check_type(name: str, found: object, kind: type) -> None:
+    """Raises ValueError unless ``found`` is a ``kind``."""
+    if not isinstance(found, kind):
+        raise ValueError(f"{name} is {type(found).__name__}, allowed: {kind.__name__}")
+
+
+def check_tensor(
+    name: str, found: Tensor, like: Tensor | None = None, its_name: str = "", dtypes: str = NUMBERS
+) -> None:
+    """Raises ValueError unless ``found`` is a tensor of these types, with the shape and the device of ``like``."""
+    check_type(name, found, Tensor)
+    dtype = found.dtype
+    is_bool = dtype is torch.bool
+    if (is_bool and dtypes == NUMBERS) or (not is_bool and (dtypes == BOOL or dtype.is_complex)):
+        raise ValueError(f"{name} has type {dtype}, allowed: {dtypes}")
+    if like is not None and found.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(found.shape)}, but {its_name} has {tuple(like.shape)}")
+    if like is not None and found.device != like.device:
+        raise ValueError(f"{name} is on {found.device}, but {its_name} is on {like.device}")
+
+
+def check_per_response(name: str, found: Tensor, num_responses: int, dtypes: str = NUMBERS) -> None:
+    """Raises ValueError unless ``found`` is a tensor of these types with one entry per response."""
+    check_tensor(name, found, dtypes=dtypes)
+    if found.shape != (num_responses,):
+        raise ValueError(f"{name} has shape {tuple(found.shape)}, but there are {num_responses} responses")
+
+
 def check_tokens(name: str, flat: Tensor, batch: Batch) -> None:
     """Raises ValueError unless ``flat`` has one finite number per response token; names the first bad response."""
+    check_tensor(name, flat)
     check_shape(name, flat, batch)
     check_finite(name, flat, batch.offsets)
 
@@ -47,17 +78,66 @@ def check_shape(name: str, flat: Tensor, batch: Batch) -> None:
         raise ValueError(f"{name} has shape {tuple(flat.shape)}, but the batch has {batch.num_tokens} response tokens")
 
 
-def check_finite(name: str, flat: Tensor, offsets: Tensor) -> None:
+def check_weights(name: str, weights: Tensor, offsets: Tensor) -> None:
+    """Raises ValueError unless ``weights`` is a tensor of bool, or of float in [0, 1]."""
+    check_type(name, weights, Tensor)
+    if weights.dtype is torch.bool:
+        return
+    if not weights.is_floating_point():
+        raise ValueError(f"{name} has type {weights.dtype}, allowed: bool, or float weights in [0, 1]")
+    check_unit_interval(name, weights, offsets, "a segmenter's weights")
+
+
+def check_unit_interval(name: str, flat: Tensor, offsets: Tensor | None, what: str) -> None:
+    """Raises ValueError unless all numbers of a tensor are in [0, 1]. It reads the tensor once."""
+    lowest, highest = (float(end) for end in flat.aminmax())
+    if not (lowest >= 0 and highest <= 1):
+        check_finite(name, flat, offsets)
+        raise ValueError(f"{name} spans [{lowest}, {highest}], but {what} must be in [0, 1]")
+
+
+def check_offsets(offsets: Tensor, flat: Tensor, its_name: str) -> None:
+    """Raises ValueError unless ``offsets`` (B+1,) are integers that cut (N,) tokens into responses of at least one token."""
+    check_type("offsets", offsets, Tensor)
+    num_tokens = flat.numel()
+    if offsets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"offsets has type {offsets.dtype}, allowed: int64 or int32")
+    ends = offsets.cpu().numpy()
+    if ends.ndim != 1 or ends.size < 2 or ends[0] != 0 or ends[-1] != num_tokens:
+        flat_ends = ends.ravel()
+        raise ValueError(
+            f"offsets must be (B+1,) from 0 to the {num_tokens} tokens of {its_name}, found shape {ends.shape}, "
+            f"{flat_ends[:1].tolist()} to {flat_ends[-1:].tolist()}"
+        )
+    if not _ascends(ends):
+        lengths = ends[1:] - ends[:-1]
+        response = int((lengths <= 0).argmax())
+        raise ValueError(
+            f"response {response} has {lengths[response]} tokens according to offsets, allowed: at least 1"
+        )
+
+
+@jit()
+def _ascends(ends: Any) -> Any:
+    ascends = True
+    for i in range(ends.size - 1):
+        ascends &= ends[i + 1] > ends[i]
+    return ascends
+
+
+def check_finite(name: str, flat: Tensor, offsets: Tensor | None) -> None:
     """Raises ValueError if a number of the (N,) tensor is not finite; names the first bad response."""
     if bool(flat.sum(dtype=torch.float32).isfinite()):
         return  # NaN and infinity would have made the sum non-finite; the sum is far cheaper than `isfinite` per number
     bad = ~flat.isfinite()
     if bool(bad.any()):
         token = int(bad.nonzero()[0])
-        response = int(torch.searchsorted(offsets, token, right=True)) - 1
-        position = token - int(offsets[response])
+        place = f"token {token}"
+        if offsets is not None:
+            response = int(torch.searchsorted(offsets, token, right=True)) - 1
+            place = f"token {token - int(offsets[response])} of response {response}"
         raise ValueError(
-            f"{name} is {float(flat[token])} at token {position} of response {response} "
+            f"{name} is {float(flat[token])} at {place} "
             f"({int(bad.sum())} of {flat.numel()} tokens are not finite); check where {name} was computed"
         )
 

@@ -30,8 +30,8 @@ class Inputs(NamedTuple):
     weights: Tensor  # (N,)
     offsets: Tensor  # (B+1,)
     gamma: float | Tensor  # a number, or (N,)
-    lam: Tensor  # (B,) float64
-    value_lam: Tensor  # (B,) float64
+    lam: Tensor  # (B,) or (N,) float64
+    value_lam: Tensor  # (B,) or (N,) float64
     final_values: Tensor  # (B,) float64
     action_mask: Tensor | None  # (N,)
 
@@ -46,27 +46,38 @@ class Tokens(NamedTuple):
     returns: Any
 
 
+class Lambdas(NamedTuple):
+    """Lambda of the advantages and of the critic's targets: (N,) arrays."""
+
+    lam: Any
+    value_lam: Any
+
+
 class Responses(NamedTuple):
     """Arrays with one number per response."""
 
     offsets: Any  # (B+1,)
-    lam: Any  # (B,)
-    value_lam: Any  # (B,)
+    lam: Any  # (B,); not read if lambda differs by token
+    value_lam: Any  # (B,); the same
     final_values: Any  # (B,)
 
 
 @jit(forceinline=True)
-def _step(t: Any, tokens: Any, is_soft: Any, gamma: Any, gammas: Any, action_mask: Any, decays: Any, state: Any) -> Any:
+def _step(
+    t: Any, tokens: Any, is_soft: Any, gamma: Any, gammas: Any, lambdas: Any, action_mask: Any, decays: Any, state: Any
+) -> Any:
     """Goes from token t + 1 to token t. numba removes the branches of arguments that are None.
 
     The state holds A_{t+1} under lam and under value_lam, V_{t+1}, gamma lambda_t for both, and the sum of rewards at the
-    transparent tokens passed since the last sampled one.
+    transparent tokens passed since the last sampled one. Where lambda differs by token, it holds w_{t+1} for gamma lambda_t.
     """
     advantage, value_advantage, next_value, decay, value_decay, carried_reward = state
     if action_mask is not None:  # noqa: SIM102 (numba removes a branch only if it tests for None alone)
         if not action_mask[t]:
             tokens.advantages[t] = tokens.returns[t] = 0.0
             return advantage, value_advantage, next_value, decay, value_decay, carried_reward + tokens.rewards[t]
+    if lambdas is not None:
+        decay, value_decay = gamma * lambdas.lam[t] ** decay, gamma * lambdas.value_lam[t] ** value_decay
     discount = gamma
     if gammas is not None:  # then gamma is 1, and the decays do not include the discount
         discount = gammas[t]
@@ -80,6 +91,9 @@ def _step(t: Any, tokens: Any, is_soft: Any, gamma: Any, gammas: Any, action_mas
     value_advantage = delta + value_decay * value_advantage
     tokens.advantages[t] = advantage
     tokens.returns[t] = value_advantage + value
+    if lambdas is not None:
+        weight = np.float64(tokens.weights[t])
+        return advantage, value_advantage, value, weight, weight, 0.0
     if is_soft is None:
         opens = np.uintp(tokens.weights[t])
         decay, value_decay = decays[0, opens], decays[1, opens]  # a table lookup is faster than a branch
@@ -102,7 +116,15 @@ def _begin(response: Any, responses: Any, gamma: Any, decays: Any) -> Any:
 
 @jit()
 def _backward(
-    tokens: Any, responses: Any, is_soft: Any, gamma: Any, gammas: Any, action_mask: Any, first: int, last: int
+    tokens: Any,
+    responses: Any,
+    is_soft: Any,
+    gamma: Any,
+    gammas: Any,
+    lambdas: Any,
+    action_mask: Any,
+    first: int,
+    last: int,
 ) -> bool:
     """Computes responses ``first .. last - 1``; returns whether all their advantages are finite.
 
@@ -130,16 +152,16 @@ def _backward(
             while t_a > stop:
                 t_a -= one
                 t_b -= one
-                a = _step(t_a, tokens, is_soft, gamma, gammas, action_mask, decays_a, a)
-                b = _step(t_b, tokens, is_soft, gamma, gammas, action_mask, decays_b, b)
+                a = _step(t_a, tokens, is_soft, gamma, gammas, lambdas, action_mask, decays_a, a)
+                b = _step(t_b, tokens, is_soft, gamma, gammas, lambdas, action_mask, decays_b, b)
         elif t_a > start_a:  # the last response runs alone
             while t_a > start_a:
                 t_a -= one
-                a = _step(t_a, tokens, is_soft, gamma, gammas, action_mask, decays_a, a)
+                a = _step(t_a, tokens, is_soft, gamma, gammas, lambdas, action_mask, decays_a, a)
         elif t_b > start_b:
             while t_b > start_b:
                 t_b -= one
-                b = _step(t_b, tokens, is_soft, gamma, gammas, action_mask, decays_b, b)
+                b = _step(t_b, tokens, is_soft, gamma, gammas, lambdas, action_mask, decays_b, b)
         elif upcoming == last:
             return finite
 
@@ -155,18 +177,24 @@ def run(inputs: Inputs, out: tuple[Tensor, Tensor], num_threads: int) -> bool:
         out[0].numpy(),
         out[1].numpy(),
     )
+    lam, value_lam = inputs.lam, inputs.value_lam
     responses = Responses(
         _array(inputs.offsets, torch.int64),
-        _array(inputs.lam, torch.float64),
-        _array(inputs.value_lam, torch.float64),
+        _array(lam, torch.float64),
+        _array(value_lam, torch.float64),
         _array(inputs.final_values, torch.float64),
     )
+    num_responses = inputs.offsets.numel() - 1
+    lambdas = None
+    if lam.numel() != num_responses or value_lam.numel() != num_responses:
+        lambdas = Lambdas(*(_array(per_token(each, inputs.offsets), torch.float64) for each in (lam, value_lam)))
     arguments = (
         tokens,
         responses,
         None if is_hard else True,
         float(gamma) if not isinstance(gamma, Tensor) else 1.0,
         _array(gamma, torch.float64) if isinstance(gamma, Tensor) else None,
+        lambdas,
         None if action_mask is None else _array(action_mask, torch.bool),
     )
     num_threads = max(1, min(num_threads, inputs.values.numel() // TOKENS_PER_THREAD))
@@ -174,6 +202,11 @@ def run(inputs: Inputs, out: tuple[Tensor, Tensor], num_threads: int) -> bool:
     others = [_pool(num_threads - 1).submit(_backward, *arguments, a, b) for a, b in pairwise(cuts[1:])]
     finite = [_backward(*arguments, cuts[0], cuts[1]), *(part.result() for part in others)]
     return all(finite)
+
+
+def per_token(lam: Tensor, offsets: Tensor) -> Tensor:
+    """(N,) lambda, which is given as (B,) per response or as (N,) per token."""
+    return lam if lam.numel() != offsets.numel() - 1 else lam.repeat_interleave(offsets.diff())
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from sae_rl.algo.recursion_cpu import Inputs
+from sae_rl.algo.recursion_cpu import Inputs, per_token
 
 BLOCK_TOKENS = 1024
 
@@ -40,18 +40,18 @@ def run(inputs: Inputs, out: tuple[Tensor, Tensor], num_threads: int) -> bool:
     """As `recursion_cpu.run`; ``num_threads`` has no effect."""
     rewards, values, weights, offsets, gamma, lam, value_lam, final_values, action_mask = inputs
     offsets = offsets.to(values.device, torch.int64)
+    lam, value_lam = per_token(lam, offsets), per_token(value_lam, offsets)
     if action_mask is not None:  # drop the transparent tokens; `out` is 0 there
         rewards, offsets = _rewards_of_sampled_tokens(rewards, offsets, action_mask)
         values, weights = values[action_mask], weights[action_mask]
+        lam, value_lam = lam[action_mask], value_lam[action_mask]
         gamma = gamma[action_mask] if isinstance(gamma, Tensor) else gamma
     lengths, ends, exact = offsets.diff(), offsets[1:], values.double()
     next_values = torch.cat([exact[1:], exact.new_zeros(1)])
     next_weights = torch.cat([weights[1:], weights.new_zeros(1)]).double()
     next_values[ends[lengths > 0] - 1] = final_values[lengths > 0]
     deltas = rewards.double() + gamma * next_values - exact
-    advantages, value_advantages = (
-        _scan(deltas, gamma * lams.repeat_interleave(lengths) ** next_weights, offsets) for lams in (lam, value_lam)
-    )
+    advantages, value_advantages = (_scan(deltas, gamma * lams**next_weights, offsets) for lams in (lam, value_lam))
     for part, computed in zip(out, (advantages, value_advantages + exact), strict=True):
         if action_mask is None:
             part.copy_(computed)

@@ -6,12 +6,13 @@ so ``opens.sum()`` is the number of segments. A soft segmenter returns weights i
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from sae_rl.algo.ragged import check_shape, check_tokens
+from sae_rl.algo.ragged import ANY, check_shape, check_tensor, check_type, check_weights
+from sae_rl.plugins import named
 from sae_rl.types import Batch, Scores, sampled_only
 
 
@@ -19,12 +20,9 @@ from sae_rl.types import Batch, Scores, sampled_only
 class Segmenter(Protocol):
     """(batch, scores) -> opens (N,), bool, or float in [0, 1].
 
-    `segment` calls it with sampled tokens only. ``needs_entropies = True`` requests ``scores.entropies``, and
-    ``needs_old_logprobs = True`` requests ``scores.old_logprobs``; otherwise they may be None.
+    `segment` calls it with sampled tokens only. A class that sets ``needs_entropies = True`` is given ``scores.entropies``,
+    and with ``needs_old_logprobs = True`` ``scores.old_logprobs``; otherwise they may be None.
     """
-
-    needs_entropies: ClassVar[bool] = False
-    needs_old_logprobs: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor: ...
 
@@ -33,25 +31,37 @@ def segment(segmenter: Segmenter, batch: Batch, scores: Scores) -> Tensor:
     """Segments of a batch: (N,) bool, or float weights in [0, 1]; false or 0 at tokens that the policy did not sample.
 
     Raises:
-        ValueError: the segmenter's result has another shape or type, or is not in [0, 1].
+        ValueError: an argument has another type, or the segmenter's result has another shape or type, is not in [0, 1], or
+            opens no segment at the first token of a response. A user's segmenter is named with its file and line.
     """
-    name = f"the result of {type(segmenter).__name__}"
+    check_type("batch", batch, Batch)
+    check_type("scores", scores, Scores)
+    if not callable(segmenter):
+        raise ValueError(f"segmenter is {segmenter!r}, allowed: a Segmenter")
     if batch.action_mask is None:
-        return checked_opens(name, segmenter(batch, scores), batch)
-    sampled, sampled_scores = sampled_only(batch, scores)
-    opens = checked_opens(name, segmenter(sampled, sampled_scores), sampled)
+        return opens_of(segmenter, batch, scores)
+    opens = opens_of(segmenter, *sampled_only(batch, scores))
     return torch.zeros(batch.num_tokens, dtype=opens.dtype).masked_scatter(batch.action_mask, opens)
+
+
+def opens_of(segmenter: Segmenter, batch: Batch, scores: Scores) -> Tensor:
+    """What a segmenter returns for a batch of sampled tokens, with the checks of `segment`."""
+    name = f"the result of {type(segmenter).__name__}"
+    with named(segmenter):
+        opens = checked_opens(name, segmenter(batch, scores), batch)
+        at_first_tokens = opens[batch.offsets[:-1]]
+        if not bool((at_first_tokens == 1).all()):
+            response = int((at_first_tokens != 1).nonzero()[0])
+            raise ValueError(
+                f"{name} is {at_first_tokens[response].item()} at the first token of response {response}, but the first "
+                "token of each response opens a segment: return opens.index_fill(0, batch.offsets[:-1], 1)"
+            )
+        return opens
 
 
 def checked_opens(name: str, opens: Tensor, batch: Batch) -> Tensor:
     """``opens``, unchanged. Raises ValueError unless it has one bool, or one float in [0, 1], per token of the batch."""
-    if opens.dtype != torch.bool and not opens.is_floating_point():
-        raise ValueError(f"{name} has type {opens.dtype}, allowed: bool, or float weights in [0, 1]")
-    if opens.dtype == torch.bool:
-        check_shape(name, opens, batch)
-    else:
-        check_tokens(name, opens, batch)
-        lowest, highest = (float(end) for end in opens.aminmax())
-        if lowest < 0 or highest > 1:
-            raise ValueError(f"{name} spans [{lowest}, {highest}], but a segmenter's weights must be in [0, 1]")
+    check_tensor(name, opens, dtypes=ANY)
+    check_shape(name, opens, batch)
+    check_weights(name, opens, batch.offsets)
     return opens

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_rl.algo.jit import jit
 from sae_rl.algo.ragged import below, check_shape, check_tokens, positions
-from sae_rl.algo.segmentation import Segmenter
+from sae_rl.algo.segmentation import Segmenter, opens_of
 from sae_rl.knobs import Knobs, check_integer, choice, integer, number
 from sae_rl.types import Batch, Scores
 
@@ -191,15 +191,15 @@ class Union(Knobs, Segmenter):
             raise ValueError("Union.members is empty, but it must hold at least one segmenter")
 
     @property
-    def needs_entropies(self) -> bool:  # type: ignore[override]
-        return any(member.needs_entropies for member in self.members)
+    def needs_entropies(self) -> bool:
+        return any(getattr(member, "needs_entropies", False) for member in self.members)
 
     @property
-    def needs_old_logprobs(self) -> bool:  # type: ignore[override]
+    def needs_old_logprobs(self) -> bool:
         return any(getattr(member, "needs_old_logprobs", False) for member in self.members)
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor:
-        opens = [member(batch, scores) for member in self.members]
+        opens = [opens_of(member, batch, scores) for member in self.members]
         if all(each.dtype == torch.bool for each in opens):
             return torch.stack(opens).any(0)
         return torch.stack([each.to(batch.rollout_logprobs.dtype) for each in opens]).amax(0)
@@ -218,15 +218,15 @@ class MinimumLength(Knobs, Segmenter):
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}
 
     @property
-    def needs_entropies(self) -> bool:  # type: ignore[override]
-        return self.segmenter.needs_entropies
+    def needs_entropies(self) -> bool:
+        return getattr(self.segmenter, "needs_entropies", False)
 
     @property
-    def needs_old_logprobs(self) -> bool:  # type: ignore[override]
+    def needs_old_logprobs(self) -> bool:
         return getattr(self.segmenter, "needs_old_logprobs", False)
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor:
-        opens = self.segmenter(batch, scores)
+        opens = opens_of(self.segmenter, batch, scores)
         if opens.dtype != torch.bool:
             raise ValueError(
                 f"MinimumLength.segmenter = {self.segmenter!r} gives weights, but it must give hard segments"

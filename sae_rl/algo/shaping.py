@@ -12,7 +12,15 @@ from torch import Tensor
 from sae_rl.algo import whitening_cpu
 from sae_rl.algo.jit import empty
 from sae_rl.algo.kl import KL_ESTIMATORS, KLName
-from sae_rl.algo.ragged import check_tokens, last_tokens
+from sae_rl.algo.ragged import (
+    BOOL,
+    check_finite,
+    check_per_response,
+    check_tensor,
+    check_tokens,
+    check_type,
+    last_tokens,
+)
 from sae_rl.knobs import Knobs, check_integer, choice, flag, integer, number
 from sae_rl.types import Batch, Scores
 
@@ -44,6 +52,9 @@ class TokenRewards(Knobs):
             check_integer("TokenRewards.max_response_tokens", self.max_response_tokens, self.overlong_buffer_tokens)
 
     def __call__(self, batch: Batch, scores: Scores) -> Tensor:
+        check_type("batch", batch, Batch)
+        check_type("scores", scores, Scores)
+        check_per_response("batch.rewards", batch.rewards, batch.num_responses)
         bad = ~batch.rewards.isfinite()
         if bool(bad.any()):
             response = int(bad.nonzero()[0])
@@ -91,14 +102,32 @@ class Whitening(Knobs):
         Args:
             action_mask: (N,) bool, false at tokens to leave out, which become 0. None: all tokens are sampled.
             out: where to write the result; it may be ``advantages`` itself. None: a new tensor.
+
+        Raises:
+            ValueError: an argument has another type, shape or device, or an advantage that counts is not finite.
         """
+        check_tensor("advantages", advantages)
+        if advantages.dim() != 1:
+            raise ValueError(f"advantages has shape {tuple(advantages.shape)}, allowed: (N,), without padding")
+        if action_mask is not None:
+            check_tensor("action_mask", action_mask, advantages, "advantages", BOOL)
         advantages = advantages.detach().to(torch.promote_types(advantages.dtype, torch.float32))
+        if out is not None:
+            check_tensor("out", out, advantages, "advantages")
+            if out.dtype != advantages.dtype:
+                raise ValueError(f"out has type {out.dtype}, allowed: {advantages.dtype}")
+        if (
+            not (self.center or self.scale) or advantages.is_cuda
+        ):  # otherwise a std that is not finite tells, at no cost
+            _check_counted(advantages, action_mask)
         if advantages.is_cuda:
             return self._with_torch(advantages, action_mask, out)
         out = empty(advantages, advantages.dtype) if out is None else out
         shift, scale = 0.0, 1.0
         if self.center or self.scale:
             mean, std = whitening_cpu.moments(advantages, action_mask)
+            if not math.isfinite(std):
+                _check_counted(advantages, action_mask)
             shift = mean if self.center else 0.0
             scale = 1 / (std + WHITEN_EPSILON) if self.scale else 1.0
         clip = math.inf if self.clip is None else self.clip
@@ -118,3 +147,7 @@ class Whitening(Knobs):
         if action_mask is not None:
             whitened = whitened * action_mask
         return whitened.to(advantages) if out is None else out.copy_(whitened)
+
+
+def _check_counted(advantages: Tensor, action_mask: Tensor | None) -> None:
+    check_finite("advantages", advantages if action_mask is None else advantages.where(action_mask, 0.0), None)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sae_rl.algo.ragged import below
+from sae_rl.algo.ragged import ANY, below, check_offsets, check_tensor
 from sae_rl.algo.recursion import td_recursion
 from sae_rl.knobs import check_number
 
@@ -49,14 +49,14 @@ def segmental_advantages(
         float32, and 0 outside the mask. The advantages are not whitened. Neither has a gradient.
 
     Raises:
-        ValueError: a number is out of its range, shapes differ, there are no tokens, offsets do not cover the tokens, or a
-            reward, value or logprob is not finite (the message names the response).
+        ValueError: an argument has another type or shape, a number is out of its range, there are no tokens, offsets do not
+            cover the tokens, or a reward, value or logprob is not finite (the message names the response).
     """
     for name, value in {"p": p, "lam": lam, "gamma": gamma, "value_lam": value_lam}.items():
         check_number(name, value, 0, 1)
-    _check_shapes(rewards, values=values, logprobs=logprobs, mask=mask)
+    _check(rewards, values=values, logprobs=logprobs)
     offsets = _checked_offsets(offsets, rewards)
-    action_mask = None if mask is None else mask.bool().flatten()
+    action_mask = None if mask is None else _as_bool(mask, rewards).flatten()
     advantages, returns = td_recursion(
         rewards.detach().flatten(),
         values.detach().flatten(),
@@ -66,19 +66,36 @@ def segmental_advantages(
         lam=lam,
         value_lam=value_lam,
         action_mask=action_mask,
-        out=None if out is None else (out[0].view(-1), out[1].view(-1)),
+        out=None if out is None else _flat(out, rewards),
         num_threads=torch.get_num_threads(),
     )
     return advantages.view(rewards.shape), returns.view(rewards.shape)
 
 
-def _check_shapes(rewards: Tensor, **others: Tensor | None) -> None:
-    shape = tuple(rewards.shape)
+def _check(rewards: Tensor, **others: Tensor) -> None:
+    check_tensor("rewards", rewards)
     for name, tensor in others.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but rewards has {shape}")
+        check_tensor(name, tensor, rewards, "rewards")
     if rewards.numel() == 0:
-        raise ValueError(f"rewards has shape {shape}: there are no tokens")
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}: there are no tokens")
+
+
+def _as_bool(mask: Tensor, rewards: Tensor) -> Tensor:
+    """A mask of 0 and 1, in any type, as bool."""
+    check_tensor("mask", mask, rewards, "rewards", ANY)
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            "mask has numbers other than 0 and 1, but it must be 1 where the policy sampled the token, else 0"
+        )
+    return mask.bool()
+
+
+def _flat(out: tuple[Tensor, Tensor], rewards: Tensor) -> tuple[Tensor, Tensor]:
+    for part in out:
+        check_tensor("out", part, rewards, "rewards")
+        if not part.is_contiguous():
+            raise ValueError("out is not contiguous, but the results are written to contiguous tensors")
+    return out[0].view(-1), out[1].view(-1)
 
 
 def _checked_offsets(offsets: Tensor | None, rewards: Tensor) -> Tensor:
@@ -90,15 +107,5 @@ def _checked_offsets(offsets: Tensor | None, rewards: Tensor) -> Tensor:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}, allowed: (N,) ragged or (B, T) padded")
     if offsets is None:
         return torch.tensor([0, rewards.numel()], device=rewards.device)
-    if offsets.dim() != 1 or offsets.numel() < 2 or int(offsets[0]) != 0 or int(offsets[-1]) != rewards.numel():
-        raise ValueError(
-            f"offsets must be (B+1,) from 0 to the {rewards.numel()} tokens of rewards, found shape "
-            f"{tuple(offsets.shape)}, {offsets[:1].tolist()} to {offsets[-1:].tolist()}"
-        )
-    lengths = offsets.diff()
-    if bool((lengths <= 0).any()):
-        response = int((lengths <= 0).nonzero()[0])
-        raise ValueError(
-            f"response {response} has {int(lengths[response])} tokens according to offsets, allowed: at least 1"
-        )
+    check_offsets(offsets, rewards, "rewards")
     return offsets

@@ -89,7 +89,7 @@ def task_of(config: DemonstrationsConfig) -> Task:
     """The task. Raises ConfigError if it is unknown or its knobs are wrong, or if the file is."""
     if config.path is not None:
         return read_demonstrations(config.path)
-    if config.task not in TASKS:
+    if ":" not in config.task and config.task not in TASKS:
         raise ConfigError([f"demonstrations.task = {config.task!r} is unknown, {nearest(config.task, TASKS)}"])
     try:
         return make_task(config.task, config.knobs)

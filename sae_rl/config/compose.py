@@ -22,6 +22,7 @@ from sae_rl.config.checks import check, check_evaluation
 from sae_rl.config.overrides import Overrides, no_such_key
 from sae_rl.config.schema import Config
 from sae_rl.config.search_path import CONF, GROUPS
+from sae_rl.config.trial import try_plug_ins
 from sae_rl.names import nearest
 from sae_rl.settings import ConfigError, Section, describe
 
@@ -32,7 +33,8 @@ def load_config(overrides: Sequence[str]) -> Config:
     """The configuration of a training run: ``conf/train.yaml`` with the overrides.
 
     Raises:
-        ConfigError: every misspelt key or group, every value of the wrong type or range, every contradiction.
+        ConfigError: every misspelt key or group, every value of the wrong type or range, every contradiction; a plug-in
+            that fails on made-up data.
     """
     return training_config(compose_tree(overrides))
 
@@ -129,7 +131,7 @@ def _drop_unfinished_source(tree: DictConfig, name: str) -> None:
 
 def _checked(tree: DictConfig, checks: Callable[[Config], list[str]]) -> Config:
     config = build(Config, tree)
-    if problems := checks(config):
+    if problems := checks(config) or try_plug_ins(config):
         raise ConfigError(problems)
     return config
 

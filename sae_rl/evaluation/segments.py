@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.algo.segmentation import Segmenter, segment
+from sae_rl.plugins import PlugInError
 from sae_rl.types import Batch, Rollout, Sampling, Scores, sampled_only
 
 
@@ -29,8 +30,9 @@ def cut(rollouts: Sequence[Rollout], segmenter: Segmenter, sampling: Sampling) -
     unscored = object.__new__(Scores)  # without fields: reading one raises AttributeError
     try:
         opens = segment(segmenter, batch, unscored)
-    except AttributeError as missing:
-        if missing.obj is not unscored:
+    except (AttributeError, PlugInError) as error:
+        missing = error.__cause__ if isinstance(error, PlugInError) else error
+        if not isinstance(missing, AttributeError) or missing.obj is not unscored:
             raise
         return f"the segmenter {type(segmenter).__name__} reads scores.{missing.name}, which an evaluation does not compute"
     return [

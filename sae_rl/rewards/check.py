@@ -11,6 +11,7 @@ import resource
 import tempfile
 from collections.abc import Iterable
 
+from sae_rl.plugins import PlugInError, named
 from sae_rl.rewards.verdict import Failed, Sample, Verdict, Verifier
 from sae_rl.sandbox.isolation import Isolation
 from sae_rl.sandbox.probe import CHOSEN
@@ -51,7 +52,8 @@ def check(question: bytes, sample: Sample) -> Verdict | Failed:
         verifier, isolation = pickle.loads(question)
         if isolation is not None:
             CHOSEN[:] = [isolation]
-        return checked(verifier(sample))
+        with named(verifier):
+            return checked(verifier(sample))
     except MemoryError:  # objects that fill this process may stay, so it ends and another one starts
         os._exit(OUT_OF_MEMORY)
     except BaseException as error:  # whatever a user's verifier raises, SystemExit included, is a failed check
@@ -71,12 +73,12 @@ def checked(verdict: object) -> Verdict:
 
 
 def reason(error: BaseException) -> str:
-    """The type and the message of an exception."""
+    """The type and the message of an exception; of a user's exception its place, too."""
     try:
         message = plain(str(error))
     except Exception as another:  # a user's __str__ may raise
         message = f"(its message cannot be read: {type(another).__name__})"
-    return f"{type(error).__name__}: {message}"[:MAX_SHOWN]
+    return (message if isinstance(error, PlugInError) else f"{type(error).__name__}: {message}")[:MAX_SHOWN]
 
 
 def plain(text: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from sae_rl.names import imported
+from sae_rl.plugins import named
 from sae_rl.rewards.verdict import Sample, Verdict
 
 
@@ -17,10 +19,18 @@ class Function:
     path: str  # package.module:function
 
     def __call__(self, sample: Sample) -> Verdict:
-        returned = self.function()(sample.prompt, sample.response, sample.answer)
-        if isinstance(returned, Verdict):
-            return returned
-        return Verdict(float(returned), f"{self.path} says {float(returned):g}")
+        function = self.function()
+        with named(function):
+            returned = function(sample.prompt, sample.response, sample.answer)
+            if isinstance(returned, Verdict):
+                return returned
+            try:
+                score = float(returned)
+            except (TypeError, ValueError):
+                raise ValueError(f"returned {returned!r}, allowed: a number or a Verdict") from None
+            if not math.isfinite(score):
+                raise ValueError(f"returned the score {score}")
+            return Verdict(score, f"{self.path} says {score:g}")
 
     def function(self) -> Callable[..., Any]:
         """Raises ValueError if there is none at the path."""

@@ -11,7 +11,7 @@ class Sample:
     """One response, and the right answer to its prompt."""
 
     prompt: str  # as the model read it
-    response: str
+    response: str  # what the policy answered
     answer: str  # the right answer, in the form that the verifier reads
     num_tokens: int = 0  # length of the response
     truncated: bool = False  # the response was cut off at the length limit

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sae_rl.plugins import named
 from sae_rl.rewards.verdict import Sample, Verdict, Verifier
 
 
@@ -26,9 +27,17 @@ class Weighted:
             raise ValueError(f"Weighted.weights = {self.weights}: all must be finite")
 
     def __call__(self, sample: Sample) -> Verdict:
-        terms = [(weight, part(sample)) for weight, part in zip(self.weights, self.parts, strict=True)]
+        terms = [(weight, _verdict(part, sample)) for weight, part in zip(self.weights, self.parts, strict=True)]
         return Verdict(
             sum(weight * verdict.score for weight, verdict in terms),
             "; ".join(f"{weight:g} x {verdict.score:g} ({verdict.why})" for weight, verdict in terms),
             next((verdict.answer for _, verdict in terms if verdict.answer is not None), None),
         )
+
+
+def _verdict(part: Verifier, sample: Sample) -> Verdict:
+    with named(part):
+        verdict = part(sample)
+        if not isinstance(verdict, Verdict):
+            raise ValueError(f"returned {verdict!r} instead of a Verdict")
+        return verdict

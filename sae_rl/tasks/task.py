@@ -21,8 +21,8 @@ MAX_BARREN_DRAWS = 1000  # draws in a row without a new problem
 class Problem:
     """A prompt, and the answer that its verifier reads."""
 
-    prompt: str
-    answer: str
+    prompt: str  # what the model reads
+    answer: str  # what the verifier compares a response with
 
 
 class Task(Protocol):

@@ -154,7 +154,10 @@ def td_recursion_reference(
     every = torch.ones_like(values, dtype=torch.float64)
     gammas, lengths = every * gamma, offsets.diff()
     lams, value_lams = (
-        (torch.ones(len(lengths), dtype=torch.float64) * x).repeat_interleave(lengths) for x in (lam, value_lam)
+        every * x
+        if isinstance(x, Tensor) and x.shape == values.shape
+        else (torch.ones(len(lengths), dtype=torch.float64) * x).repeat_interleave(lengths)
+        for x in (lam, value_lam)
     )
     advantages, returns = torch.zeros_like(every), torch.zeros_like(every)
     for response, (start, end) in enumerate(pairwise(offsets.tolist())):

@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_rl.algo import recursion_cpu, segmenters, shaping
 from tests.driver import test_loop
 
-from . import test_estimators, test_recursion, test_segmenters, test_shaping
+from . import test_arguments, test_estimators, test_recursion, test_segmenters, test_shaping
 from .oracle import make_batch
 
 kernel, whiten = recursion_cpu.run, shaping.Whitening.__call__
@@ -44,6 +44,21 @@ def recursion(mistake: Callable[..., tuple[Tensor, Tensor, Tensor | int]], caugh
     return Mutation(recursion_cpu, "run", run, caught_by)
 
 
+def per_token(mistake: Callable[[Tensor, Tensor], Tensor]) -> Mutation:
+    """The recursion with a mistake in what lambda per token is."""
+    correct = recursion_cpu.per_token
+    caught_by = test_arguments.test_a_lambda_per_token
+
+    def on_a_batch(tmp_path: Path) -> None:
+        inner: Any = caught_by
+        for features in (set(""), set("wgvs")):
+            inner.hypothesis.inner_test(batch=make_batch([4, 1, 6, 2]), seed=3, gamma=0.8, features=features)
+
+    return Mutation(
+        recursion_cpu, "per_token", lambda lam, offsets: mistake(correct(lam, offsets), offsets), on_a_batch
+    )
+
+
 def next_first_values(values: Tensor, offsets: Tensor) -> Tensor:
     return torch.cat([values[offsets[1:-1]], values.new_zeros(1)])
 
@@ -63,6 +78,10 @@ MUTATIONS = {
     "offsets shifted by one": recursion(
         lambda v, w, o: (w, torch.cat([o[:1], o[1:-1] + 1, o[-1:]]), 0), EQUALS_THE_REFERENCE
     ),
+    "lambda of the token before": per_token(lambda lam, offsets: lam.roll(1)),
+    "lambda of the token after": per_token(lambda lam, offsets: lam.roll(-1)),
+    "lambda of the first token for all": per_token(lambda lam, o: lam[o[:-1]].repeat_interleave(o.diff())),
+    "the first B lambdas for the responses": per_token(lambda lam, o: lam[: o.numel() - 1].repeat_interleave(o.diff())),
     "reward at the first token": Mutation(
         shaping,
         "last_tokens",

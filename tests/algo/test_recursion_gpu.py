@@ -25,8 +25,8 @@ def arguments(seed: int, num_responses: int, num_tokens: int) -> dict[str, Any]:
 
     return {
         "gamma": draw(num_tokens) if seed & 1 else 0.9,
-        "lam": draw(num_responses) if seed & 2 else 0.7,
-        "value_lam": 0.3,
+        "lam": draw(num_tokens if seed & 32 else num_responses) if seed & 2 else 0.7,
+        "value_lam": draw(num_tokens) if seed & 32 else 0.3,
         "final_values": draw(num_responses) if seed & 4 else None,
         "action_mask": draw(num_tokens) < 0.6 if seed & 8 else None,
     }
@@ -58,6 +58,6 @@ def interpret() -> None:
         return recursion_gpu.run(*arguments)
 
     recursion_cpu.run = run  # type: ignore[assignment]
-    for seed in range(32):
+    for seed in range(64):
         check(LENGTHS, seed)
-    assert len(ran) == 32
+    assert len(ran) == 64

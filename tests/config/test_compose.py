@@ -29,6 +29,7 @@ NEEDED = {  # what an option leaves for the user to say
     "task=verl": ("task.max_prompt_tokens=32", *FILES),
     "task=gsm8k": ("task.max_prompt_tokens=32", *FILES),
     "task=mixture": ("task.train.parts.gsm8k.path=/no/a.jsonl", "task.evaluation.parts.gsm8k.path=/no/b.jsonl"),
+    "task=custom": ("task.train.name=sae_rl.tasks.level:Level", "task.evaluation=null"),
     "algorithm=custom": ("algorithm.estimator.name=sae_rl.algo.estimators:SAE",),
     "algorithm/segmenter=custom": ("algorithm.segmenter.name=sae_rl.algo.segmenters:LowProbability",),
     "cluster=gpus_1": ("rollout.max_engine_losses=0",),

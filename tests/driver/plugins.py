@@ -44,13 +44,17 @@ class EverySecondGroup:
 
 @dataclass(frozen=True)
 class Broken:
-    """Answers with whatever is asked of it."""
+    """Answers with whatever is asked of it, except when the configuration tries it."""
 
     how: str = "not finite"
 
     needs_critic: ClassVar[bool] = True
 
     def __call__(self, batch: Batch, scores: Scores, token_rewards: Tensor, opens: Tensor) -> Targets:
+        if int(batch.groups.max()) == 2:  # three groups; the runs of these tests have two
+            return td_targets(batch, scores, token_rewards, opens, gamma=1.0, lam=1.0, value_lam=1.0)
+        if self.how == "field":
+            token_rewards = batch.lenghts * token_rewards  # type: ignore[attr-defined]
         flat = torch.zeros(batch.num_tokens - (self.how == "shape"))
         advantages = flat / 0 if self.how == "not finite" else flat
         return Targets(advantages=advantages, returns=None if self.how == "returns" else flat)

@@ -62,6 +62,11 @@ def test_entropies_are_computed_only_when_something_asks_for_them(
         ("not finite", "Broken's advantages is nan at token 0 of response 0"),
         ("shape", r"Broken's advantages has shape \(\d+,\), but the batch has \d+ response tokens"),
         ("returns", "Broken needs a critic, but its returns are None: the critic would have no targets"),
+        (
+            "field",
+            r"tests.driver.plugins:Broken \(.*/plugins.py, line \d+: token_rewards = batch.lenghts .*\): AttributeError: "
+            "'Batch' object has no attribute 'lenghts', did you mean 'lengths'. Batch has prompt_token_ids, .* num_sampled",
+        ),
     ],
 )
 def test_no_update_sees_a_wrong_answer_of_a_plug_in(tmp_path: Path, how: str, message: str) -> None:

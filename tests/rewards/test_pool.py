@@ -93,10 +93,10 @@ def test_a_verifier_that_hangs_raises_or_dies_fails_alone() -> None:
     assert rewards.scores == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.5]
     hang, crash, die, words, nan, swell = rewards.failures
     assert "verifiers:hang on prompt p1: no answer within rewards.deadline_s = 1 s" in hang
-    assert "verifiers:crash on prompt p3: KeyError" in crash
+    assert "verifiers:crash on prompt p3: " in crash and "KeyError: 'no such thing'" in crash
     assert "verifiers:die on prompt p4: its process died" in die
-    assert "verifiers:words on prompt p5: ValueError" in words
-    assert "verifiers:nan on prompt p6: ValueError: returned the score nan" in nan
+    assert "verifiers:words on prompt p5: " in words and "allowed: a number or a Verdict" in words
+    assert "verifiers:nan on prompt p6: " in nan and nan.endswith("): returned the score nan")
     assert "verifiers:swell on prompt p7: it needs more than rewards.memory_gb = 0.5" in swell
     assert rewards.failed_fraction == pytest.approx(6 / 10)
     assert rewards.outcomes[-1] == Verdict(0.5, "half of q", "yes")
@@ -112,8 +112,8 @@ ODD = {
     "mute": "Mute: (its message cannot be read: AttributeError)",
     "locked": "Locked: locked",
     "leaves": "SystemExit: 0",
-    "wordy": "ValueError: aaaaa",
-    "half": "ValueError: half a character: ?",
+    "wordy": "): aaaaa",
+    "half": "): half a character: ?",
     "late": "TimeoutError: the judge was late",
     "listing": "ValueError: returned a Verdict with why = ['equal'], which is not text",
     "unreadable": "ValueError: invalid literal for int() with base 10: 'no number'",
@@ -130,7 +130,7 @@ def test_no_exception_of_a_verifier_reaches_other_checks() -> None:
         assert score(pool, [rollout("fine", 0)]).scores == [1.0]
     assert rewards.scores == [0.0, 1.0] * len(ODD) + [1.0]
     for (name, said), why in zip(ODD.items(), rewards.failures, strict=True):
-        assert f"{name} on prompt p" in why and why.partition(": ")[2].startswith(said)
+        assert f"{name} on prompt p" in why and said in why
         assert len(why) < 1200
     last = rewards.outcomes[-1]
     assert last == Verdict(1.0, "equal", "yes") and isinstance(last, Verdict) and type(last.why) is str

@@ -48,6 +48,16 @@ class FileSource(ShapedSource):
         name, drop = ", ".join(self.paths), self.unreadable_answers == "drop"
         return loader.load(name, self.reward, lambda: self._records(loader), self.num_prompts, drop_unreadable=drop)
 
+    def first_record(self) -> Record | None:
+        path = self.paths[0]
+        if not Path(path).exists():
+            return None  # the loader says so; a data set on the hub would have to be downloaded
+        try:
+            records, _ = parse_rows(path, _Reader(self, path, lambda name: None), self.split, self.subset, limit=1)
+        except ValueError:
+            return None  # the loader says what is wrong
+        return records[0] if records else None
+
     def _records(self, loader: Loader) -> tuple[list[Record], list[str]]:
         """The good rows, and a line for each broken one. Raises ValueError if a file cannot be read."""
         records: list[Record] = []

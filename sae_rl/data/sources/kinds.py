@@ -30,9 +30,12 @@ def source_of(kinds: Mapping[str, type[Source]]) -> Callable[[Any], Source]:
             raise ValueError(f"found {node!r}, but it must be a mapping with a name")
         if "name" not in node:
             raise ValueError(f"name is missing, allowed: {', '.join(kinds)}")
-        if node["name"] not in kinds:
-            raise ValueError(f"name {node['name']!r} is unknown, allowed: {', '.join(kinds)}")
-        kind = kinds[node["name"]]
+        name = node["name"]
+        kind = ProceduralSource if ":" in str(name) else kinds.get(name)
+        if kind is None:
+            raise ValueError(
+                f"name {name!r} is unknown, allowed: {', '.join(kinds)}, or package.module:Class of a task"
+            )
         refuse_unknown_keys(node, kind.model_fields, lambda key: hint(key, kind))
         return kind.model_validate(node)
 

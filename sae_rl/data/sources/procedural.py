@@ -10,7 +10,7 @@ from sae_rl.data.loader import Loader
 from sae_rl.data.prompts import Record
 from sae_rl.data.sources.source import Source
 from sae_rl.settings import BadKeys, NonNegative, Positive
-from sae_rl.tasks.table import make_task
+from sae_rl.tasks.table import make_task, task_class
 from sae_rl.tasks.task import MAX_BARREN_DRAWS, Split
 from sae_rl.types import Prompt
 
@@ -18,21 +18,34 @@ from sae_rl.types import Prompt
 class ProceduralSource(Source):
     """The first ``num_prompts`` different problems of a task."""
 
-    name: str  # in TASKS
+    name: str  # in TASKS, or package.module:Class
     split: Split = "train"
     seed: NonNegative = 0
     num_prompts: Positive
     reward: str | None = None  # null: the task's own
     knobs: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("name")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        task_class(name)
+        return name
+
     @field_validator("knobs")
     @classmethod
     def _fit_the_task(cls, knobs: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        make_task(info.data["name"], knobs)
+        if "name" in info.data:
+            make_task(info.data["name"], knobs)
         return knobs
 
     def prompts(self, loader: Loader) -> list[Prompt]:
         return loader.load(self.name, self.reward, self._records, self.num_prompts)
+
+    def first_record(self) -> Record | None:
+        try:
+            return self.model_copy(update={"num_prompts": 1})._records()[0][0]
+        except ValueError:
+            return None  # the loader says what is wrong
 
     def _records(self) -> tuple[list[Record], list[str]]:
         task = make_task(self.name, self.knobs)

@@ -6,6 +6,7 @@ from pydantic import field_validator, model_validator
 
 from sae_rl.data.columns import Messages
 from sae_rl.data.loader import Loader
+from sae_rl.data.prompts import Record
 from sae_rl.data.rows import BrokenRow
 from sae_rl.data.sampler import PromptSampler, Sampler
 from sae_rl.settings import PositiveFloat, Section
@@ -22,6 +23,10 @@ class Source(Section):
     def prompts(self, loader: Loader) -> list[Prompt]:
         """All prompts, in order; none if something is wrong."""
         raise NotImplementedError
+
+    def first_record(self) -> Record | None:
+        """The first problem, to try a verifier on; None if it cannot be had at once."""
+        return None
 
     def sampler(self, loader: Loader, seed: int) -> PromptSampler | None:
         """A sampler for training; None if something is wrong."""

@@ -1,0 +1,194 @@
+"""Calls the plug-ins of a configuration once, so that their mistakes are told before anything starts.
+
+A plug-in is a class or a function that the configuration names by its import path. A new kind of plug-in is a function here
+that yields what is wrong, and its line in `TRIALS`. Built-in members are not called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import cycle
+
+import torch
+
+from sae_rl.algo.estimators import estimate
+from sae_rl.algo.segmentation import segment
+from sae_rl.algo.segmenters import with_vocabulary
+from sae_rl.config.schema import Config
+from sae_rl.data.prompts import Record
+from sae_rl.data.sources.mixture import MixtureSource
+from sae_rl.data.sources.procedural import ProceduralSource
+from sae_rl.data.sources.source import Source
+from sae_rl.plugins import is_users
+from sae_rl.rewards.function import Function
+from sae_rl.rewards.pool import RewardPool
+from sae_rl.rewards.table import parts_of, resolve
+from sae_rl.rewards.verdict import Failed, Verifier, shown
+from sae_rl.tasks.table import make_task, try_task
+from sae_rl.types import Batch, Prompt, Rollout, Scores
+
+NUM_PROMPTS, LENGTHS = 3, (5, 1, 3)  # the made-up batch: its prompts, and the tokens of its responses in turns
+UNANSWERED = "I do not know."
+
+
+class AnyText(str):
+    """The text of a token that contains every delimiter: no tokenizer is loaded yet."""
+
+    def __contains__(self, part: object) -> bool:
+        return True
+
+
+def try_plug_ins(config: Config) -> list[str]:
+    """Lines about plug-ins that raise an exception, or return what a run would refuse; each begins with the key.
+
+    The kinds are tried in their order up to the first with a problem, since later ones build on it.
+    """
+    return next((problems for trial in TRIALS if (problems := list(trial(config)))), [])
+
+
+def _algorithm(config: Config) -> Iterator[str]:
+    """The segmenter, and the estimator on its segments, without and with tokens that the policy did not sample."""
+    algorithm = config.algorithm
+    if not is_users(algorithm.segmenter) and not is_users(algorithm.estimator):
+        return
+    segmenter = with_vocabulary(algorithm.segmenter, lambda: [AnyText()])
+    for has_tool, where in (
+        (False, ""),
+        (True, "; this batch has an action_mask: the policy did not sample all tokens"),
+    ):
+        batch = made_up_batch(config, has_tool)
+        scores = made_up_scores(config, batch)
+        try:
+            opens = segment(segmenter, batch, scores)
+        except ValueError as error:
+            yield f"algorithm.segmenter: {error}{where}"
+            return
+        try:
+            estimate(algorithm.estimator, batch, scores, algorithm.token_rewards(batch, scores), opens)
+        except ValueError as error:
+            yield f"algorithm.estimator: {error}{where}"
+            return
+
+
+def made_up_batch(config: Config, has_tool: bool) -> Batch:
+    """Three groups of responses of 5, 1 and 3 tokens, in turns.
+
+    Args:
+        has_tool: the policy did not sample the second token of the longer responses, as behind a tool's output.
+    """
+    rollouts, lengths = [], cycle(LENGTHS)
+    for i in range(NUM_PROMPTS):
+        prompt = Prompt(id=str(i), text=str(i), token_ids=(1, 2), answer=str(i), task="made-up", reward="made-up")
+        for sample in range(config.rollout.group_size):
+            rollout = replace(
+                _made_up(prompt, sample, next(lengths), "made-up"), temperature=config.rollout.temperature
+            )
+            tool = torch.arange(rollout.token_ids.numel()) == 1
+            rollouts.append(replace(rollout, action_mask=~tool) if has_tool else rollout)
+    return Batch.of(rollouts, [float(i % 2) for i in range(len(rollouts))])
+
+
+def _made_up(prompt: Prompt, sample: int, num_tokens: int, text: str) -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        sample=sample,
+        token_ids=torch.arange(num_tokens, dtype=torch.int32),
+        rollout_logprobs=torch.linspace(-3.0, -0.1, num_tokens),
+        text=text,
+        finish_reason="length" if num_tokens == max(LENGTHS) else "stop",
+        policy_versions=torch.zeros(num_tokens, dtype=torch.int32),
+        temperature=1.0,
+    )
+
+
+def made_up_scores(config: Config, batch: Batch) -> Scores:
+    """What the networks of such a run compute; None where they compute nothing."""
+    algorithm = config.algorithm
+    logprobs, values = batch.rollout_logprobs, torch.linspace(0.0, 1.0, batch.num_tokens)
+    has_old = config.scores_policy or algorithm.policy_loss.old_logprobs == "rollout"
+    return Scores(
+        old_logprobs=logprobs if has_old else None,
+        values=values if algorithm.needs_critic else None,
+        ref_logprobs=logprobs - 0.1 if algorithm.needs_reference else None,
+        entropies=2 * values if algorithm.needs_entropies else None,
+        final_values=torch.full((batch.num_responses,), 0.5) if algorithm.bootstrap_truncated else None,
+    )
+
+
+def _tasks(config: Config) -> Iterator[str]:
+    """The first problem of each split."""
+    for key, source in _sources(config):
+        if isinstance(source, ProceduralSource) and is_users(task := make_task(source.name, source.knobs)):
+            try:
+                try_task(task)
+            except ValueError as error:
+                yield f"{key}: {error}"
+
+
+def _verifiers(config: Config) -> Iterator[str]:
+    """Each source's verifier on its first problem: on the right answer, and on a response without an answer.
+
+    They run as in training: in a process of the reward pool, with its deadline and its limit of memory.
+    """
+    configured = config.rewards.verifiers
+    tried: dict[str, Verifier] = {}  # label -> verifier
+    asked: list[tuple[str, Rollout]] = []  # with the key of the reward
+    for key, source in _sources(config):
+        reward = getattr(source, "reward", None)
+        try:
+            if not reward or not (":" in reward or any(map(_has_users, configured.values()))):
+                continue
+            resolve(reward, configured)  # raises for a path that cannot be imported
+            record = source.first_record()
+            if record is None or record.reward in tried:
+                continue
+            parts = [part for part in parts_of(resolve(record.reward, configured)) if _is_users(part)]
+        except ValueError as error:
+            yield f"{key}.reward: {error}"
+            continue
+        for number, part in enumerate(parts):
+            label = f"{record.reward}{f', part {number + 1}' if number else ''}"
+            tried[label] = part
+            asked += [(f"{key}.reward", _rollout(record, label, text)) for text in (record.answer, UNANSWERED)]
+    if not asked:
+        return
+    limits = {name: getattr(config.rewards, name) for name in ("deadline_s", "memory_gb", "failed_score")}
+    try:
+        with RewardPool(num_processes=1, max_failed_fraction=1.0, verifiers=tried, **limits) as pool:
+            outcomes = pool.collect(pool.submit([rollout for _, rollout in asked])).outcomes
+    except ValueError as error:  # a verifier that cannot be sent to a process
+        yield f"rewards.verifiers: {error}"
+        return
+    for (key, rollout), outcome in zip(asked, outcomes, strict=True):
+        if isinstance(outcome, Failed) and rollout.prompt.reward in tried:
+            del tried[rollout.prompt.reward]  # one line for each verifier
+            right = shown(rollout.prompt.answer)
+            yield f"{key}: {outcome.why}; the right answer was {right}, the response {shown(rollout.text)}"
+
+
+def _is_users(verifier: Verifier) -> bool:
+    """Whether a user wrote the verifier itself. Raises ValueError for a function that cannot be imported."""
+    return is_users(verifier.function() if isinstance(verifier, Function) else type(verifier))
+
+
+def _has_users(verifier: Verifier) -> bool:
+    return any(map(_is_users, parts_of(verifier)))
+
+
+def _sources(config: Config) -> Iterator[tuple[str, Source]]:
+    for key, source in (("task.train", config.task.train), ("task.evaluation", config.task.evaluation)):
+        if isinstance(source, MixtureSource):
+            yield from ((f"{key}.parts.{name}", part) for name, part in source.parts.items())
+        elif source is not None:
+            yield key, source
+
+
+def _rollout(record: Record, reward: str, response: str) -> Rollout:
+    prompt = record.prompt if isinstance(record.prompt, str) else "\n".join(str(m["content"]) for m in record.prompt)
+    asked = Prompt(id=record.id, text=prompt, token_ids=(1,), answer=record.answer, task=record.task, reward=reward)
+    return _made_up(asked, 0, max(1, len(response.split())), response)
+
+
+# The kinds of plug-ins.
+TRIALS: tuple[Callable[[Config], Iterator[str]], ...] = (_algorithm, _tasks, _verifiers)
