@@ -13,7 +13,7 @@ SPELLED := README.md CONTRIBUTING.md Makefile pyproject.toml benchmarks conf doc
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu check format docs exactness setup bench-iteration bench-advantage bench-learner bench-rollout bench-verifiers bench-gpu clean
+.PHONY: help demo test test-fast test-gpu check format docs exactness setup bench-iteration bench-start bench-advantage bench-learner bench-rollout bench-verifiers bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -48,6 +48,9 @@ exactness: $(INSTALLED)  ## docs/exactness.md: packed, parallel and padded updat
 
 bench-iteration: $(INSTALLED)  ## one whole PPO iteration in tokens/s, by phase
 	$(BIN)/python -m benchmarks.iteration
+
+bench-start: $(INSTALLED)  ## from the command to the first step, of one run and of a sweep's next one
+	$(BIN)/python -m benchmarks.start
 
 bench-advantage: $(INSTALLED)  ## advantages of one batch, against padded loops and the speed of memory
 	$(BIN)/python -m benchmarks.advantage

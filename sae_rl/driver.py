@@ -75,7 +75,7 @@ def begin(run: Run) -> int:
         if config.algorithm.needs_critic and pretraining.num_prompts and pretraining.checkpoint is None:
             pretrain(run)
         save(run, 0, run.sampler.state())
-    run.clock.lap()
+    run.records.note(run.clock.told("ready"))
     return step
 
 

@@ -23,7 +23,7 @@ def train_replay(run: Run) -> None:
     files = recorded_files(config.replay, config.steps)
     run.records.note(f"replaying {config.steps} of the steps recorded in {config.replay}; nothing is evaluated")
     first_step = restore(run)
-    run.clock.lap()
+    run.records.note(run.clock.told("ready"))
     for step in range(first_step, config.steps):
         recorded_step, file = files[step]
         with run.clock.phase("generate"):

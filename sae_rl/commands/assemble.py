@@ -28,9 +28,12 @@ def assembled(ready: Ready, session: Session | None = None) -> Iterator[Run]:
         records = stack.enter_context(Records(config, config.output_dir, ready.first_step, resumed=resumed))
         write_config(config, records)
         records.note(f"resuming from {resume_from}" if resume_from else f"new run in {config.output_dir}")
-        stack.enter_context(ray_session(config) if session is None else session.ray(config))
+        with clock.phase("ray"):
+            stack.enter_context(ray_session(config) if session is None else session.ray(config))
         probe_prompts = list(sampler.prompts[:NUM_PROBE_PROMPTS])
-        workers = stack.enter_context(start_workers(config, probe_prompts, clock, ready.roles, records.note, session))
+        with clock.phase("workers"):
+            starting = start_workers(config, probe_prompts, clock, ready.roles, records.note, session)
+            workers = stack.enter_context(starting)
         rewards = stack.enter_context(reward_pool(config.rewards))
         for note in ready.notes:
             records.note(note)

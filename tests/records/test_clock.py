@@ -28,6 +28,11 @@ def test_phases_add_up_and_the_driver_has_the_rest() -> None:
     assert clock.lap() == {"time/generate_s": 5, "time/update_s": 4, "time/step_s": 10.5, "time/driver_s": 1.5}
     hand.now += 2
     assert clock.lap() == {"time/step_s": 2, "time/driver_s": 2}, "a lap starts from nothing"
+    with clock.phase("workers"):
+        hand.now += 26.57
+    hand.now += 1
+    assert clock.told("ready") == "ready after 27.6 s: workers 26.6, driver 1.0"
+    assert clock.lap()["time/step_s"] == 0
 
 
 def test_a_nested_phase_belongs_to_the_outer_one() -> None:

@@ -99,13 +99,29 @@ def test_a_killed_run_goes_on_and_equals_the_straight_one_to_the_bit(
     assert newest is not None and 2 <= checkpoint.read_state(newest).step < 4
     done = trained(tiny_model, run.output, *options, "logger.console=plain")
     assert f"resuming from {newest}" in done.stdout
-    for step, row in train_rows(finished).items():
-        again = train_rows(run.output)[step]
+    assert_same_run(finished, run.output)
+
+
+def test_the_second_run_of_a_sweep_uses_the_engines_of_the_first_and_equals_a_run_of_its_own(
+    finished: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    done = trained(
+        tiny_model, tmp_path, *EVERYTHING, "checkpoint.every_steps=2", "logger.console=plain", "-m", "seed=1,0"
+    )
+    assert done.stdout.count("the rollout engines of the run before are used again") == 1
+    assert_same_run(finished, tmp_path / "seed=0")
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """All metrics but times are the same, and the trained policies to the bit."""
+    rows, again = train_rows(first), train_rows(second)
+    assert rows.keys() == again.keys()
+    for step, row in rows.items():
         for name in row:
             if not name.startswith(("time", "throughput", "memory")):
-                assert again[name] == row[name], f"step {step}: {name}"
-    first, second = (load_file(folder / "policy" / "model.safetensors") for folder in (finished, run.output))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+                assert again[step][name] == row[name], f"step {step}: {name}"
+    one, other = (load_file(folder / "policy" / "model.safetensors") for folder in (first, second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
