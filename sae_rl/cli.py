@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+PYTHONS = ((3, 11), (3, 12))  # The commands need one; `sae_rl.algo` does not.
+EXTRAS = "sae-rl[train-cpu] and sae-rl[train-gpu]"
 
 
 def train(arguments: list[str]) -> None:
@@ -150,7 +152,6 @@ def usage() -> str:
 def main() -> None:
     """Entry point of ``sae-rl``. Exit code 2: the user has to change something; 1: a run failed; 130: interrupted."""
     from sae_rl.names import nearest
-    from sae_rl.settings import ConfigError
 
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -161,9 +162,18 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):
         print(f"sae-rl {arguments[0]}: {COMMANDS[arguments[0]].__doc__}\n\n{usage()}")
         return
+    if sys.version_info[:2] not in PYTHONS:
+        found = ".".join(map(str, sys.version_info[:2]))
+        _exit(
+            USAGE_ERROR, f"error: sae-rl {arguments[0]} needs Python 3.11 or 3.12, found {found}; sae_rl.algo runs here"
+        )
     signal.signal(signal.SIGTERM, _interrupt)  # sent by `kill` and by Ray's job manager; the run closes as with Ctrl-C
     try:
+        from sae_rl.settings import ConfigError
+
         COMMANDS[arguments[0]](arguments[1:])
+    except ModuleNotFoundError as error:  # first, since ConfigError is not there without pydantic
+        _exit(USAGE_ERROR, f"error: {error}; the packages of sae-rl {arguments[0]} come with the extras {EXTRAS}")
     except ConfigError as error:
         _exit(USAGE_ERROR, "\n".join(f"error: {line}" for line in str(error).splitlines()))
     except KeyboardInterrupt:

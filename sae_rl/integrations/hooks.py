@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from types import ModuleType
 
 Change = Callable[[ModuleType], None]
 
 
-def check_version(package: str, known: Sequence[str]) -> None:
-    """Raises ImportError unless the installed version of a trainer is one whose source this integration was tried on."""
+def check_version(package: str, first: str, last: str) -> None:
+    """Raises ImportError unless a trainer's version is between two whose source this integration was tried on."""
     try:
         found = version(package)
     except PackageNotFoundError:
         found = "none"
-    if found not in known:
+    if not _release(first) <= _release(found) <= _release(last):
         raise ImportError(
-            f"sae_rl.integrations.{package} knows {package} {', '.join(known)}, found {found}: install one of these "
+            f"sae_rl.integrations.{package} knows {package} {first} to {last}, found {found}: install one of these "
             "versions, or call sae_rl.algo.segmental_advantages from a hook of your own (docs/other_trainers.md)"
         )
+
+
+def _release(text: str) -> tuple[int, ...]:
+    """The numbers of a release; empty, and so before every other, for a development version."""
+    return tuple(map(int, text.split("."))) if re.fullmatch(r"\d+(\.\d+)*", text) else ()
 
 
 def when_imported(name: str, change: Change) -> None:
@@ -46,8 +53,11 @@ class _ChangeAfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
-        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((spec for spec in others if spec is not None), None)
+        sys.meta_path.remove(self)
+        try:
+            spec = find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -18,8 +18,6 @@ from sae_rl.algo import segmental_advantages
 from sae_rl.integrations.hooks import check_version, when_imported
 from sae_rl.knobs import check_number
 
-KNOWN = ("0.10.2", "0.10.3", "0.10.4", "0.11.0", "0.11.1", "0.11.2")
-
 
 def install(p: float = 0.2, value_lam: float = 1.0) -> None:
     """Makes OpenRLHF's estimator ``gae`` compute SAE in this process; its lambda is ``--algo.advantage.lambd``.
@@ -31,7 +29,7 @@ def install(p: float = 0.2, value_lam: float = 1.0) -> None:
         ImportError: the version of OpenRLHF is unknown.
         ValueError: a number is not in [0, 1].
     """
-    check_version("openrlhf", KNOWN)
+    check_version("openrlhf", "0.10.2", "0.11.2")
     for name, value in {"p": p, "value_lam": value_lam}.items():
         check_number(f"--sae.{name}", value, 0, 1)
 
@@ -44,7 +42,7 @@ def install(p: float = 0.2, value_lam: float = 1.0) -> None:
             try:
                 return original(self, experiences)
             finally:
-                del self.sae_experiences
+                self.sae_experiences = {}
 
         def get_advantages_and_returns(
             self: Any, values: Tensor, rewards: Tensor, action_mask: Tensor, gamma: float, lambd: float
@@ -81,8 +79,6 @@ def main() -> None:
     import ray
 
     def install_in_worker() -> None:
-        from sae_rl.integrations.openrlhf import install
-
         install(**vars(options))
 
     start = ray.init

@@ -18,18 +18,13 @@ from sae_rl.algo import segmental_advantages
 from sae_rl.integrations.hooks import check_version
 from sae_rl.knobs import check_number
 
-KNOWN = (
-    *("0.26.0", "0.26.2", "0.27.0", "0.27.2", "0.28.0", "0.29.0", "0.29.1", "1.0.0", "1.1.0", "1.2.0", "1.3.0"),
-    *("1.4.0", "1.5.0", "1.5.1", "1.6.0", "1.7.0", "1.7.1", "1.8.0", "1.9.0", "1.9.1", "1.9.2", "1.10.0", "1.11.0"),
-    "1.12.0",
-)
-check_version("trl", KNOWN)
+check_version("trl", "0.26.0", "1.12.0")
 
 from trl.experimental import ppo  # noqa: E402
 from trl.experimental.ppo import ppo_trainer  # noqa: E402
 
-LOOP = re.compile(r"^( +)lastgaelam = 0\n.*?returns = advantages \+ values\n", flags=re.MULTILINE | re.DOTALL)
-CALL = r"\1advantages, returns = self.segmental_advantages(rewards, values, logprobs, ~padding_mask_p1)\n"
+LOOP = re.compile(r"( +)lastgaelam = 0\n.*?returns = advantages \+ values\n", flags=re.DOTALL)
+CALL = "advantages, returns = self.segmental_advantages(rewards, values, logprobs, ~padding_mask_p1)"
 
 
 @dataclass
@@ -66,11 +61,13 @@ class PPOTrainer(ppo.PPOTrainer):  # type: ignore[misc]  # TRL has no types
 
 
 def compile_train(original: Any) -> Any:
-    """TRL's method `train` with one call in place of the loop over time."""
-    source, count = LOOP.subn(CALL, textwrap.dedent(inspect.getsource(original)))
+    """TRL's method `train` with one call in place of the loop over time. All other lines keep their numbers."""
+    lines, first = inspect.getsourcelines(original)
+    source, count = LOOP.subn(lambda loop: loop[1] + CALL + "\n" * loop[0].count("\n"), textwrap.dedent("".join(lines)))
     assert count == 1, "the method of a known version has this loop once"
     names: dict[str, Any] = {}
-    exec(compile(source, inspect.getfile(original), "exec", dont_inherit=True), vars(ppo_trainer), names)
+    code = compile("\n" * (first - 1) + source, inspect.getfile(original), "exec", dont_inherit=True)
+    exec(code, vars(ppo_trainer), names)
     return names["train"]
 
 

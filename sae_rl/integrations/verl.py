@@ -15,7 +15,6 @@ from sae_rl.algo import Whitening, segmental_advantages
 from sae_rl.integrations.hooks import check_version, replace_function, when_imported
 from sae_rl.knobs import check_number
 
-KNOWN = ("0.7.1", "0.8.0", "0.9.0", "0.9.1")
 NAME = "sae"
 whitening = Whitening()  # verl whitens the advantages of GAE too
 
@@ -86,6 +85,6 @@ def settings(algorithm: Any) -> dict[str, Any]:
     return found
 
 
-check_version("verl", KNOWN)
+check_version("verl", "0.7.1", "0.9.1")
 when_imported("verl.trainer.ppo.ray_trainer", add_to_compute_advantage)
 when_imported("verl.trainer.ppo.utils", add_to_need_critic)
