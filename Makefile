@@ -31,8 +31,8 @@ test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 
 test-fast: $(INSTALLED)  ## the tests that start no engine; about three minutes
 	$(BIN)/python -m pytest -m "not alone and not slow" $(TWO_AT_A_TIME)
 
-# ALSO names versions to try: make PYTHON=python3.10 ALSO="torch==2.1.2 numpy==1.26.4" test-core
-test-core:  ## the core alone in a new environment, with the torch that pip finds or ALSO="torch==2.4.0"; minutes, 5 GB
+# ALSO names versions to try: make PYTHON=python3.10 ALSO="torch==2.6.0" test-core
+test-core:  ## the core alone in a new environment, with the torch that pip finds or ALSO="torch==2.6.0"; minutes, 5 GB
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder/venv" \
 	  && "$$folder/venv/bin/python" -m pip install --quiet . $(ALSO) pytest hypothesis \
 	  && cp -r tests "$$folder" && cd "$$folder" && rm tests/algo/test_mutations.py \

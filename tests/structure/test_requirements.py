@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 @pytest.mark.parametrize(
     ("name", "versions"),
     [
-        ("torch", ["2.1.2", "2.8.0", "2.15.0"]),
+        ("torch", ["2.6.0", "2.8.0", "2.15.0"]),
         ("numpy", ["1.24.4", "1.26.4", "2.5.5"]),
         ("numba", ["0.57.1", "0.61.2", "0.68.1"]),
     ],
