@@ -7,13 +7,15 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 INSTALLED := .venv/.installed
 # Strictly typed: everything but the bridges to libraries that have no types.
 TYPED := $(filter-out sae_rl/__pycache__ sae_rl/backends sae_rl/workers, $(patsubst %/,%,$(wildcard sae_rl/*/)) $(wildcard sae_rl/*.py))
+# What runs on Python 3.10 too. `make check` holds its types to that version.
+CORE := sae_rl/types.py sae_rl/knobs.py sae_rl/algo sae_rl/integrations
 SPELLED := README.md CONTRIBUTING.md Makefile pyproject.toml benchmarks conf docker docs launch sae_rl tests
 
 # A file at a time in each of two processes, for tests that start no engine.
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu check format docs exactness setup bench-iteration bench-start bench-advantage bench-learner bench-rollout bench-verifiers bench-gpu clean
+.PHONY: help demo test test-fast test-core test-gpu check format docs exactness setup bench-iteration bench-start bench-advantage bench-learner bench-rollout bench-verifiers bench-gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +31,14 @@ test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 
 test-fast: $(INSTALLED)  ## the tests that start no engine; about three minutes
 	$(BIN)/python -m pytest -m "not alone and not slow" $(TWO_AT_A_TIME)
 
+# ALSO names versions to try: make PYTHON=python3.10 ALSO="torch==2.6.0" test-core
+test-core:  ## the core alone in a new environment, with the torch that pip finds or ALSO="torch==2.6.0"; minutes, 5 GB
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder/venv" \
+	  && "$$folder/venv/bin/python" -m pip install --quiet . $(ALSO) pytest hypothesis \
+	  && cp -r tests "$$folder" && cd "$$folder" && rm tests/algo/test_mutations.py \
+	  && venv/bin/python -c 'import sys, torch, numpy, numba; print(sys.version.split()[0], torch.__version__, numpy.__version__, numba.__version__)' \
+	  && venv/bin/python -m pytest tests/algo tests/integrations -p no:cacheprovider -o addopts= -q -rs
+
 # Both run in the environment that PYTHON belongs to: the CPU build of torch in .venv sees no GPU.
 test-gpu:  ## what one GPU must show (docs/gpu.md); make PYTHON=/path/to/python test-gpu
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu -p no:cacheprovider -o addopts= -q -rs -s
@@ -37,6 +47,7 @@ check: $(INSTALLED)  ## lint, format, types and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(TYPED)
+	$(BIN)/mypy --python-version 3.10 $(CORE)
 	$(BIN)/codespell $(SPELLED)
 
 format: $(INSTALLED)  ## lays out the code

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+PYTHONS = ((3, 11), (3, 12))  # The commands need one; `sae_rl.algo` does not.
+EXTRAS = "sae-rl[train-cpu] and sae-rl[train-gpu]"
 
 
 def train(overrides: list[str]) -> None:
@@ -164,7 +166,6 @@ def run(name: str, arguments: list[str]) -> None:
 def main() -> None:
     """Entry point of ``sae-rl``. Exit code 2: the user has to change something; 1: a run failed; 130: interrupted."""
     from sae_rl.names import nearest
-    from sae_rl.settings import ConfigError
 
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -172,9 +173,18 @@ def main() -> None:
         return
     if arguments[0] not in COMMANDS:
         _exit(USAGE_ERROR, f"unknown command {arguments[0]!r}, {nearest(arguments[0], list(COMMANDS))}\n\n{usage()}")
+    if sys.version_info[:2] not in PYTHONS:
+        found = ".".join(map(str, sys.version_info[:2]))
+        _exit(
+            USAGE_ERROR, f"error: sae-rl {arguments[0]} needs Python 3.11 or 3.12, found {found}; sae_rl.algo runs here"
+        )
     signal.signal(signal.SIGTERM, _interrupt)  # sent by `kill` and by Ray's job manager; the run closes as with Ctrl-C
     try:
+        from sae_rl.settings import ConfigError
+
         run(arguments[0], arguments[1:])
+    except ModuleNotFoundError as error:  # first, since ConfigError is not there without pydantic
+        _exit(USAGE_ERROR, f"error: {error}; the packages of sae-rl {arguments[0]} come with the extras {EXTRAS}")
     except ConfigError as error:
         _exit(USAGE_ERROR, "\n".join(f"error: {line}" for line in str(error).splitlines()))
     except KeyboardInterrupt:

@@ -161,9 +161,12 @@ def below(name: str, flat: Tensor, limit: float, offsets: Tensor, action_mask: T
 
 @jit(fastmath={"contract", "reassoc", "nsz"})
 def _below(flat: Any, limit: Any, zero: Any, is_below: Any) -> Any:
-    """Compares in one pass. Returns whether all numbers are finite: 0 times NaN or infinity is NaN."""
+    """Compares in one pass. Returns whether all numbers are finite: 0 times NaN or infinity is NaN.
+
+    ``zero`` is an argument because numba 0.57 to 0.60 takes the product with a literal 0 to be 0.
+    """
     total = zero
     for i in range(flat.size):
         is_below[i] = flat[i] < limit
-        total += flat[i] * 0
+        total += flat[i] * zero
     return total == 0

@@ -380,6 +380,15 @@ def test_an_unknown_command(sae_rl: CommandLine) -> None:
     assert "usage: sae-rl" in outcome.stderr
 
 
+@pytest.mark.parametrize("version", [(3, 10, 13), (3, 13, 0)])
+def test_another_python(sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch, version: tuple[int, ...]) -> None:
+    monkeypatch.setattr("sae_rl.cli.sys.version_info", version)
+    outcome = sae_rl("train")
+    assert outcome.code == 2
+    found = f"error: sae-rl train needs Python 3.11 or 3.12, found 3.{version[1]}; sae_rl.algo runs here"
+    assert outcome.lines == [found]
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = [str(file.relative_to(PACKAGE)) for file in FILES]
 
 HEAVY = {  # library: the only places that import it
-    "ray": ["workers/"],
+    "ray": ["workers/", "integrations/openrlhf.py"],
     "vllm": ["backends/vllm.py", "backends/weight_receiver.py", "backends/weight_sender.py"],
     "deepspeed": ["backends/deepspeed.py", "backends/sequence_parallel.py"],
     "triton": ["algo/recursion_gpu.py"],  # imported for tensors on a GPU only, where torch brings it along
@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "workers": ["algo", "backends", "config", "records", "seeds", "settings", "types"],
     "sft": ["knobs", "tasks"],
     "analysis": ["evaluation", "records"],
+    "integrations": ["algo", "knobs"],  # and, inside each, the trainer that it is for
 }
 # Folder -> its layers from the bottom to the top. A file imports files of lower layers only; "*" is every other file.
 LAYERS = {
@@ -78,6 +79,7 @@ LAYERS = {
     "data": ["hub sampler", "rows", "columns curriculum mixture", "prompts", "loader task"],
     "data/sources": ["source", "*", "kinds", "mixture"],
     "evaluation": ["segments statistics", "summary", "evaluate", "files"],
+    "integrations": ["hooks", "*"],
     "reasoning_gym": ["lossless_json tasks", "puzzles"],
     "records": ["clock failed_update metrics rollouts", "*", "records"],
     "rewards": ["verdict", "*", "processes table", "pool"],
@@ -139,6 +141,14 @@ def test_a_part_imports_only_what_it_may(part: str) -> None:
     assert names, f"sae_rl has no {part}"
     for name in names:
         assert ours(name) - {part} <= set(MAY_IMPORT[part]), name
+
+
+def test_an_integration_needs_nothing_but_its_trainer_and_torch() -> None:
+    for name in NAMES:
+        if name.startswith("integrations/"):
+            trainer = {"openrlhf": {"ray"}, "trl": {"trl"}}.get(Path(name).stem, set())  # OpenRLHF runs on Ray
+            top = {dotted.split(".")[0] for dotted in imports_of(name)} - {"sae_rl"}
+            assert top - sys.stdlib_module_names <= {"torch"} | trainer, name
 
 
 def test_algo_and_types_need_nothing_but_torch_numpy_and_numba() -> None:
@@ -248,9 +258,9 @@ for name in {parts}:
 """
 
 
-def run_python(source: str) -> list[str]:
+def run_python(source: str, code: int = 0) -> list[str]:
     ended = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == code, ended.stderr
     return ended.stdout.splitlines()
 
 
@@ -307,11 +317,18 @@ for name in ("pydantic", "hydra", "omegaconf", "transformers", "ray", "vllm", "d
     else:
         assert name in before, f"{name} can be imported, so this proves nothing"
 print("ok")
+
+from sae_rl.cli import main
+
+sys.argv, sys.stderr = ["sae-rl", "train"], sys.stdout
+main()
 """
 
 
 def test_the_algorithm_is_imported_where_there_is_only_torch_numpy_and_numba() -> None:
     try:
-        assert run_python(ONLY_TORCH) == ["ok"]
+        ok, message = run_python(ONLY_TORCH, code=2)
+        assert ok == "ok"
+        assert message.startswith("error: not here: pydantic; the packages of sae-rl train come with the extras")
     except subprocess.TimeoutExpired:
         pytest.fail("importing the algorithm took minutes")

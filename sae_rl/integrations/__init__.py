@@ -1,0 +1,1 @@
+"""SAE in other trainers, one module for each: see docs/other_trainers.md."""
