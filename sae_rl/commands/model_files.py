@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from sae_rl.data.hub import files_on_hub
 from sae_rl.settings import ConfigError
+from sae_rl.types import Prompt
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their parts, which WEIGHTS.index.json lists
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -108,17 +110,23 @@ def _tensors(file: Path) -> dict[str, int]:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises ConfigError if there is none, or if it has more tokens than the model."""
+    """The tokenizer of a model. Raises ConfigError if there is none."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError([f"model.path = {path}: no tokenizer can be loaded from there ({error})"]) from error
     if len(tokenizer) < 2:  # transformers returns an empty tokenizer for a folder without tokenizer files
         raise ConfigError([f"model.path = {path}: the folder has no tokenizer; add the files of its tokenizer"])
-    model: Any = AutoConfig.from_pretrained(path).get_text_config()
-    if len(tokenizer) > model.vocab_size:
-        found = (
-            f"model.path = {path}: the tokenizer has {len(tokenizer)} tokens, but the model knows {model.vocab_size}"
-        )
-        raise ConfigError([f"{found}; take the tokenizer that belongs to the model"])
     return tokenizer
+
+
+def check_vocabulary(path: str, prompts: Iterable[Prompt]) -> None:
+    """Raises ConfigError if a prompt has a token that the model does not know.
+
+    A tokenizer may well have more tokens than its model, such as one for padding, if no prompt has them.
+    """
+    model: Any = AutoConfig.from_pretrained(path).get_text_config()
+    for prompt in prompts:
+        if (largest := max(prompt.token_ids)) >= model.vocab_size:
+            found = f"the prompt {prompt.id!r} has the token {largest}, but the model knows {model.vocab_size} tokens"
+            raise ConfigError([f"model.path = {path}: {found}; take the tokenizer that belongs to the model"])

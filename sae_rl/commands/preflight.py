@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from sae_rl.algo.segmenters import with_vocabulary
-from sae_rl.commands.model_files import check_model, load_tokenizer
+from sae_rl.commands.model_files import check_model, check_vocabulary, load_tokenizer
 from sae_rl.commands.prompts import check_rewards, load_heldout, load_task
 from sae_rl.commands.run_folder import check_output, read_checkpoint
 from sae_rl.config.schema import Config
@@ -89,6 +89,7 @@ def prepared(
     tokenizer = load_tokenizer(config.model.path)
     resolved = with_delimiters(config, tokenizer)
     sampler, heldout = load_task(config, tokenizer) if trained else (None, load_heldout(config, tokenizer))
+    check_vocabulary(config.model.path, [*(sampler.prompts if sampler else ()), *heldout])
     return Ready(
         config=config,
         resolved=resolved,

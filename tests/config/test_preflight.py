@@ -60,7 +60,7 @@ def damaged(tiny_model: Path, folder: Path, damage: str) -> tuple[Path, str]:
         (folder / "config.json").rename(folder / "adapter_config.json")
     return folder, {
         "critic": "it is a Qwen3ForTokenClassification, but a policy is a language model",
-        "vocabulary": "tokens, but the model knows 8; take the tokenizer that belongs to the model",
+        "vocabulary": ", but the model knows 8 tokens; take the tokenizer that belongs to the model",
         "adapters": "holds adapters without their model; merge them first",
     }[damage]
 
