@@ -18,7 +18,7 @@ from sae_rl.names import nearest
 from sae_rl.records.metrics import show
 from sae_rl.settings import ConfigError, Section
 from sae_rl.sft import ModelShape, Progress, WarmStart, warm_start
-from sae_rl.tasks.table import TASKS, make_task
+from sae_rl.tasks.table import TASKS, check_has, make_task
 from sae_rl.tasks.task import HELD_OUT_SHARE, Problem, Split, Task, split_of
 
 
@@ -92,7 +92,9 @@ def task_of(config: DemonstrationsConfig) -> Task:
     if ":" not in config.task and config.task not in TASKS:
         raise ConfigError([f"demonstrations.task = {config.task!r} is unknown, {nearest(config.task, TASKS)}"])
     try:
-        return make_task(config.task, config.knobs)
+        task = make_task(config.task, config.knobs)
+        check_has(task, config.task, "words", "demonstration")
+        return task
     except ValueError as error:
         raise ConfigError([f"demonstrations.knobs: {error}"]) from error
 

@@ -43,7 +43,9 @@ class NoColumn(BrokenRow):
 
     def told(self, name: str) -> str:
         """The message, with the value of ``columns.NAME`` that reads the near column."""
-        return f"{self}; columns.{name}={self.near} reads it" if self.near else str(self)
+        return (
+            f"{self}; columns.{name}={self.near} reads it" if self.near else f"{self}; columns.{name}=... reads another"
+        )
 
 
 def value_at(row: Row, column: str) -> Any:
@@ -90,6 +92,12 @@ def prompt_at(row: Row, column: str) -> str | Messages:
     good = [isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value]
     if not value or not all(good):
         bad = shown(value[good.index(False)]) if value else "none"
+        if (
+            value
+            and isinstance(value[good.index(False)], dict)
+            and isinstance(value[good.index(False)].get("content"), list)
+        ):
+            raise BrokenRow(f"{column!r} has a message with several parts, such as an image; a prompt is text alone")
         raise BrokenRow(f"{column!r} must be text or a list of {{role, content}} messages, found {bad}")
     for message in value:
         checked_text(message["content"], column)
@@ -106,7 +114,7 @@ def answer_at(row: Row, column: str) -> str:
     """The answer in a column: text, or any other value as JSON. Raises BrokenRow if there is none, or chat messages."""
     value = value_at(row, column)
     if value is None:
-        raise BrokenRow(f"{column!r} must hold an answer, found null")
+        raise BrokenRow(f"{column!r} must hold an answer, found null; leave the row out of the file")
     answer = checked_text(value, column) if isinstance(value, str) else _as_json(value, column)
     if MESSAGES_AS_TEXT.match(answer) or (isinstance(value, Mapping) and {"role", "content"} <= value.keys()):
         inside = "" if isinstance(value, str) else f"; a dot leads to it, as in columns.answer={column}.0.content"

@@ -171,7 +171,12 @@ def _csv_rows(file: Path) -> Iterator[Row | BrokenRow | None]:
     csv.field_size_limit(MAX_CSV_CHARACTERS)
     with _open(file) as opened:
         rows = csv.reader(io.TextIOWrapper(opened, "utf-8-sig", newline=""), strict=True)
-        names = next(rows, [])
+        try:
+            names = next(rows, [])
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        if len(names) == 1 and (used := [mark for mark in ";\t|" if mark in names[0]]):
+            raise ValueError(f"{file}: found one column, {names[0]!r}; separate columns by commas, not by {used[0]!r}")
         if len(set(names)) < len(names):
             raise ValueError(f"{file}: two columns have one name: {', '.join(names)}")
         for row in rows:

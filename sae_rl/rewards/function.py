@@ -25,9 +25,11 @@ class Function:
             if isinstance(returned, Verdict):
                 return returned
             try:
-                score = float(returned)
+                score = math.nan if isinstance(returned, str | bytes) else float(returned)
             except (TypeError, ValueError):
-                raise ValueError(f"returned {returned!r}, allowed: a number or a Verdict") from None
+                score = math.nan
+            if math.isnan(score) and not isinstance(returned, float):
+                raise ValueError(f"returned {returned!r}, allowed: a number or a Verdict")
             if not math.isfinite(score):
                 raise ValueError(f"returned the score {score}")
             return Verdict(score, f"{self.path} says {score:g}")

@@ -21,9 +21,14 @@ def task_class(name: str) -> type[Task]:
     cls: Any = imported(name) if ":" in name else TASKS[name]
     if not dataclasses.is_dataclass(cls):
         raise ValueError(f"{name} is not a dataclass; write it as a frozen dataclass whose fields are its knobs")
-    if missing := [member for member in ("name", "words", "problem", "demonstration") if not hasattr(cls, member)]:
-        raise ValueError(f"{name} has no {' and no '.join(missing)}; sae_rl.tasks.task.Task says what a task has")
+    check_has(cls, name, "name", "problem")
     return cast(type[Task], cls)
+
+
+def check_has(task: object, name: str, *members: str) -> None:
+    """Raises ValueError if a task, or its class, lacks one of these members."""
+    if missing := [member for member in members if not hasattr(task, member)]:
+        raise ValueError(f"{name} has no {' and no '.join(missing)}; docs/plugins.md shows a whole task")
 
 
 def make_task(name: str, knobs: Mapping[str, Any]) -> Task:

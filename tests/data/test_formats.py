@@ -100,7 +100,7 @@ def test_broken_rows_of_every_format_are_named(kind: str, tmp_path: Path) -> Non
         f"  {where} 2: id 'a' was used in {where} 1 already; make ids differ, or set duplicates to 'drop'",
         f"  {where} 3: 'reward': found 'maths', allowed: exact",
         f"  {where} 4: 'prompt' is empty",
-        f"  {where} 5: 'answer' must hold an answer, found null",
+        f"  {where} 5: 'answer' must hold an answer, found null; leave the row out of the file",
     ]
 
 
@@ -152,7 +152,7 @@ def test_messages_that_the_chat_template_refuses(tmp_path: Path) -> None:
         {"answer": "1"},
     ]
     lines = unreadable(file_source(**write(tmp_path, "jsonl", *rows))).splitlines()
-    assert lines[1] == "  line 3: no column 'prompt': found 'answer'"
+    assert lines[1] == "  line 3: no column 'prompt': found 'answer'; columns.prompt=... reads another"
     assert lines[2].endswith("rows.jsonl: 1 of 2 prompts cannot be read")
     assert lines[3] == "  line 2: the tokenizer's chat template refuses the messages: no tools here"
 

@@ -81,7 +81,14 @@ def test_text_files_and_zipped_ones(name: str, is_zipped: bool, tmp_path: Path) 
         ("a.csv", b"prompt,answer\none\n", "row 1: has 1 values"),
         ("a.csv", b'prompt,answer\none,1\n"one,1\n', "cannot be read behind row 1"),
         ("a.csv", b"prompt,prompt\none,1\n", "two columns have one name: prompt, prompt"),
-        ("a.csv", b"prompt,answer\n\xff,1\n", "cannot be read"),
+        ("a.csv", b"prompt,answer\n\xff,1\n", "save it as UTF-8"),
+        ("a.csv", b"pr\xe9,answer\none,1\n", "save it as UTF-8"),
+        ("a.csv", b"prompt;answer\none;1\n", "separate columns by commas, not by ';'"),
+        (
+            "a.jsonl",
+            b'{"prompt": "one", "solution": 1}',
+            "found 'prompt', 'solution'; columns.answer=... reads another",
+        ),
         ("a.csv", b"prompt,answer\none,\n", "row 1: exact: the answer is empty"),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], "cannot be read"),
         ("a.jsonl.gz", LINES.encode(), "cannot be read: Not a gzipped file"),
@@ -164,7 +171,7 @@ def test_no_data_source(tmp_path: Path) -> None:
         ),
         (
             {"prompt": [{"role": "user", "content": [{"type": "text", "text": "one"}]}]},
-            "'prompt' must be text or a list",
+            "'prompt' has a message with several parts, such as an image",
         ),
     ],
 )

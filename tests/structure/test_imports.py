@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "tasks": ["knobs", "names", "plugins", "settings"],
     "reasoning_gym": ["names", "seeds", "settings", "tasks"],
     "rewards": ["knobs", "names", "plugins", "reasoning_gym", "sandbox", "types"],
-    "data": ["names", "reasoning_gym", "seeds", "settings", "tasks", "types"],
+    "data": ["names", "plugins", "reasoning_gym", "seeds", "settings", "tasks", "types"],
     "config": ["algo", "data", "names", "plugins", "rewards", "settings", "tasks", "types"],
     "protocols": ["rewards", "types"],
     "checkpoint": ["data", "protocols"],

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from sae_rl.data.loader import Loader
 from sae_rl.data.prompts import Record
 from sae_rl.data.sources.source import Source
+from sae_rl.plugins import named
 from sae_rl.settings import BadKeys, NonNegative, Positive
 from sae_rl.tasks.table import make_task, task_class
 from sae_rl.tasks.task import MAX_BARREN_DRAWS, Split
@@ -53,7 +54,8 @@ class ProceduralSource(Source):
         found: dict[str, Record] = {}  # by prompt
         index = barren = 0
         while len(found) < self.num_prompts:
-            problem = task.problem(self.seed, self.split, index)
+            with named(task):
+                problem = task.problem(self.seed, self.split, index)
             id_ = f"{task.name}/{self.split}/{self.seed}/{index}"
             record = Record(
                 id=id_, prompt=problem.prompt, answer=problem.answer, reward=reward, task=task.name, where=id_
