@@ -6,14 +6,16 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from sae_rl.data.prompts import Overlong, Record, tokenized
 from sae_rl.data.rows import listed
 from sae_rl.reasoning_gym.puzzles import PuzzleProcess
 from sae_rl.settings import BadKeys, ConfigError
 from sae_rl.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from sae_rl.data.columns import Messages
 from sae_rl.data.rows import listed
 from sae_rl.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # takes a second, and every command loads this module
 
 logger = logging.getLogger(__name__)
 

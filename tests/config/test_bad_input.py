@@ -434,7 +434,7 @@ sys.argv = ["sae_rl", "train", "model.path=nobody/nothing", "model.context_token
 try:
     runpy.run_module("sae_rl", run_name="__main__")
 finally:
-    print(*sorted({"ray", "vllm", "deepspeed"} & sys.modules.keys()))
+    print(*sorted({"ray", "vllm", "deepspeed", "transformers"} & sys.modules.keys()))
 """
 
 
