@@ -169,7 +169,7 @@ def start_workers(
         check_resources(placement, [node["Resources"] for node in ray.nodes() if node["Alive"]])
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    settings = WORKERS["rollout"].settings(config)
+    settings = (config.cluster, *WORKERS["rollout"].settings(config))
     kept = None if session is None else session.take(placement, settings)
     reserved: PlacementGroup | None
     reserved = reserve(placement, config.cluster.start_timeout_s, note) if kept is None else kept.reserved

@@ -78,7 +78,7 @@ def test_a_run_with_the_same_engines_starts_only_learners(tmp_path: Path, happen
     assert happened == ["closes rollout", "frees", "leaves"]
 
 
-@pytest.mark.parametrize("other", ["rollout.max_num_seqs=4", "cluster.rollout.num_workers=1", "model.path=other"])
+@pytest.mark.parametrize("other", ["rollout.max_num_seqs=4", "cluster.call_timeout_s=60", "model.path=other"])
 def test_engines_that_do_not_fit_are_closed_first(tmp_path: Path, happened: list[str], other: str) -> None:
     session = Session()
     run(session, make_config(tmp_path))
