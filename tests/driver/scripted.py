@@ -252,7 +252,8 @@ class ScriptedRecords:
         self._log = log
 
     def note(self, text: str) -> None:
-        self._log.append(Asked("note", {"text": text}))
+        if not text.startswith("ready after"):  # the seconds of the start
+            self._log.append(Asked("note", {"text": text}))
 
     def log(self, step: int, metrics: Metrics, phase: str = "train") -> None:
         self._log.append(Asked("log", {"step": step, "metrics": dict(metrics), "phase": phase}))
