@@ -34,7 +34,8 @@ def interrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> K
 
 
 def test_ctrl_c_ends_the_sampling_thread_and_every_process(interrupted: Killed) -> None:
-    assert not interrupted.alive and interrupted.seconds < 10, [child.cmdline()[:3] for child in interrupted.alive]
+    # The workers end first; then the report takes some of these seconds.
+    assert not interrupted.alive and interrupted.seconds < 25, [child.cmdline()[:3] for child in interrupted.alive]
     assert interrupted.returncode == 130
     assert "the same command continues" in interrupted.stderr and "Traceback" not in interrupted.stderr
     newest = checkpoint.newest(interrupted.output / "checkpoints")
