@@ -23,12 +23,12 @@ help:  ## this list
 demo: $(INSTALLED)  ## a small model learns a verifiable task with SAE on this machine, about ten minutes
 	$(BIN)/sae-rl demo
 
-test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 16 minutes on two cores
-	@echo "Running every test, with the real Ray, vLLM and DeepSpeed: about 16 minutes on two cores."
+test: $(INSTALLED)  ## every test, with the real Ray, vLLM and DeepSpeed; about 22 minutes on two cores
+	@echo "Running every test, with the real Ray, vLLM and DeepSpeed: about 22 minutes on two cores."
 	$(BIN)/python -m pytest -m "not alone" $(TWO_AT_A_TIME)
 	$(BIN)/python -m pytest -m alone
 
-test-fast: $(INSTALLED)  ## the tests that start no engine; about three minutes
+test-fast: $(INSTALLED)  ## the tests that start no engine; about five minutes
 	$(BIN)/python -m pytest -m "not alone and not slow" $(TWO_AT_A_TIME)
 
 # ALSO names versions to try: make PYTHON=python3.10 ALSO="torch==2.6.0" test-core
