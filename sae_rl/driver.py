@@ -44,6 +44,7 @@ class StepResult:
     opens: Tensor  # (N,)
     scores: Scores  # with the values of the value source
     targets: Targets  # before whitening
+    returns: Tensor | None  # (N,) Monte-Carlo returns, which judge a critic; None: there is none
     metrics: Metrics
 
 
@@ -62,13 +63,14 @@ def learn(run: Run, step: int, samples: StepSamples) -> StepResult:
         # A_t = delta_t + gamma lambda_t A_{t+1}, and the critic's targets
         targets = estimate(algorithm.estimator, batch, valued, token_rewards, opens)
         whitened = replace(targets, advantages=algorithm.whitening(targets.advantages, batch.action_mask))
+        returns = algorithm.monte_carlo_returns(batch, scores, opens) if algorithm.needs_critic else None
     seed = derive_seed(config.seed, "update", step)
     with batch_saved_on_failure(config.output_dir, step, batch, scores, whitened):
         metrics, logprobs = workers.update(batch, scores, whitened, seed=seed)  # PPO epochs of policy and critic
     valued = valued if valued.old_logprobs is not None else replace(valued, old_logprobs=logprobs)
-    metrics |= batch_metrics(algorithm, step, batch, scores, targets, opens, logprobs, valued.values)
+    metrics |= batch_metrics(algorithm, step, batch, scores, targets, opens, logprobs, valued.values, returns)
     metrics |= continuations.metrics()
-    return StepResult(opens=opens, scores=valued, targets=targets, metrics=metrics)
+    return StepResult(opens=opens, scores=valued, targets=targets, returns=returns, metrics=metrics)
 
 
 def begin(run: Run) -> int:
@@ -123,6 +125,7 @@ def finish(
             opens=result.opens,
             scores=result.scores,
             targets=result.targets,
+            monte_carlo_returns=result.returns,
         )
     )
     times = run.clock.lap()

@@ -214,6 +214,7 @@ class StepRecord:
     opens: Tensor  # (N,)
     scores: Scores
     targets: Targets  # before whitening
+    monte_carlo_returns: Tensor | None = None  # (N,), NaN where they are not known; None: there is no critic
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:

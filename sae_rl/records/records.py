@@ -26,7 +26,7 @@ from sae_rl.records.samples import FOLDER as SAMPLES
 from sae_rl.records.samples import write_samples
 from sae_rl.records.terminal import Terminal
 from sae_rl.rewards.pool import Rewards
-from sae_rl.types import Batch, Rollout, StepRecord
+from sae_rl.types import Rollout, StepRecord
 
 if TYPE_CHECKING:
     import wandb
@@ -96,11 +96,7 @@ class Records:
         """Writes a parquet file with a row per response, every ``logger.rollouts_every_steps`` and at the last step."""
         every = self._config.logger.rollouts_every_steps
         if every and (record.step % every == 0 or record.step == self._config.steps - 1):
-            returns = None
-            if self._config.algorithm.needs_critic:
-                batch = Batch.of(record.rollouts, record.rewards)
-                returns = self._config.algorithm.monte_carlo_returns(batch, record.scores, record.opens)
-            write_rollouts(self._run_dir, record, returns)
+            write_rollouts(self._run_dir, record)
 
     def samples(self, step: int, rollouts: Sequence[Rollout], rewards: Rewards, opens: Sequence[Tensor] | None) -> None:
         """Writes a parquet file with a row per response of an evaluation, if ``evaluation.record_samples``."""

@@ -27,14 +27,14 @@ def step_files(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), file) for match, file in found if match)
 
 
-def write_rollouts(run_dir: Path, record: StepRecord, returns: Tensor | None = None) -> Path:
-    """Writes the responses of one step, with their Monte-Carlo returns (N,) if there is a critic. Returns the file."""
+def write_rollouts(run_dir: Path, record: StepRecord) -> Path:
+    """Writes the responses of one step and returns the file."""
     rollouts, scores = record.rollouts, record.scores
     flat = {
         "policy_versions": torch.cat([r.policy_versions for r in rollouts]),
         "old_logprobs": scores.old_logprobs,
         "values": scores.values,  # None: the estimator needs no critic
-        "returns": returns,
+        "returns": record.monte_carlo_returns,
         "advantages": record.targets.advantages,
         "opens": record.opens,
     }

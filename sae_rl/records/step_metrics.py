@@ -20,6 +20,7 @@ def batch_metrics(
     opens: Tensor,
     logprobs: Tensor,
     values: Tensor | None,
+    returns: Tensor | None,
 ) -> dict[str, float]:
     """Statistics of rollouts, segments (``opens`` (N,)), advantages before whitening, and the critic.
 
@@ -27,6 +28,7 @@ def batch_metrics(
         scores: with the critic's values.
         logprobs: (N,) the trainer's log pi_old; NaN where it is not known.
         values: (N,) that the advantages read; None: none.
+        returns: (N,) Monte-Carlo returns; None: there is no critic.
     """
     metrics = stats.rollout_stats(batch) | stats.segment_stats(batch, opens) | stats.probability_stats(batch)
     metrics |= stats.staleness_stats(batch, step)
@@ -35,7 +37,8 @@ def batch_metrics(
         metrics["rollout/overlong_penalty_mean"] = float(algorithm.token_rewards.overlong(batch).mean())
     if scores.values is not None and targets.returns is not None:
         metrics |= stats.critic_stats(batch, scores.values, targets.returns, opens)
-        metrics |= stats.calibration_stats(scores.values, algorithm.monte_carlo_returns(batch, scores, opens))
+    if scores.values is not None and returns is not None:
+        metrics |= stats.calibration_stats(scores.values, returns)
     if scores.value_spread is not None:
         metrics["values/spread_mean"] = float(sampled_tokens(scores.value_spread, batch).mean())
     if values is not None and values is not scores.values and targets.returns is not None:

@@ -83,7 +83,8 @@ def sample_step(step: int, num_prompts: int, skill: float, rng: random.Random) -
 
 def step_record(step: int, num_prompts: int, skill: float, rng: random.Random) -> StepRecord:
     rollouts, rewards = sample_step(step, num_prompts, skill, rng)
-    scores, targets, opens = score(Batch.of(rollouts, rewards), skill)
+    batch = Batch.of(rollouts, rewards)
+    scores, targets, opens = score(batch, skill)
     return StepRecord(
         step=step,
         rollouts=rollouts,
@@ -92,6 +93,7 @@ def step_record(step: int, num_prompts: int, skill: float, rng: random.Random) -
         opens=opens,
         scores=scores,
         targets=targets,
+        monte_carlo_returns=batch.rewards.repeat_interleave(batch.lengths),
     )
 
 

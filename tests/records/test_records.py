@@ -193,6 +193,7 @@ def test_parquet_without_a_critic_and_with_soft_segments(tmp_path: Path) -> None
         record,
         scores=replace(record.scores, values=None),
         targets=replace(record.targets, returns=None),
+        monte_carlo_returns=None,
         opens=torch.full((batch.num_tokens,), 0.5),
     )
     rows = read_rollouts(write_rollouts(tmp_path, without_critic))
