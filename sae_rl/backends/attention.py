@@ -32,6 +32,7 @@ IMPLEMENTATIONS = {  # model.attention -> the name that transformers knows
 VARLEN_TYPES = (torch.bfloat16, torch.float16)
 # Names of layers that pass on a state from token to token, also in models whose configuration does not list its layers
 WITH_STATE = re.compile("Mamba|SSM|Conv1d|RWKV|Recurrent|DeltaNet|LinearAttention")
+NOT_COMPUTED = {"softcap": "a cap on its scores", "s_aux": "sinks", "position_bias": "a bias of positions"}
 BLOCK = 128  # queries to a call with a mask, which skips no key that one of them sees
 
 
@@ -84,8 +85,9 @@ def packed_varlen(
         The output (1, L, heads, d), and None in place of attention weights.
 
     Raises:
-        NotImplementedError: the model has dropout in its attention.
+        NotImplementedError: the model has dropout in its attention, or another part that the kernel does not compute.
     """
+    _check_computed(arguments)
     if dropout:
         raise NotImplementedError(
             f"the model's attention_dropout = {dropout:g}, but model.attention = varlen has no dropout: use sdpa"
@@ -125,7 +127,11 @@ def packed_sdpa(
 
     Returns:
         The output (1, L, heads, d), and None in place of attention weights.
+
+    Raises:
+        NotImplementedError: the model's attention has a part that is not computed here.
     """
+    _check_computed(arguments)
     options = {name: arguments[name] for name in ("dropout", "scaling") if name in arguments}
     shapes = list(zip(query_lengths or sequence_lengths, sequence_lengths, strict=True))
     runs = [(shape, len(list(run))) for shape, run in groupby(shapes)]
@@ -139,6 +145,13 @@ def packed_sdpa(
         batched = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in parts)
         outputs.append(_causal(module, *batched, sliding_window, options).flatten(0, 1))
     return torch.cat(outputs)[None], None
+
+
+def _check_computed(arguments: dict[str, Any]) -> None:
+    """Raises NotImplementedError if a model passes something that transformers' own SDPA would ignore in silence."""
+    for name, what in NOT_COMPUTED.items():
+        if arguments.get(name) is not None:
+            raise NotImplementedError(f"the model's attention has {what}: set model.attention=eager")
 
 
 def _rows(query: Tensor, key: Tensor, value: Tensor, key_index: Tensor | None) -> list[Tensor]:

@@ -21,6 +21,7 @@ class OutputHead(nn.Linear):
     """An output layer that returns logprobs. It is called once per pass, so ZeRO 3 gathers its weights once."""
 
     fused = False
+    scale = 1.0  # the model multiplies its logits by it
 
     @staticmethod
     def of(causal_lm: Any, fused: bool = False) -> None:
@@ -30,8 +31,12 @@ class OutputHead(nn.Linear):
             fused: use cut-cross-entropy's kernel in passes without entropies.
 
         Raises:
-            TypeError: the layer is not a `torch.nn.Linear`, or it has a bias, which the kernel does not support.
+            TypeError: the layer is not a `torch.nn.Linear`, or it has a bias, which the kernel does not support; or the model
+                caps its logits.
         """
+        model = causal_lm.config.get_text_config().to_dict()
+        if (cap := model.get("final_logit_softcapping")) is not None:
+            raise TypeError(f"{type(causal_lm).__name__} caps its logits at {cap:g}; such models cannot be trained")
         head = causal_lm.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise TypeError(
@@ -45,6 +50,8 @@ class OutputHead(nn.Linear):
             )
         head.__class__ = OutputHead
         head.fused = fused
+        # Granite's models divide their logits, and Cohere's multiply them.
+        head.scale = model.get("logit_scale", 1.0) / model.get("logits_scaling", 1.0)
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, token_ids: Tensor | None = None, temperature: float = 1.0, with_entropies: bool = False
@@ -61,6 +68,7 @@ class OutputHead(nn.Linear):
         """
         if token_ids is None:
             return super().forward(hidden)
+        temperature = temperature / self.scale
         if self.fused and not with_entropies and token_ids.numel():
             from cut_cross_entropy import linear_cross_entropy
 

@@ -163,6 +163,16 @@ def check_vocabulary(path: str, prompts: Iterable[Prompt]) -> None:
             raise ConfigError([f"model.path = {path}: {found}; take the tokenizer that belongs to the model"])
 
 
+def check_computed(config: Config) -> None:
+    """Raises ConfigError if the policy has parts that `sae_rl.backends` does not compute."""
+    key, path = "model.path", config.model.path
+    model = _text_config(key, path)
+    if (cap := getattr(model, "final_logit_softcapping", None)) is not None:
+        raise ConfigError([f"{key} = {path}: it caps its logits at {cap:g}; such models cannot be trained"])
+    if getattr(model, "attn_logit_softcapping", None) is not None and config.model.attention != "eager":
+        raise ConfigError([f"{key} = {path}: it caps the scores of its attention: set model.attention=eager"])
+
+
 def check_critics_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Checks that a critic of another model reads the policy's tokens as what they are.
 

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sae_rl.algo.segmenters import with_vocabulary
-from sae_rl.commands.model_files import check_critics_tokens, check_model, check_vocabulary, load_tokenizer
+from sae_rl.commands.model_files import (
+    check_computed,
+    check_critics_tokens,
+    check_model,
+    check_vocabulary,
+    load_tokenizer,
+)
 from sae_rl.commands.prompts import check_rewards, load_heldout, load_task
 from sae_rl.commands.run_folder import check_output, read_checkpoint
 from sae_rl.config.schema import Config
@@ -94,6 +100,8 @@ def prepared(
     tokenizer = cache(partial(load_tokenizer, config.model.path))
     sampler, heldout = load_task(config, tokenizer) if trained else (None, load_heldout(config, tokenizer))
     resolved = with_delimiters(config, tokenizer())
+    if "policy" in trained:
+        check_computed(config)
     if "critic" in trained:
         check_critics_tokens(config, tokenizer())
     check_vocabulary(config.model.path, [*(sampler.prompts if sampler else ()), *heldout])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from sae_rl.backends import logprobs
 from sae_rl.backends.logprobs import OutputHead
@@ -161,8 +161,23 @@ def interpret() -> None:
 
 def test_the_fused_kernel_does_not_support_a_bias() -> None:
     class Model(nn.Module):
+        config = LlamaConfig()
+
         def get_output_embeddings(self) -> nn.Module:
             return nn.Linear(2, 3)
 
     with pytest.raises(TypeError, match=r"has a bias.*model.logprobs=chunked"):
         OutputHead.of(Model(), fused=True)
+
+
+def test_capped_logits_are_refused() -> None:
+    size = {
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    model = Gemma2ForCausalLM(Gemma2Config(**size, head_dim=4, num_key_value_heads=1, final_logit_softcapping=30.0))
+    with pytest.raises(TypeError, match="Gemma2ForCausalLM caps its logits at 30; such models cannot be trained"):
+        OutputHead.of(model)

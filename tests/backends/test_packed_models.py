@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from sae_rl.backends import attention
 from sae_rl.backends.flops import PassCost
@@ -259,6 +259,37 @@ def test_varlen_refuses_dropout() -> None:
     bounds = torch.tensor([0, 3], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match=r"attention_dropout = 0\.1, but model.attention = varlen"):
         attention.packed_varlen(nn.Identity(), *rows, None, cu_seq_lens_q=bounds, max_length_q=3, dropout=0.1)
+
+
+def test_scaled_logits(tmp_path: Path, batch: Batch) -> None:
+    model = AutoModelForCausalLM.from_config(GraniteConfig(**SIZE, logits_scaling=0.25, attention_multiplier=0.2))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    model, logprobs, entropies, _ = padded_answers(tmp_path, batch)
+    policy = PolicyNetwork(load_causal_lm(model_config(tmp_path)))
+    found = policy(build_micro_batch(batch, torch.arange(5)), TEMPERATURE, True)
+    gradients = []
+    for numbers, network in ((found, policy.causal_lm), ((logprobs, entropies), model)):
+        (numbers[0].sum() + 0.3 * numbers[1].sum()).backward()
+        gradients.append(network.model.layers[0].mlp.down_proj.weight.grad)
+    torch.testing.assert_close(found, (logprobs, entropies), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_a_cap_on_scores_is_refused_and_eager_has_it(tmp_path: Path, batch: Batch) -> None:
+    config = Gemma2Config(**SIZE, head_dim=8, final_logit_softcapping=None, attn_logit_softcapping=2.0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    micro = build_micro_batch(batch, torch.arange(5))
+    for kind in ("sdpa", "varlen"):
+        with pytest.raises(NotImplementedError, match=r"a cap on its scores: set model\.attention=eager"):
+            PolicyNetwork(load_causal_lm(model_config(tmp_path, kind)))(micro, TEMPERATURE, False)
+    _, logprobs, _, _ = padded_answers(tmp_path, batch)
+    found, _ = PolicyNetwork(load_causal_lm(model_config(tmp_path, "eager")))(micro, TEMPERATURE, False)
+    torch.testing.assert_close(found, logprobs, atol=1e-5, rtol=1e-5)
 
 
 def test_the_length_at_which_attention_costs_as_much_as_the_matrices(folder: Path) -> None:

@@ -55,19 +55,24 @@ def damaged(tiny_model: Path, folder: Path, damage: str) -> tuple[Path, str]:
         config["architectures"] = ["Qwen3ForTokenClassification"]
     if damage == "vocabulary":
         config["vocab_size"] = 8
+    if damage in ("capped logits", "capped scores"):
+        caps = {"final_logit_softcapping": 30.0 if damage == "capped logits" else None, "attn_logit_softcapping": 50.0}
+        config |= {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"} | caps
     (folder / "config.json").write_text(json.dumps(config))
     if damage == "adapters":
         (folder / "config.json").rename(folder / "adapter_config.json")
     return folder, {
         "critic": "it is a Qwen3ForTokenClassification, but a policy is a language model",
         "vocabulary": ", but the model knows 8 tokens; take the tokenizer that belongs to the model",
+        "capped logits": "it caps its logits at 30; such models cannot be trained",
+        "capped scores": "it caps the scores of its attention: set model.attention=eager",
         "adapters": "holds adapters without their model; merge them first",
     }[damage]
 
 
 DAMAGES = [
     *("no weights", "cut", "git-lfs", "missing shard", "lacking tensor"),
-    *("broken index", "critic", "vocabulary", "adapters"),
+    *("broken index", "critic", "vocabulary", "capped logits", "capped scores", "adapters"),
 ]
 
 
