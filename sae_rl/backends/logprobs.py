@@ -51,7 +51,7 @@ class OutputHead(nn.Linear):
         head.__class__ = OutputHead
         head.fused = fused
         # Granite's models divide their logits, and Cohere's multiply them.
-        head.scale = model.get("logit_scale", 1.0) / model.get("logits_scaling", 1.0)
+        head.scale = (model.get("logit_scale") or 1.0) / (model.get("logits_scaling") or 1.0)
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, token_ids: Tensor | None = None, temperature: float = 1.0, with_entropies: bool = False
