@@ -43,9 +43,10 @@ def show(overrides: list[str]) -> None:
 
         for line in describe(config):
             print(f"# {line}")
+    from sae_rl.commands.run_folder import find_checkpoint
     from sae_rl.commands.train import prepare_training
 
-    prepare_training(config)
+    prepare_training(config, find_checkpoint(config))
 
 
 def evaluate(overrides: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from sae_rl.digests import Digests
 from sae_rl.rewards.pool import Rewards
 from sae_rl.types import Batch, Prompt, Rollout, Sampling, Scores, StepRecord, Targets
 
@@ -92,8 +93,12 @@ class Workers(Protocol):
         """Sends the policy's weights to every rollout engine and compares logprobs of both sides on probe prompts."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes weights, optimizers and schedules of policy and critic, and the policy as a Hugging Face folder."""
+    def save(self, folder: Path) -> Digests:
+        """Writes weights, optimizers and schedules of policy and critic, and the policy as a Hugging Face folder.
+
+        Returns:
+            All files, by their absolute paths.
+        """
         ...
 
     def load(self, folder: Path) -> None: ...

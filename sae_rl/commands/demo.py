@@ -44,7 +44,7 @@ def run_demo(overrides: list[str]) -> None:
         console.rule("2. reinforcement learning: Ray, vLLM, DeepSpeed", align="left")
         run_training(config)
     elif not (config.output_dir / "policy").is_dir():
-        publish_policy(config)  # the run was killed after its last checkpoint, before it published the policy
+        publish_policy(config, newest)  # the run was killed after its last checkpoint, before it published the policy
     console.rule("3. results", align="left")
     console.print(final_table(folder))
     report = folder / REPORT if (folder / REPORT).is_file() else write_run_report(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -32,19 +32,31 @@ def check_output(config: Config) -> None:
         raise ConfigError([f"output_dir = {config.output_dir}: cannot write there ({error.strerror})"]) from error
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The newest checkpoint in ``output_dir``; None: there is none.
+class Found(NamedTuple):
+    """The checkpoint that a run resumes from."""
+
+    folder: Path | None  # None: a new run
+    note: str | None  # for the user, of newer checkpoints that are damaged
+
+
+def find_checkpoint(config: Config) -> Found:
+    """The newest intact checkpoint in ``output_dir``. All its files are read.
 
     Raises:
-        ConfigError: there is one, but ``resume`` is false.
+        ConfigError: there is one, but ``resume`` is false; or there are damaged ones alone.
     """
-    newest = checkpoint.newest(config.output_dir / "checkpoints")
-    if newest is None:
-        return None
+    root = config.output_dir / "checkpoints"
+    if (newest := checkpoint.newest(root)) is None:
+        return Found(None, None)
+    found = f"output_dir = {config.output_dir} holds"
     if not config.resume:
-        found = f"output_dir = {config.output_dir} holds {newest.name} of another run"
-        raise ConfigError([f"{found}; resume=true continues it, or choose another output_dir"])
-    return newest
+        advice = "resume=true continues it, or choose another output_dir"
+        raise ConfigError([f"{found} {newest.name} of another run; {advice}"])
+    intact, damaged = checkpoint.newest_intact(root)
+    listed = ", ".join(f"{name} ({what})" for name, what in damaged.items())
+    if intact is None:
+        raise ConfigError([f"{found} damaged checkpoints alone: {listed}; choose another output_dir"])
+    return Found(intact, f"resuming from {intact.name}, since newer files are damaged: {listed}" if damaged else None)
 
 
 def require_consent(config: Config, newest: Path) -> None:
@@ -88,10 +100,9 @@ def is_finished(config: Config, newest: Path) -> bool:
     return read_checkpoint(newest).step >= config.steps
 
 
-def publish_policy(config: Config) -> None:
-    """Copies the policy of the newest checkpoint to ``output_dir/policy``, for transformers and vLLM."""
-    newest, target = checkpoint.newest(config.output_dir / "checkpoints"), config.output_dir / "policy"
-    assert newest is not None, "a run ends with a checkpoint"
+def publish_policy(config: Config, newest: Path) -> None:
+    """Copies the policy of a run's last checkpoint to ``output_dir/policy``, for transformers and vLLM."""
+    target = config.output_dir / "policy"
     partial = target.with_name(".partial_policy")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(newest / "hf", partial)
@@ -103,7 +114,9 @@ def write_config(config: Config, records: Records) -> None:
     """Writes ``config.yaml``; a note lists what a resumed run changes."""
     if changed := [f"{key}: {before!r} -> {now!r}" for key, (before, now) in _changes(config).items()]:
         records.note("changed since the last start: " + ", ".join(changed))
-    (config.output_dir / "config.yaml").write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
+    partial = config.output_dir / ".partial_config.yaml"  # an empty one would block a resume
+    partial.write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
+    partial.replace(config.output_dir / "config.yaml")
 
 
 def _changes(config: Config) -> dict[str, tuple[Any, Any]]:

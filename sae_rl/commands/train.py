@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from sae_rl import checkpoint
 from sae_rl.commands.assemble import assembled
 from sae_rl.commands.model_files import check_model
 from sae_rl.commands.preflight import Ready, prepared, show_outline
 from sae_rl.commands.report import leave_report
-from sae_rl.commands.run_folder import find_checkpoint, is_finished, publish_policy, require_consent
+from sae_rl.commands.run_folder import Found, find_checkpoint, is_finished, publish_policy, require_consent
 from sae_rl.config.schema import Config
 from sae_rl.critic import card
 from sae_rl.driver import train
@@ -35,10 +36,10 @@ def run_training(config: Config, session: Session | None = None) -> None:
             ``output_dir`` is finished.
         WorkerError, RuntimeError: the run failed; its last checkpoint is usable.
     """
-    newest = find_checkpoint(config)
-    if newest is not None and is_finished(config, newest) and not config.dry_run:
-        publish_policy(config)  # the finished run may have been killed before it published
-    ready = prepare_training(config)
+    found = find_checkpoint(config)
+    if found.folder is not None and is_finished(config, found.folder) and not config.dry_run:
+        publish_policy(config, found.folder)  # the finished run may have been killed before it published
+    ready = prepare_training(config, found)
     if config.dry_run:
         return show_outline(ready)
     mode = config.logger.console
@@ -46,7 +47,9 @@ def run_training(config: Config, session: Session | None = None) -> None:
     try:
         with assembled(ready, session) as run:
             loop_of(config)(run)
-        publish_policy(config)
+        newest = checkpoint.newest(config.output_dir / "checkpoints")
+        assert newest is not None, "a run ends with a checkpoint"
+        publish_policy(config, newest)
     except ConfigError:
         raise  # nothing was trained
     except BaseException:  # also Ctrl-C
@@ -55,9 +58,9 @@ def run_training(config: Config, session: Session | None = None) -> None:
     output.print(leave_report(config.output_dir), markup=False)
 
 
-def prepare_training(config: Config) -> Ready:
+def prepare_training(config: Config, found: Found) -> Ready:
     """Checks everything that a training run needs. Nothing is started or written. Raises ConfigError as `run_training`."""
-    resume_from = find_checkpoint(config)
+    resume_from = found.folder
     if resume_from is not None and is_finished(config, resume_from):
         done = f"{resume_from} has done all of steps = {config.steps}: nothing is left to train"
         raise ConfigError([f"{done}; raise steps, or choose another output_dir"])
@@ -84,7 +87,9 @@ def prepare_training(config: Config) -> Ready:
         is_off = config.evaluation.every_steps == 0 and config.replay is None
         return "nothing is evaluated: evaluation.every_steps = 0" if is_off else None
 
-    return prepared(config, roles_of(config), resume_from=resume_from, more=(replay, critic, evaluation))
+    return prepared(
+        config, roles_of(config), resume_from=resume_from, more=(replay, critic, evaluation, lambda: found.note)
+    )
 
 
 def loop_of(config: Config) -> Callable[[Run], None]:

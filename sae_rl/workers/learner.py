@@ -15,10 +15,11 @@ from sae_rl.backends.deepspeed import Learner, Rank, join_group
 from sae_rl.backends.packing import MicroBatch, draw_mini_batches
 from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import LearnerConfig, ModelConfig
+from sae_rl.digests import Digests, digests_of
 from sae_rl.garbage import collect_as_usual
 from sae_rl.types import Batch
 from sae_rl.workers.group import Process
-from sae_rl.workers.shared_folder import FileSizes, answer_nonce, sizes_of
+from sae_rl.workers.shared_folder import answer_nonce
 
 
 class LearnerWorker(Process):
@@ -93,22 +94,22 @@ class LearnerWorker(Process):
         torch.distributed.all_reduce(one)
         return int(one)
 
-    def save(self, folder: Path) -> FileSizes:
+    def save(self, folder: Path) -> Digests:
         """Writes weights, optimizer, schedule and random states. Returns this rank's files."""
         with self._at_work():
-            return sizes_of(self._learner.save(folder))
+            return digests_of(self._learner.save(folder))
 
     def load(self, folder: Path) -> None:
         with self._at_work():
             self._learner.load(folder)
 
-    def export(self, folder: Path) -> FileSizes:
+    def export(self, folder: Path) -> Digests:
         """Writes a Hugging Face folder: all ranks gather the weights, rank 0 writes. Returns this rank's files."""
         weights = self._learner.full_weights()
         with self._at_work():
             if self._learner.rank.index == 0:
                 self._learner.network.export(weights, self._model.path, folder)
-                return sizes_of(file for file in folder.rglob("*") if file.is_file())
+                return digests_of(file for file in folder.rglob("*") if file.is_file())
             for _ in weights:
                 pass
             return {}

@@ -17,6 +17,7 @@ from sae_rl.algo.ragged import check_tokens
 from sae_rl.algo.value_losses import check_returns
 from sae_rl.backends.deepspeed import Rank
 from sae_rl.config.schema import Config
+from sae_rl.digests import Digests
 from sae_rl.records.clock import Clock
 from sae_rl.types import Batch, Prompt, Scores, Targets
 from sae_rl.workers.engines import Engines
@@ -24,7 +25,7 @@ from sae_rl.workers.group import Call, WorkerGroup, wait_for
 from sae_rl.workers.placement import plan
 from sae_rl.workers.rank_results import merge_scores, update_metrics
 from sae_rl.workers.rollout_pool import RolloutPool
-from sae_rl.workers.shared_folder import FileSizes, check_shared, check_written
+from sae_rl.workers.shared_folder import check_shared, check_written
 from sae_rl.workers.table import WORKERS
 from sae_rl.workers.weight_sync import WeightSync
 
@@ -185,12 +186,13 @@ class RunWorkers:
         with self._clock.phase("sync"), self.rollout.lock, self._policy_lock:
             return self._weights.sync(version)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Digests:
+        written: Digests = {}
         with self._clock.phase("checkpoint"), self._policy_lock:
             answers = self._run_all(self._trained, lambda worker, role: worker.save.remote(folder.absolute() / role))
             for role, ranks in answers.items():
-                check_written(self._groups[role], ranks)
-            self._export("policy", folder / "hf")
+                written |= check_written(self._groups[role], ranks)
+            return written | self._export("policy", folder / "hf")
 
     def load(self, folder: Path) -> None:
         self._run_all(self._trained, lambda worker, role: worker.load.remote(folder.absolute() / role))
@@ -207,10 +209,10 @@ class RunWorkers:
     def export_critic(self, folder: Path) -> None:
         self._export("critic", folder)
 
-    def _export(self, role: str, folder: Path) -> None:
+    def _export(self, role: str, folder: Path) -> Digests:
         group = self._groups[role]
-        exported: list[FileSizes] = group.run(lambda worker: worker.export.remote(folder.absolute()))
-        check_written(group, exported[:1])  # rank 0 writes
+        exported: list[Digests] = group.run(lambda worker: worker.export.remote(folder.absolute()))
+        return check_written(group, exported[:1])  # rank 0 writes
 
     def _load_engine(self, worker: ActorHandle) -> Any:
         return worker.start.remote(*WORKERS["rollout"].settings(self._config))

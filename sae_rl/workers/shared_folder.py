@@ -6,20 +6,15 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from sae_rl.digests import Digests
 from sae_rl.settings import ConfigError
 from sae_rl.workers.group import WorkerError, WorkerGroup
 
 ARRIVES_S = 30.0  # the longest wait for a file of another node, which network file systems may show late
 POLL_S = 0.2
-FileSizes = dict[str, int]  # bytes by absolute path
-
-
-def sizes_of(files: Iterable[str | Path]) -> FileSizes:
-    """The sizes of files that this process wrote. Raises FileNotFoundError if one of them is not there."""
-    return {str(file): Path(file).stat().st_size for file in files}
 
 
 def check_shared(groups: Mapping[str, WorkerGroup], output_dir: Path) -> None:
@@ -58,23 +53,30 @@ def answer_nonce(nonce: Path) -> str | None:
     return name
 
 
-def check_written(group: WorkerGroup, ranks: Sequence[FileSizes]) -> None:
+def check_written(group: WorkerGroup, ranks: Sequence[Digests]) -> Digests:
     """Checks that the driver finds every file that these ranks, from 0 on, wrote.
+
+    Args:
+        ranks: the files of each rank, by their absolute paths.
+
+    Returns:
+        The files of all ranks.
 
     Raises:
         WorkerError: a rank wrote nothing, or a file is missing or of another size where the driver looks.
     """
-    for rank, sizes in enumerate(ranks):
+    for rank, written in enumerate(ranks):
         writer = f"{group.role} worker {rank} on {_host(group, rank)}"
-        if not sizes:
+        if not written:
             raise WorkerError(f"{writer} wrote no file of the checkpoint")
-        for file, size in sizes.items():
+        for file, (size, _) in written.items():
             if not arrives(lambda file=file, size=size: _size(file) == size):  # type: ignore[misc]
                 raise WorkerError(
                     f"{writer} wrote {file} with {size:,} bytes, but the driver on {socket.gethostname()} finds "
                     f"{'no such file' if _size(file) is None else f'{_size(file):,} bytes'}: output_dir must be on storage "
                     "that all nodes share, with enough space"
                 )
+    return {file: digest for written in ranks for file, digest in written.items()}
 
 
 def arrives(is_there: Callable[[], bool]) -> bool:

@@ -13,6 +13,7 @@ from sae_rl.commands import train as module
 from sae_rl.commands.preflight import Ready
 from sae_rl.commands.run_folder import write_config
 from sae_rl.commands.train import run_training
+from sae_rl.digests import Digests
 from sae_rl.protocols import Metrics
 from sae_rl.records.records import Records
 from sae_rl.run import Run
@@ -31,9 +32,10 @@ class Ending(ScriptedWorkers):
             raise self.end
         return super().sync_weights(version)
 
-    def save(self, folder: Path) -> None:
-        super().save(folder)
+    def save(self, folder: Path) -> Digests:
+        written = super().save(folder)
         (folder / "hf").mkdir()
+        return written
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sae_rl import checkpoint
 from sae_rl.commands.run_folder import require_consent
 from sae_rl.config.schema import as_tree
 from sae_rl.data.sampler import Sampler
@@ -28,6 +29,7 @@ def test_an_output_folder_that_cannot_be_written(train: Callable[..., Outcome], 
 def make_checkpoint(folder: Path, step: int) -> None:
     (folder / f"step_{step:06d}").mkdir(parents=True)
     (folder / f"step_{step:06d}" / "driver.json").write_text(json.dumps({"step": step, "sampler": {}}))
+    checkpoint.write_manifest(folder / f"step_{step:06d}", {})
 
 
 def test_nothing_is_left_to_train(train: Callable[..., Outcome], tmp_path: Path) -> None:

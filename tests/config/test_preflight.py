@@ -13,6 +13,9 @@ import pytest
 import yaml
 
 from sae_rl import checkpoint
+from sae_rl.commands.run_folder import find_checkpoint
+from sae_rl.config.compose import load_config
+from sae_rl.digests import Digest
 from sae_rl.settings import ConfigError
 
 from ..conftest import CommandLine, Outcome
@@ -167,6 +170,7 @@ def checkpoint_at(folder: Path, ranks: int = 1) -> Path:
     (folder / "policy").mkdir(parents=True)
     (folder / "critic").mkdir()
     (folder / "driver.json").write_text(json.dumps(state))
+    checkpoint.write_manifest(folder, {})
     for rank in range(ranks):
         for role in ("policy", "critic"):
             (folder / role / f"random_state_{rank}.pt").touch()
@@ -224,6 +228,21 @@ def test_commands_without_a_dry_run_say_so(command: str, sae_rl: CommandLine, ti
     outcome = sae_rl(command, f"model.path={tiny_model}", "rollout.max_response_tokens=64", "dry_run=true")
     assert_refused(outcome, "dry_run = true", "use `sae-rl train`")
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_checkpoints_are_named(train: Train, tiny_model: Path, tmp_path: Path) -> None:
+    root = tmp_path / "out" / "checkpoints"
+    for step in (1, 2):
+        folder = checkpoint_at(root / f"step_{step:06d}")
+        checkpoint.write_manifest(folder, {"hf": Digest(3, "")} if step == 2 else {})
+    found = find_checkpoint(load_config([f"model.path={tiny_model}", f"output_dir={tmp_path}/out"]))
+    assert found.folder == root / "step_000001"
+    assert found.note == "resuming from step_000001, since newer files are damaged: step_000002 (hf is missing)"
+    checkpoint.write_manifest(root / "step_000001", {"hf": Digest(3, "")})
+    said = (
+        "damaged checkpoints alone: step_000002 (hf is missing), step_000001 (hf is missing); choose another output_dir"
+    )
+    assert_refused(train(), said)
 
 
 def test_a_checkpoint_is_read_or_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sae_rl import checkpoint
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Config, as_tree
 from sae_rl.config.search_path import SearchPath
@@ -202,6 +203,7 @@ def test_a_sweep_that_is_started_again_leaves_finished_runs_alone(
         (folder / "hf").mkdir(parents=True)
         state = {"step": 3, "sampler": {}}
         (folder / "driver.json").write_text(json.dumps(state))
+        checkpoint.write_manifest(folder, {})
         (config.output_dir / "config.yaml").write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
 
     monkeypatch.setattr("sae_rl.commands.train.run_training", finish)

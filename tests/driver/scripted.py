@@ -19,6 +19,7 @@ from sae_rl import checkpoint
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import Config
 from sae_rl.data.sampler import PromptSampler, Sampler
+from sae_rl.digests import Digests, digests_of
 from sae_rl.protocols import Metrics
 from sae_rl.records.clock import Clock
 from sae_rl.rewards.pool import Check, RewardPool, Rewards
@@ -188,10 +189,11 @@ class ScriptedWorkers:
         self.version = version
         return {"sync/logprob_diff_max": 0.0}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> Digests:
         self._write("save", folder=folder)
         (folder / "policy").mkdir()
-        (folder / "policy" / "weights").write_text(str(self.version))
+        (file := folder.absolute() / "policy" / "weights").write_text(str(self.version))
+        return digests_of([file])
 
     def load(self, folder: Path) -> None:
         self._write("load", folder=folder)

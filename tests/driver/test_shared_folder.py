@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
+from sae_rl.digests import Digest, digests_of
 from sae_rl.settings import ConfigError
 from sae_rl.workers import shared_folder
 from sae_rl.workers.group import WorkerError
-from sae_rl.workers.shared_folder import FileSizes, answer_nonce, check_shared, check_written, sizes_of
+from sae_rl.workers.shared_folder import answer_nonce, check_shared, check_written
 
 HERE = "shared"
 
@@ -84,7 +85,7 @@ def group(tmp_path: Path) -> Any:
 def test_files_that_arrived_are_accepted(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_text("weights")
-    check_written(group(tmp_path), [sizes_of([tmp_path / "a"]), sizes_of([tmp_path / "b"])])
+    check_written(group(tmp_path), [digests_of([tmp_path / "a"]), digests_of([tmp_path / "b"])])
 
 
 @pytest.mark.parametrize(
@@ -95,18 +96,18 @@ def test_files_that_arrived_are_accepted(tmp_path: Path) -> None:
         ({"a": 9}, r"wrote \S+a with 9 bytes, but .* finds 7 bytes"),
     ],
 )
-def test_files_that_are_missing_or_short_are_named(tmp_path: Path, sizes: FileSizes, found: str) -> None:
+def test_files_that_are_missing_or_short_are_named(tmp_path: Path, sizes: dict[str, int], found: str) -> None:
     (tmp_path / "a").write_text("weights")
-    ranks = [sizes_of([tmp_path / "a"]), {str(tmp_path / name): size for name, size in sizes.items()}]
+    ranks = [digests_of([tmp_path / "a"]), {str(tmp_path / name): Digest(size, "") for name, size in sizes.items()}]
     with pytest.raises(WorkerError, match=found):
         check_written(group(tmp_path), ranks)
 
 
 def test_a_file_that_comes_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_folder.time, "sleep", lambda seconds: (tmp_path / "late").write_text("weights"))
-    check_written(group(tmp_path), [{str(tmp_path / "late"): 7}])
+    check_written(group(tmp_path), [{str(tmp_path / "late"): Digest(7, "")}])
 
 
 def test_a_worker_that_did_not_write_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="shard"):
-        sizes_of([tmp_path / "shard"])
+        digests_of([tmp_path / "shard"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def test_all_files_of_all_ranks_are_checked(
     names = {Path(file).relative_to(tmp_path / ".partial_step_000001") for file in checked}
     written = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
     unchecked = {file.name for file in written - names if file.suffix != ".py"}  # DeepSpeed adds a script
-    assert unchecked == {"driver.json"}
+    assert unchecked == {"driver.json", "manifest.json"}
+    assert set(json.loads((folder / "manifest.json").read_text())["files"]) == {*map(str, names), "driver.json"}
     assert len(names) >= 2 * 3 and any(file.parent.name == "hf" for file in names)
 
 
