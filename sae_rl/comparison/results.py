@@ -12,7 +12,6 @@ import numpy as np
 from sae_rl.comparison.curves import DIAGNOSTICS, Floats
 from sae_rl.comparison.outcomes import DURATIONS, OUTCOMES, SCORES, Arm, halfway
 from sae_rl.comparison.resampling import (
-    LEVEL,
     MIN_SEEDS,
     NUM_RESAMPLES,
     Estimates,
@@ -205,14 +204,23 @@ def _listed(found: Estimates) -> list[Estimate]:
     ]
 
 
+def _clipped(estimate: Estimate, most: float) -> Estimate:
+    """With an interval inside what is possible: a mean of scores from 0 to 1 is from 0 to 1."""
+    low, high = np.clip([estimate.low, estimate.high], 0.0, most).tolist()
+    return Estimate(estimate.value, low, high)
+
+
 def _band(found: Sequence[Estimate]) -> Band:
     return Band(value=[e.value for e in found], low=[e.low for e in found], high=[e.high for e in found])
 
 
 def _arm_result(arm: Arm, samples: _Samples, selection: Selection, thresholds: Floats) -> ArmResult:
+    num_steps, is_fraction = len(arm.steps), arm.curves.min() >= 0 and arm.curves.max() <= 1
     linear, others = (_listed(estimates(part)) for part in samples.parts())
-    num_steps = len(arm.steps)
-    middle = resample(arm.linear[:, num_steps:], iqm, np.random.default_rng(0), samples.weights)
+    linear = [_clipped(each, 1.0) for each in linear] if is_fraction else linear
+    others[0] = _clipped(others[0], math.inf)  # a drawdown
+    middle = _listed(estimates(resample(arm.linear[:, num_steps:], iqm, np.random.default_rng(0), samples.weights)))
+    middle = [_clipped(each, 1.0) for each in middle] if is_fraction else middle
     runs = arm.linear if samples.weights is None else arm.linear.mean(-1)
     by_run = np.column_stack([runs[:, num_steps:], samples.others])
     metrics = {name: by_step for name in DIAGNOSTICS if not np.isnan(by_step := _by_step(arm, name)).all()}
@@ -228,7 +236,7 @@ def _arm_result(arm: Arm, samples: _Samples, selection: Selection, thresholds: F
         failed=_failures(selection, arm.name),
         num_diverged=arm.diverged + sum(run.update_failed for run in failed),
         outcomes=dict(zip(OUTCOMES, [*linear[num_steps:], *others], strict=True)),
-        iqm=dict(zip(SCORES, _listed(estimates(middle)), strict=True)),
+        iqm=dict(zip(SCORES, middle, strict=True)),
         final_std=float(final.std(ddof=1)) if len(final) > 1 else math.nan,
         num_reached=samples.reached,
         runs=dict(zip(OUTCOMES, by_run.T.tolist(), strict=True)),
@@ -312,6 +320,11 @@ def signed(value: float) -> str:
     return f"{'+' if value > 0 else ''}{show(value)}"
 
 
+def p_text(p: float) -> str:
+    """``p = 0.021``, or ``p < 0.001``."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 def sentence(
     arm: Arm, baseline: Arm, num_pairs: int, change: Change, outcome: str, verdict: Verdict, num_arms: int
 ) -> str:
@@ -319,17 +332,16 @@ def sentence(
     difference = f"{OUTCOMES[outcome]}, difference {signed(change.value)}"
     ours, theirs = len(arm.runs), len(baseline.runs)
     if verdict == "no interval":
-        counts = " and ".join(
-            f"{n} complete run{'s' * (n != 1)} of {arm.name}" for n, arm in ((ours, arm), (theirs, baseline))
-        )
+        sizes = [(len(each.runs), each.name) for each in (arm, baseline)]
+        counts = " and ".join(f"{n} complete run{'s' * (n != 1)} of {name}" for n, name in sizes)
         few = f"no interval, since there are {counts}; {MIN_SEEDS} of each are needed"
         return f"{arm.name} and {baseline.name}: {few} ({difference})."
     if math.isnan(change.low):
         return f"{arm.name} and {baseline.name}: no difference shown; {difference} without any spread over the runs."
     how = f"paired over {num_pairs} seeds" if num_pairs else f"{ours} and {theirs} runs, not paired"
-    several = f", {show(change.holm_p)} after Holm's correction for {num_arms} arms" if num_arms > 1 else ""
-    p = f"p = {show(change.p)}{several}"
-    numbers = f"{LEVEL:.0%} interval [{signed(change.low)}, {signed(change.high)}]; {how}; {p}"
+    several = f", {p_text(change.holm_p)} after Holm's correction for {num_arms} arms" if num_arms > 1 else ""
+    p = f"{p_text(change.p)}{several}"
+    numbers = f"95 % interval [{signed(change.low)}, {signed(change.high)}]; {how}; {p}"
     if verdict == "no difference shown":
         return f"{arm.name} and {baseline.name}: no difference shown; {difference}, {numbers}."
     return f"{arm.name} is {verdict} than {baseline.name}: {difference}, {numbers}."
