@@ -51,9 +51,9 @@ def figures(comparison: Comparison) -> dict[str, Plot]:
     changes = [_row(each.arm, each.outcomes[outcome], colours) for each in comparison.differences]
     curves = {arm.name: (comparison.steps, arm.curve) for arm in arms}
     by_tokens = {arm.name: ([n / 1e6 for n in arm.tokens], replace(arm.curve, low=[], high=[])) for arm in arms}
-    profiles = {arm.name: (comparison.profile_thresholds, arm.profile) for arm in arms}
+    profiles = {arm.name: (comparison.profile_thresholds, replace(arm.profile, low=[], high=[])) for arm in arms}
     band, beside = "band: 95 % interval", f"Difference to {comparison.baseline}"
-    every, threshold = f"Runs with a final score above t; {band}.", {"xlabel": "t", "marks": False}
+    every, threshold = "Fraction of runs with a final score above t.", {"xlabel": "t", "marks": False}
     by_token = {"size": WIDE, "xlabel": "million tokens"}
     found = {
         "learning_curve": _lines(_capital(score), f"Mean over runs; {band}.", names, curves, size=WIDE),
@@ -67,7 +67,7 @@ def figures(comparison: Comparison) -> dict[str, Plot]:
     for name in dict.fromkeys(name for arm in arms for name in arm.diagnostic_curves):
         own = {arm.name: arm.diagnostic_curves[name] for arm in arms if name in arm.diagnostic_curves}
         lines = {arm: (range(1, len(each.value) + 1), each) for arm, each in own.items()}
-        metric, title = METRICS[name], _capital(METRICS[name].title or name)
+        metric, title = METRICS[name], _capital(METRICS[name].title) or name
         percent = metric.unit == "fraction"
         found[name.replace("/", "_")] = _lines(
             title, f"{name}: {metric.meaning}.", names, lines, percent=percent, marks=False
@@ -116,7 +116,7 @@ def _claim(comparison: Comparison) -> str:
 
 
 def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    return text[:1].upper() + text[1:]
 
 
 def _row(name: str, found: Estimate | Change, colours: Mapping[str, str], points: Sequence[float] = ()) -> Row:
