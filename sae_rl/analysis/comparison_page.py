@@ -31,11 +31,12 @@ class Plot:
     caption: str
     figure: Callable[[bool], Figure]  # with names or without
 
-    def save(self, file: Path) -> None:
-        """Writes SVG or PNG, as the name of the file ends."""
+    def save(self, folder: Path, name: str) -> None:
+        """Writes the figure as SVG and as PNG."""
         with matplotlib.rc_context(STYLE):
-            nothing = {"Date": None} if file.suffix == ".svg" else {}
-            self.figure(True).savefig(file, dpi=150, metadata=nothing, facecolor="white")
+            figure = self.figure(True)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, facecolor="white")
+            figure.savefig(folder / f"{name}.png", dpi=150, facecolor="white")
 
     @property
     def svg(self) -> Markup:

@@ -104,9 +104,8 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
             "comparison.html": page(comparison, drawn),
         },
     )
-    for name, figure in drawn.items():
-        for kind in ("svg", "png"):
-            figure.save(folder / f"{name}.{kind}")
+    for name, plot in drawn.items():
+        plot.save(folder, name)
     print_comparison(comparison)
     print(f"{folder}/: comparison.html, comparison.md, comparison.json, and plots as SVG and PNG")
 

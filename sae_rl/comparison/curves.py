@@ -23,7 +23,7 @@ from sae_rl.records.metrics import PHASES
 
 Floats = npt.NDArray[np.float64]
 
-TOKENS = "sampled_tokens"  # of a step, continuations included
+TOKENS = "sampled_tokens"  # sampled in a step, continuations included
 DIAGNOSTICS = (  # metrics of training that a comparison shows, averaged over steps
     *("rollout/reward_mean", "rollout/tokens_mean", "rollout/truncated_fraction"),
     *("critic/explained_variance", "values/explained_variance", "policy/entropy_mean", "rollout/entropy_estimate"),
@@ -48,9 +48,7 @@ class RunCurves:
     steps: int  # that the run was to do
     problem: str = ""  # why the run is not complete; empty: it did all steps
     update_failed: bool = False  # it ended early because an update failed
-    prompts: Mapping[str, int] = field(
-        default_factory=dict
-    )  # of each data set, in the order of ``scores``; empty: unknown
+    prompts: Mapping[str, int] = field(default_factory=dict)  # by data set, in the order of ``scores``; empty: unknown
     training: Mapping[str, Mapping[int, float]]  # by metric and step, counted from 0; `TOKENS` too
     success: Mapping[int, float]  # by the number of steps done
     scores: Mapping[int, Floats] = field(default_factory=dict)  # (P,) mean score of each prompt

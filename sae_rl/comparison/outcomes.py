@@ -45,7 +45,7 @@ class Arm:
     runs: Sequence[RunCurves]
     steps: tuple[int, ...]  # (E,)
     measure: str
-    last_fraction: float  # of all steps, whose evaluations `last` averages
+    last_fraction: float  # the part of the steps whose evaluations `last` averages
     has_scores: bool  # whether the scores of prompts are used
 
     @property

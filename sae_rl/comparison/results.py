@@ -34,7 +34,7 @@ from sae_rl.records.metrics import PHASES, show
 
 Verdict = Literal["better", "worse", "no difference shown", "no interval"]
 ALPHA = 0.05
-NUM_THRESHOLDS = 101  # of a performance profile
+NUM_THRESHOLDS = 101  # thresholds in a performance profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class Choices:
     """What the user chooses."""
 
     baseline: str = ""  # an arm; empty: the first one
-    outcome: str = "final"  # of `SCORES`, which the sentences are about
+    outcome: str = "final"  # a key of `OUTCOMES`: the sentences are about it
     threshold: float | None = None  # a score; None: see `halfway`
     last_fraction: float = 0.25
 
@@ -94,7 +94,7 @@ class Difference:
     """An arm beside the baseline."""
 
     arm: str
-    num_pairs: int  # of runs with the same seed; 0: the arms are independent samples
+    num_pairs: int  # pairs of runs with the same seed; 0: the arms are independent samples
     without_partner: list[str]  # seeds that a paired difference leaves out
     outcomes: dict[str, Change]
     improvement: Estimate  # probability that a run of the arm has a higher final score than one of the baseline
@@ -111,7 +111,7 @@ class Comparison:
     held_out: str
     num_prompts: int  # whose scores are resampled; 0: intervals are over seeds alone
     num_steps: int
-    steps: list[int]  # of the evaluations
+    steps: list[int]  # steps done at each evaluation
     baseline: str
     outcome: str
     threshold: float

@@ -21,7 +21,7 @@ from sae_rl.records.rollouts import step_files
 from sae_rl.records.samples import FOLDER as SAMPLES
 
 CONFIG, METRICS, FAILED_JOBS = "config.yaml", "metrics.jsonl", "failed_jobs.txt"
-SAMPLING = ("pass_score", "temperature", "top_p", "top_k", "min_p")  # of `evaluation`, parts of what success means
+SAMPLING = ("pass_score", "temperature", "top_p", "top_k", "min_p")  # keys of `evaluation` that say what success means
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[RunCurves], list[Unread]]:
             if source.resolve() in runs:
                 continue
             tail = f"/{source.relative_to(path)}" if source != path else str(source)
-            failure = "; ".join(failed.pop(name) for name in [*failed] if name.endswith(tail))
+            failure = "; ".join(failed.pop(name) for name in [*failed] if f"/{name}".endswith(tail))
             read = read_csv(source) if source.is_file() else _read_run(source, failure)
             if isinstance(read, Unread):
                 unread[read.source] = read

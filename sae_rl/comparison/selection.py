@@ -1,4 +1,4 @@
-"""Which runs can be compared with each other, and which cannot."""
+"""The choice of runs that can be compared with each other."""
 
 from __future__ import annotations
 

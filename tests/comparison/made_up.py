@@ -105,8 +105,8 @@ def curves_of(success: dict[int, float], *, arm: str = "a", seed: str = "0", **m
         "source": Path(f"{arm}-{seed}"),
         "task": "level",
         "held_out": "level",
-        "steps": max(success),
-        "training": {"sampled_tokens": dict.fromkeys(range(max(success)), 100.0)},
+        "steps": max(success, default=0),
+        "training": {"sampled_tokens": dict.fromkeys(range(max(success, default=0)), 100.0)},
         "success": success,
     }
     return RunCurves(arm=arm, seed=seed, **(values | more))

@@ -99,9 +99,7 @@ def test_arm_by_chooses_keys_and_sections() -> None:
 
 
 def test_a_key_that_no_run_has() -> None:
-    with pytest.raises(
-        ValueError, match=r"--arm-by algorithm\.estimator\.lamb: no run has that key, .*algorithm\.estimator\.lam"
-    ):
+    with pytest.raises(ValueError, match=r"--arm-by algorithm\.estimator\.lamb: no run has that key, .*estimator\.lam"):
         arms_of(SAE, GAE, arm_by=("algorithm.estimator.lamb",))
 
 
