@@ -154,7 +154,8 @@ def summary_of(comparison: Comparison) -> str:
     runs = sum(len(arm.seeds) for arm in comparison.arms)
     failed = sum(len(arm.failed) for arm in comparison.arms) + sum(map(len, comparison.arms_without_runs.values()))
     over = f"seeds and {comparison.num_prompts:,} held-out prompts" if comparison.num_prompts else "seeds"
-    counts = f"{runs} complete runs of {len(comparison.arms)} arms, {failed} incomplete"
+    arms = len(comparison.arms)
+    counts = f"{runs} complete run{'s' * (runs != 1)} of {arms} arm{'s' * (arms != 1)}, {failed} incomplete"
     counts += f", {len(comparison.left_out)} not compared" if comparison.left_out else ""
     where = f"{comparison.task}, {comparison.num_steps} steps"
     return f"{where}: {counts}. Score: {METRICS[comparison.measure].title}. Intervals: over {over}."

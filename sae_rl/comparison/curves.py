@@ -72,7 +72,8 @@ def csv_text(run: RunCurves) -> str:
         scores = " ".join(map(_short, run.scores[step].tolist())) if step in run.scores else ""
         rows.writerow(["evaluation", step, _short(value), scores, *[""] * len(columns)])
     for step in sorted({step for name in columns for step in run.training[name]}):
-        rows.writerow(["train", step, "", "", *(_short(run.training[name].get(step, math.nan)) for name in columns)])
+        found = (run.training[name].get(step) for name in columns)
+        rows.writerow(["train", step, "", "", *("" if value is None else _short(value) for value in found)])
     return "\n".join([*lines, text.getvalue()])
 
 

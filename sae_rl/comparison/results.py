@@ -226,7 +226,7 @@ def _arm_result(arm: Arm, samples: _Samples, selection: Selection, thresholds: F
     metrics = {name: by_step for name in DIAGNOSTICS if not np.isnan(by_step := _by_step(arm, name)).all()}
     curves = {name: _over_seeds(values) for name, values in metrics.items()}
     means = {name: _over_seeds(nan_mean(values, 1)[:, None])[0] for name, values in metrics.items()}
-    phases = {name: _by_step(arm, name) for name in (*PHASES, "time/step_s")}
+    phases = {name: by_step for name in (*PHASES, "time/step_s") if not np.isnan(by_step := _by_step(arm, name)).all()}
     final = arm.curves[:, -1]
     failed = selection.failed[arm.name]
     return ArmResult(
@@ -247,7 +247,8 @@ def _arm_result(arm: Arm, samples: _Samples, selection: Selection, thresholds: F
         ),
         diagnostics=means,
         diagnostic_curves={name: _band(found) for name, found in curves.items()},
-        seconds={name: float(np.nanmean(values)) for name, values in phases.items() if not np.isnan(values).all()},
+        # Most steps have no evaluation and no checkpoint.
+        seconds={name: float(np.nan_to_num(values).mean()) for name, values in phases.items()},
     )
 
 

@@ -194,6 +194,12 @@ def test_without_evaluations_the_reward_is_compared() -> None:
     assert found.notes[0].startswith("No run was evaluated on held-out prompts: the reward of training is compared")
 
 
+def test_seconds_of_phases_that_few_steps_have_are_spread_over_all_steps() -> None:
+    times = {"time/evaluate_s": {9: 5.0, 19: 5.0}, "time/step_s": dict.fromkeys(range(20), 2.0)}
+    runs = [curves_of({0: 0.1, 20: 0.3}, seed=str(s), training=times | {"sampled_tokens": {}}) for s in range(2)]
+    assert compared(runs).arms[0].seconds == {"time/evaluate_s": 0.5, "time/step_s": 2.0}
+
+
 def test_prompts_widen_intervals_and_must_be_the_same() -> None:
     rng = np.random.default_rng(0)
     difficulty = rng.normal(0, 0.2, 50)
