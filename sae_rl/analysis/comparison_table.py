@@ -171,9 +171,7 @@ def remarks(comparison: Comparison) -> list[str]:
 
 
 def _without(difference: Difference) -> str:
-    return (
-        f"the paired difference leaves out the seeds {', '.join(difference.without_partner)}, which only one arm has."
-    )
+    return f"the paired difference leaves out seeds that only one arm has: {', '.join(difference.without_partner)}."
 
 
 def markdown(comparison: Comparison) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     **{key: COLOURS["muted"] for key in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")},
 }
+MAX_INSIDE = 4  # names in a legend inside the axes; more stand below
 MIN_SMOOTHED = 24  # points from which on a curve is drawn as its running mean, above the points themselves
 
 
@@ -84,8 +86,12 @@ def draw(
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-        if any(curve.label for curve in curves):
-            axes.legend()
+        if num_labels := sum(bool(curve.label) for curve in curves):
+            if num_labels > MAX_INSIDE:
+                figure.set_figheight(size[1] + 0.2 * math.ceil(num_labels / 2))
+                figure.legend(loc="outside lower center", ncols=2)
+            else:
+                axes.legend()
     return figure
 
 

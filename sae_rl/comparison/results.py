@@ -344,5 +344,6 @@ def sentence(
     p = f"{p_text(change.p)}{several}"
     numbers = f"95 % interval [{signed(change.low)}, {signed(change.high)}]; {how}; {p}"
     if verdict == "no difference shown":
-        return f"{arm.name} and {baseline.name}: no difference shown; {difference}, {numbers}."
+        alone = "; the interval, by itself, excludes 0" if change.low > 0 or change.high < 0 else ""
+        return f"{arm.name} and {baseline.name}: no difference shown; {difference}, {numbers}{alone}."
     return f"{arm.name} is {verdict} than {baseline.name}: {difference}, {numbers}."

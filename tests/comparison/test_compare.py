@@ -66,6 +66,25 @@ def test_lower_is_better_where_time_and_falls_are_compared() -> None:
     assert found.is_threshold_chosen and found.threshold == 0.5
 
 
+def test_an_interval_without_0_that_holm_takes_back_is_said_so() -> None:
+    """The differences of one arm are such that p lies between 0.05 / 3 and 0.05."""
+    base = simulated("base", 0.4, range(5))
+    near = [0.005, 0.010, 0.015, 0.020, 0.030]
+    runs = [
+        curves_of({**b.success, 20: b.success[20] + d}, arm="near", seed=b.seed)
+        for b, d in zip(base, near, strict=True)
+    ]
+    runs += [
+        curves_of({**b.success, 20: b.success[20] + d}, arm=a, seed=b.seed)
+        for a in "xy"
+        for b, d in zip(base, [0.01, -0.01, 0.02, -0.02, 0.0], strict=True)
+    ]
+    difference = compared(base + runs).differences[0]
+    change = difference.outcomes["final"]
+    assert change.low > 0 and change.p < 0.05 < change.holm_p and difference.verdict == "no difference shown"
+    assert difference.sentence.endswith("after Holm's correction for 3 arms; the interval, by itself, excludes 0.")
+
+
 def test_holm_takes_the_number_of_arms_into_account() -> None:
     runs = [run for arm in ("base", *"abcdefgh") for run in simulated(arm, 0.4, range(4), noise=0.02)]
     found = compared(runs)
