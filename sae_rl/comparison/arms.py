@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from sae_rl.names import nearest
 # Keys, or sections, that change neither what is learned nor how it is measured.
 IGNORED = ("name", "output_dir", "resume", "dry_run", "logger", "checkpoint", "cluster")
 PARTS_OF_HELD_OUT = ("evaluation", "task.evaluation", "steps")  # compared on their own
-MAX_NAMED = 3  # overrides in a name; more are shortened to those that tell most arms apart
+ABSENT = object()
 
 Values = Mapping[str, Any]
 
@@ -77,7 +78,7 @@ def _without_seeds(settings: Values, seed: str) -> dict[str, Any]:
     return {**kept, **paths}
 
 
-def _seed_forms(path: str, seed: str) -> list[str]:
+def _seed_forms(path: str, seed: str) -> tuple[str, ...]:
     """A path itself, and with any of the places replaced where the run's seed stands as a number."""
     places = [match.start() for match in re.finditer(rf"(?<!\d){re.escape(seed)}(?!\d)", path)]
     forms = [path]
@@ -87,22 +88,15 @@ def _seed_forms(path: str, seed: str) -> list[str]:
             for place in reversed(chosen):
                 form = f"{form[:place]}{{seed}}{form[place + len(seed) :]}"
             forms.append(form)
-    return forms
+    return tuple(forms)
 
 
 def _templates(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each path in the form that most runs share, so that a base model for each seed is one setting."""
-    shared = Counter(
-        (key, form) for each in settings for key, forms in each.items() if _is_forms(forms) for form in forms
-    )
-    return [
-        {key: max(v, key=lambda form: shared[key, form]) if _is_forms(v) else v for key, v in each.items()}
-        for each in settings
-    ]
-
-
-def _is_forms(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], str) and "/" in value[0]
+    """Each path in the one of its forms that most runs share, so that a base model for each seed is one setting."""
+    paths = [{key: forms for key, forms in each.items() if isinstance(forms, tuple)} for each in settings]
+    shared = Counter((key, form) for each in paths for key, forms in each.items() for form in forms)
+    chosen = [{key: max(forms, key=lambda f, k=key: shared[k, f]) for key, forms in each.items()} for each in paths]  # type: ignore[misc]
+    return [each | own for each, own in zip(settings, chosen, strict=True)]
 
 
 def _seeds(runs: Sequence[RunCurves]) -> list[str]:
@@ -118,18 +112,24 @@ def _names(arms: Sequence[Values]) -> list[str]:
     if len(arms) == 1:
         return ["all runs"]
     labels = _short_keys(list(dict.fromkeys(key for arm in arms for key in arm)))
-    return [", ".join(f"{labels[key]}={_text(arm[key])}" for key in _shortest(arm, arms)) for arm in arms]
+    return [", ".join(_override(labels[key], arm.get(key, ABSENT)) for key in _shortest(arm, arms)) for arm in arms]
 
 
 def _shortest(arm: Values, arms: Sequence[Values]) -> tuple[str, ...]:
+    """The keys of the smallest set of values that no other arm has; keys that only others have are the last resort."""
     others = [other for other in arms if other is not arm]
     # Names of estimators, segmenters and value sources say more than their knobs.
-    keys = sorted(arm, key=lambda key: (not key.endswith(".name"), not key.startswith("algorithm.")))
-    for count in range(1, MAX_NAMED + 1):
-        for chosen in combinations(keys, count):
-            if not any(all(key in other and other[key] == arm[key] for key in chosen) for other in others):
-                return chosen
-    return tuple(keys)
+    own = sorted(arm, key=lambda key: (not key.endswith(".name"), not key.startswith("algorithm.")))
+    for keys in (own, [*own, *(key for other in others for key in other)]):
+        excluded: dict[frozenset[int], str] = {}  # the arms that differ in a key, and the first such key
+        for key in keys:
+            differing = (k for k, other in enumerate(others) if other.get(key, ABSENT) != arm.get(key, ABSENT))
+            excluded.setdefault(frozenset(differing), key)
+        for count in range(1, len(excluded) + 1):
+            for chosen in combinations(excluded, count):
+                if len(frozenset.union(*chosen)) == len(others):
+                    return tuple(excluded[each] for each in chosen)
+    raise AssertionError("arms differ in at least one key")
 
 
 def _short_keys(keys: Sequence[str]) -> dict[str, str]:
@@ -144,7 +144,7 @@ def _short_keys(keys: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def _text(value: object) -> str:
-    return (
-        {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
-    )  # type: ignore[index]
+def _override(label: str, value: object) -> str:
+    if value is ABSENT:
+        return f"~{label}"
+    return f"{label}={json.dumps(value) if value is None or isinstance(value, bool) else value}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,21 @@ def test_names_are_the_shortest_sets_of_overrides() -> None:
         "estimator=sae, boundary=opens",
     ]
     assert notes == []
+
+
+def test_a_grid_of_five_factors_has_names_of_five_overrides() -> None:
+    grid = [dict(zip("abcde", values, strict=True)) for values in itertools.product((1, 2), repeat=5)]
+    expected = [", ".join(f"{key}={value}" for key, value in each.items()) for each in grid]
+    assert arms_of(*(each | {"follows": each["a"]} for each in grid))[0] == expected
+
+
+def test_an_arm_that_only_lacks_a_key() -> None:
+    key = "task.train.knobs.size"
+    assert arms_of({}, {key: 3}, {key: 4})[0] == ["~size", "size=3", "size=4"]
+
+
+def test_lists_of_paths_are_no_templates() -> None:
+    assert arms_of({"x": ["a/0", "b"]}, {"x": ["a/1", "b"], "seed": 1})[0] == ["x=['a/0', 'b']", "x=['a/1', 'b']"]
 
 
 def test_one_configuration_is_one_arm() -> None:
