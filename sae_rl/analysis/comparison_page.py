@@ -139,6 +139,6 @@ def _lines(
             colour, line = SERIES[names.index(name) % len(SERIES)]
             label = name if with_names else ""
             curves.append(Curve(x=x, y=band.value, low=band.low, high=band.high, label=label, colour=colour, line=line))
-        return draw(curves, **options | ({"size": WIDE} if with_names else {}))
+        return draw(curves, smooth=False, **options | ({"size": WIDE} if with_names else {}))
 
     return Plot(title, caption, figure)

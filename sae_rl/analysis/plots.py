@@ -65,6 +65,7 @@ def draw(
     percent: bool = False,
     xlabel: str = "step",
     marks: bool = True,
+    smooth: bool = True,
 ) -> Figure:
     """Curves over the training step, or what ``xlabel`` says. ``size`` is in inches; the vertical axis includes 0."""
     with matplotlib.rc_context(STYLE):
@@ -74,7 +75,7 @@ def draw(
             x, y, colour = np.asarray(curve.x), np.asarray(curve.y, dtype=float), COLOURS[curve.colour]
             if curve.low:
                 axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
-            if smoothed := window(len(y)) > 1 and not curve.low:
+            if smoothed := smooth and window(len(y)) > 1 and not curve.low:
                 axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.4)
                 y = running_mean(y, window(len(y)))
             marker = "" if smoothed or not marks else "."

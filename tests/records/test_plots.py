@@ -66,6 +66,12 @@ def test_an_element_refers_to_itself_alone_and_takes_its_colours_from_the_page()
     assert svg == str(svg_element(draw([curve]))), "a page is the same each time it is written"
 
 
+def test_a_long_curve_may_stay_as_it_is() -> None:
+    y = np.random.default_rng(0).random(2 * MIN_SMOOTHED)
+    (line,) = draw([Curve(x=range(len(y)), y=y.tolist())], smooth=False).axes[0].lines
+    assert np.asarray(line.get_ydata()).tolist() == y.tolist()
+
+
 def test_many_names_stand_below_the_axes() -> None:
     few, many = ([Curve(x=[0, 1], y=[0, n], label=f"arm {n}") for n in range(count)] for count in (4, 15))
     inside, below = draw(few), draw(many)
