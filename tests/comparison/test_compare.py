@@ -66,6 +66,24 @@ def test_lower_is_better_where_time_and_falls_are_compared() -> None:
     assert found.is_threshold_chosen and found.threshold == 0.5
 
 
+def test_runs_that_never_reach_the_threshold_count_with_the_length_of_the_shortest_run() -> None:
+    def run(arm: str, seed: int, values: tuple[float, ...], tokens: float) -> RunCurves:
+        training = {"sampled_tokens": dict.fromkeys(range(20), tokens)}
+        return curves_of(dict(zip(STEPS, values, strict=True)), arm=arm, seed=str(seed), training=training)
+
+    never, soon = (0.1, 0.2, 0.3, 0.2, 0.2), (0.1, 0.6, 0.3, 0.6, 0.7)
+    runs = [run("base", k, soon, 100.0) for k in range(3)] + [
+        run("arm", k, never if k else soon, 60.0 + k) for k in range(3)
+    ]
+    base, arm = compared(runs, threshold=0.5).arms
+    assert (base.num_reached, arm.num_reached) == (3, 1)
+    assert arm.outcomes["steps_to"].value == pytest.approx((5 + 20 + 20) / 3)
+    assert arm.outcomes["tokens_to"].value == pytest.approx((300 + 1200 + 1200) / 3), (
+        "the shortest run sampled 1200 tokens"
+    )
+    assert base.outcomes["tokens_to"].value == 500
+
+
 def test_an_interval_without_0_that_holm_takes_back_is_said_so() -> None:
     """The differences of one arm are such that p lies between 0.05 / 3 and 0.05."""
     base = simulated("base", 0.4, range(5))

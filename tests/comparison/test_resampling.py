@@ -112,7 +112,7 @@ def test_over_seeds_and_prompts_the_variance_is_that_of_the_crossed_design() -> 
     values = (
         rng(3).normal(0, 1, (seeds, 20, 1))
         + rng(4).normal(0, 2, (1, 20, prompts))
-        + rng(5).normal(0, 3, (seeds, 20, prompts))
+        + rng(5).normal(0, 6, (seeds, 20, prompts))
     )
     found = estimates(resample(values, mean, rng(), prompt_weights([prompts], rng(1))))
     of_seeds = values.mean(2).var(axis=0, ddof=1) / seeds
