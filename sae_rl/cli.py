@@ -121,6 +121,13 @@ def report(arguments: list[str]) -> None:
     print(write_run_report(Path(arguments[0])))
 
 
+def compare(arguments: list[str]) -> None:
+    """compare runs of several seeds: sae-rl compare FOLDERS... writes tables, plots and a page; --help lists its options"""
+    from sae_rl.commands.compare import run_comparison
+
+    run_comparison(arguments)
+
+
 # The help of a command is the docstring of its function.
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
@@ -131,6 +138,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "prepare-sets": prepare_sets,
     "demo": demo,
     "report": report,
+    "compare": compare,
 }
 
 
@@ -152,6 +160,8 @@ def usage() -> str:
 
 def run(name: str, arguments: list[str]) -> None:
     """Runs a command, or prints what a flag of Hydra asks for. Raises ConfigError for flags that do not fit."""
+    if name == "compare":
+        return compare(arguments)
     if name == "report":
         return print(f"sae-rl report: {report.__doc__}\n\n{usage()}") if "--help" in arguments else report(arguments)
     from sae_rl.config.command_line import print_for, read_flags, refuse_sweeps_own

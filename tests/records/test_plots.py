@@ -10,7 +10,7 @@ from importlib.resources import files
 import numpy as np
 import pytest
 
-from sae_rl.analysis.plots import COLOURS, MIN_SMOOTHED, Curve, draw, running_mean, svg_element, window
+from sae_rl.analysis.plots import COLOURS, MIN_SMOOTHED, Curve, Row, draw, draw_rows, running_mean, svg_element, window
 
 
 def test_a_short_curve_is_drawn_as_it_is_with_its_interval_and_with_zero() -> None:
@@ -64,3 +64,29 @@ def test_an_element_refers_to_itself_alone_and_takes_its_colours_from_the_page()
     assert all(f"--{name}: {colour};" in css for name, colour in COLOURS.items()) and "var(--c1)" in svg
     assert not any(colour in svg for colour in COLOURS.values())
     assert svg == str(svg_element(draw([curve]))), "a page is the same each time it is written"
+
+
+def test_a_long_curve_may_stay_as_it_is() -> None:
+    y = np.random.default_rng(0).random(2 * MIN_SMOOTHED)
+    (line,) = draw([Curve(x=range(len(y)), y=y.tolist())], smooth=False).axes[0].lines
+    assert np.asarray(line.get_ydata()).tolist() == y.tolist()
+
+
+def test_many_names_stand_below_the_axes() -> None:
+    few, many = ([Curve(x=[0, 1], y=[0, n], label=f"arm {n}") for n in range(count)] for count in (4, 15))
+    inside, below = draw(few), draw(many)
+    assert inside.axes[0].get_legend() is not None and not inside.legends
+    assert below.axes[0].get_legend() is None and len(below.legends[0].get_texts()) == 15
+    assert below.get_figheight() > inside.get_figheight()
+
+
+def test_rows_show_intervals_and_single_observations() -> None:
+    rows = [
+        Row(label="a", value=1.0, low=0.5, high=1.5, points=[0.8, 1.2]),
+        Row(label="b", value=2.0, low=math.nan, high=math.nan),
+    ]
+    axes = draw_rows(rows, xlabel="score", zero=True).axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"] and axes.get_xlabel() == "score"
+    points, interval, value, *_, zero = (line.get_xdata() for line in axes.get_lines())
+    assert [*points] == [0.8, 1.2] and [*interval] == [0.5, 1.5] and [*value] == [1.0] and [*zero] == [0, 0]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1], "the first row is at the top"

@@ -63,7 +63,8 @@ MAY_IMPORT = {
     "backends": ["algo", "config", "garbage", "types"],
     "workers": ["algo", "backends", "config", "digests", "garbage", "records", "seeds", "settings", "types"],
     "sft": ["knobs", "tasks"],
-    "analysis": ["algo", "evaluation", "records"],
+    "comparison": ["config", "evaluation", "names", "records"],
+    "analysis": ["algo", "comparison", "evaluation", "records"],
     "integrations": ["algo", "knobs"],  # and, inside each, the trainer that it is for
 }
 # Folder -> its layers from the bottom to the top. A file imports files of lower layers only; "*" is every other file.
@@ -73,7 +74,7 @@ LAYERS = {
         "corrections loss_mask recursion_gpu segmentation shaping stats",
         *("losses recursion segmenters value_sources", "estimators standalone value_losses"),
     ],
-    "analysis": ["plots", "*", "report samples_page"],
+    "analysis": ["plots", "*", "comparison_page report samples_page"],
     "backends": [
         "engine_process weight_transfer",
         "*",
@@ -82,6 +83,7 @@ LAYERS = {
         "memory weight_sender",
     ],
     "commands": ["model_files prompts report run_folder warm_start", "preflight", "assemble", "*", "demo sweep"],
+    "comparison": ["curves student", "arms outcomes resampling runs", "selection", "results"],
     "config": ["model search_path", "schema", "checks overrides trial", "compose", "command_line sweeps"],
     "critic": ["*"],
     "data": ["hub sampler", "rows", "columns curriculum mixture", "prompts", "loader task"],
