@@ -51,8 +51,8 @@ def sample_branching(
             (parent, num_tokens), sample = branches[continuation.prompt.id]
             response = joined(parent, num_tokens, continuation, sample)
             found[parent.prompt.id] += zip([response], run.rewards.submit([response]), strict=True)
-    for group in found.values():
-        group.sort(key=lambda pair: pair[0].sample)
+    for checked in found.values():
+        checked.sort(key=lambda pair: pair[0].sample)
     return collected(prompts, found, run.rewards, run.clock)
 
 
