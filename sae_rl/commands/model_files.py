@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ TRUSTED = {
     "qwen3_moe": ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer"),
     "gpt2": ("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer"),
 }
+NO_TOKENIZER = re.compile(r"config\.json|generation_config\.json|.*\.(safetensors|bin|index\.json|md)|\..*")
 LFS = b"version https://git-lfs"
 
 
@@ -136,6 +138,10 @@ def _tensors(file: Path) -> dict[str, int]:
 
 def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises ConfigError if there is none."""
+    none = ConfigError([f"{key} = {path}: the folder has no tokenizer; add the files of its tokenizer"])
+    folder = Path(path)
+    if folder.is_dir() and all(NO_TOKENIZER.fullmatch(file.name) for file in folder.iterdir()):
+        raise none  # to ask AutoTokenizer would take two seconds
     loader: Any = _tokenizer_class(path)
     if loader is None:
         from transformers import AutoTokenizer
@@ -146,7 +152,7 @@ def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBas
     except (OSError, ValueError) as error:
         raise ConfigError([f"{key} = {path}: no tokenizer can be loaded from there ({error})"]) from error
     if len(tokenizer) < 2:  # transformers returns an empty tokenizer for a folder without tokenizer files
-        raise ConfigError([f"{key} = {path}: the folder has no tokenizer; add the files of its tokenizer"])
+        raise none
     return tokenizer
 
 

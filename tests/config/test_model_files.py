@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,16 +59,21 @@ def test_auto_tokenizer_is_asked_where_two_files_do_not_say(
     assert _tokenizer_class(write(tmp_path / "model", kind, name, **more)) is None
 
 
-def test_a_prompt_that_is_too_long_is_told_without_importing_what_generates_text(
-    tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize("mistake", ["long prompt", "no tokenizer"])
+def test_a_mistake_is_told_without_importing_what_generates_text(
+    mistake: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
-    arguments = ["train", f"model.path={tiny_model}", "task=file", "task.train.path=rows.jsonl"]
+    folder, said = tiny_model, "prompts exceed max_prompt_tokens = 1"
+    if mistake == "no tokenizer":
+        folder, said = tmp_path / "bare", "the folder has no tokenizer"
+        shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    arguments = ["train", f"model.path={folder}", "task=file", "task.train.path=rows.jsonl"]
     arguments += ["task.train.reward=math", "task.max_prompt_tokens=1", "rollout.prompts_per_step=1"]
     arguments += ["rollout.max_response_tokens=64", "learner.critic_pretraining.num_prompts=0"]
     code = "import sys; from sae_rl.cli import main\ntry: main()\nfinally: print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "prompts exceed max_prompt_tokens = 1" in done.stderr
+    assert done.returncode == 2 and said in done.stderr
     imported = set(done.stdout.split())
     assert "transformers" in imported
     assert not imported & {
