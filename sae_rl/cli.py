@@ -35,6 +35,7 @@ def show(overrides: list[str]) -> None:
 
     from sae_rl.config.compose import load_config
     from sae_rl.config.schema import as_tree
+    from sae_rl.settings import ConfigError
 
     config = load_config(overrides)
     print(yaml.safe_dump(as_tree(config), sort_keys=False), end="")
@@ -46,7 +47,11 @@ def show(overrides: list[str]) -> None:
     from sae_rl.commands.run_folder import find_checkpoint
     from sae_rl.commands.train import prepare_training
 
-    prepare_training(config, find_checkpoint(config))
+    try:
+        prepare_training(config, find_checkpoint(config))
+    except ConfigError:
+        print("# No run can start with this configuration: the errors say why.")
+        raise
 
 
 def evaluate(overrides: list[str]) -> None:

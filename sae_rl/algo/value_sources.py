@@ -132,8 +132,8 @@ class GroupMean(Knobs, ValueSource):
     """The mean return of the group, the responses to the same prompt, at each of their tokens.
 
     With ``lambda_t = 1`` the advantages are those of Dr. GRPO (arXiv 2503.20783); with ``leave_one_out``, which takes the
-    mean of the group's other responses, those of RLOO (arXiv 2402.14740). A lambda below 1 is GRPO-lambda's trace (arXiv
-    2510.00194). A return is the sum of a response's token rewards.
+    mean of the group's other responses, those of RLOO (arXiv 2402.14740). With a lambda below 1 they decay from the end of
+    the response towards its beginning. A return is the sum of a response's token rewards.
     """
 
     leave_one_out: bool = flag(False)

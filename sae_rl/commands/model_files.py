@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # or their parts, which WEIGHTS.index.json lists
 GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Type of model -> the classes in its tokenizer_config.json that AutoTokenizer takes as they are.
+TRUSTED = {
+    "qwen3": ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer"),
+    "qwen3_moe": ("TokenizersBackend", "PreTrainedTokenizerFast", "Qwen2Tokenizer"),
+    "gpt2": ("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer"),
+}
+NO_TOKENIZER = re.compile(r"config\.json|generation_config\.json|.*\.(safetensors|bin|index\.json|md)|\..*")
 LFS = b"version https://git-lfs"
 
 
@@ -130,15 +138,40 @@ def _tensors(file: Path) -> dict[str, int]:
 
 def load_tokenizer(path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises ConfigError if there is none."""
-    from transformers import AutoTokenizer
+    none = ConfigError([f"{key} = {path}: the folder has no tokenizer; add the files of its tokenizer"])
+    folder = Path(path)
+    if folder.is_dir() and all(NO_TOKENIZER.fullmatch(file.name) for file in folder.iterdir()):
+        raise none  # to ask AutoTokenizer would take two seconds
+    loader: Any = _tokenizer_class(path)
+    if loader is None:
+        from transformers import AutoTokenizer
 
+        loader = AutoTokenizer
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError([f"{key} = {path}: no tokenizer can be loaded from there ({error})"]) from error
     if len(tokenizer) < 2:  # transformers returns an empty tokenizer for a folder without tokenizer files
-        raise ConfigError([f"{key} = {path}: the folder has no tokenizer; add the files of its tokenizer"])
+        raise none
     return tokenizer
+
+
+def _tokenizer_class(path: str) -> Any:
+    """The class that `AutoTokenizer` would take, where two files of a model say so; None: it must be asked.
+
+    To import `AutoTokenizer` takes two seconds, since it imports all that generates text.
+    """
+    import transformers
+
+    try:
+        folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, local_files_only=True))
+        kind = _read_config(folder).get("model_type")
+        named = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):  # LocalEntryNotFoundError is one of both
+        return None
+    if kind not in TRUSTED or "auto_map" in named or (name := named.get("tokenizer_class")) not in TRUSTED[kind]:
+        return None
+    return getattr(transformers, name)
 
 
 def _text_config(key: str, path: str) -> Any:

@@ -21,6 +21,7 @@ from sae_rl.commands.model_files import (
 from sae_rl.commands.prompts import check_rewards, load_heldout, load_task
 from sae_rl.commands.run_folder import check_output, read_checkpoint
 from sae_rl.config.schema import Config
+from sae_rl.config.trial import try_rewards
 from sae_rl.data.sampler import PromptSampler
 from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
@@ -99,6 +100,8 @@ def prepared(
         raise ConfigError(problems)
     tokenizer = cache(partial(load_tokenizer, config.model.path))
     sampler, heldout = load_task(config, tokenizer) if trained else (None, load_heldout(config, tokenizer))
+    if problems := try_rewards(config, [*(sampler.prompts if sampler else ()), *heldout]):
+        raise ConfigError(problems)
     resolved = with_delimiters(config, tokenizer())
     if "policy" in trained:
         check_computed(config)

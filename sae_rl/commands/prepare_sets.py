@@ -22,7 +22,7 @@ class PublishedSet(FileSource):
 
     name: Literal["file"] = "file"
     reward: str = "math"  # what must be able to read the answers
-    num_problems: Positive  # as published; another number is an error
+    num_problems: Positive  # as published; another number is an error. Of them, num_prompts are written, or all
     before: str = ""  # instruction in front of a problem, which is left out
     after: str = ""  # instruction behind a problem, which is left out
 
@@ -35,7 +35,7 @@ class PrepareConfig(Section):
 
 
 def run_preparation(config: PrepareConfig) -> None:
-    """Writes ``output_dir/NAME.jsonl`` for every set, with the columns prompt, answer and id.
+    """Writes ``output_dir/NAME.jsonl`` for every set: prompt, answer and id, and what a row says of reward and task.
 
     Raises:
         ConfigError: everything that is wrong with the sets. Those with nothing wrong are written.
@@ -49,9 +49,9 @@ def run_preparation(config: PrepareConfig) -> None:
         except ValueError as error:
             problems += [f"sets.{name}: {line}" for line in str(error).splitlines()]
             continue
-        bare = [_bare(record, source) for record in records]
+        bare = [_bare(record, source) for record in records[: source.num_prompts]]
         file = config.output_dir / f"{name}.jsonl"
-        _write(file, bare)
+        _write(file, bare, source)
         print(f"{file}: {len(bare):,} problem{'s' * (len(bare) != 1)}")
         if source.before and (same := sum(map(eq, records, bare))):
             print(f"  {same:,} of them came without the instruction around them, and are as published")
@@ -87,9 +87,15 @@ def _bare(record: Record, source: PublishedSet) -> Record:
     return replace(record, prompt=record.prompt.removeprefix(source.before).removesuffix(source.after))
 
 
-def _write(file: Path, records: Sequence[Record]) -> None:
+def _write(file: Path, records: Sequence[Record], source: PublishedSet) -> None:
+    """Writes prompt, answer and id of each record, and the reward and the task that its own row names."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
-    rows = ({"prompt": record.prompt, "answer": record.answer, "id": record.id} for record in records)
+    defaults = {source.reward, *(Path(path).stem for path in source.paths)}
+    rows = (
+        {"prompt": record.prompt, "answer": record.answer, "id": record.id}
+        | {key: own for key in ("reward", "task") if (own := getattr(record, key)) not in defaults}
+        for record in records
+    )
     temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     temporary.replace(file)

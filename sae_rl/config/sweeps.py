@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,8 @@ def load_run_of_sweep(tree: DictConfig, lines: Sequence[str], varied: Collection
     Raises:
         ConfigError: the run is refused.
     """
-    names = [line.lstrip("+") for line in lines if line.lstrip("+").partition("=")[0] in varied]
+    plain = [re.sub(r"\\(.)", r"\1", line.lstrip("+")) for line in lines]  # Hydra's grammar escapes colons and the like
+    names = [line for line in plain if line.partition("=")[0] in varied]
     try:
         OmegaConf.resolve(tree)  # paths below output_dir, such as the base model's, stay those of the sweep
     except OmegaConfBaseException as error:

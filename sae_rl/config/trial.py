@@ -6,7 +6,7 @@ that yields what is wrong, and its line in `TRIALS`. Built-in members are not ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle
 
@@ -151,40 +151,64 @@ def _tasks(config: Config) -> Iterator[str]:
 
 
 def _verifiers(config: Config) -> Iterator[str]:
-    """Each source's verifier on its first problem: on the right answer, and on a response without an answer.
-
-    They run as in training: in a process of the reward pool, with its deadline and its limit of memory.
-    """
+    """Each source's verifier on its first problem."""
     configured = config.rewards.verifiers
-    tried: dict[str, Verifier] = {}  # label -> verifier
-    asked: list[tuple[str, Rollout]] = []  # with the key of the reward
+    asked: list[tuple[str, Prompt]] = []  # with the key of the reward
     for key, source in _sources(config):
         reward = getattr(source, "reward", None)
         try:
             if not reward or not (":" in reward or any(map(_has_users, configured.values()))):
                 continue
             resolve(reward, configured)  # raises for a path that cannot be imported
-            record = source.first_record()
-            if record is None or record.reward in tried:
-                continue
-            parts = [part for part in parts_of(resolve(record.reward, configured)) if _is_users(part)]
+            if (record := source.first_record()) is not None:
+                resolve(record.reward, configured)
+                asked.append((f"{key}.reward", _prompt_of(record)))
         except ValueError as error:
             yield f"{key}.reward: {error}"
+    yield from _called(config, asked)
+
+
+def try_rewards(config: Config, prompts: Iterable[Prompt]) -> list[str]:
+    """Lines about verifiers that only rows or data sets from the hub name, as `try_plug_ins` has them of the others."""
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.reward, prompt)
+    own = [prompt for name, prompt in first.items() if _has_users(resolve(name, config.rewards.verifiers))]
+    if not own:
+        return []
+    of_sources = (source.first_record() for _, source in _sources(config) if getattr(source, "reward", None))
+    tried = {record.reward for record in of_sources if record is not None}
+    return list(_called(config, [("a row's reward", prompt) for prompt in own if prompt.reward not in tried]))
+
+
+def _called(config: Config, asked: Sequence[tuple[str, Prompt]]) -> Iterator[str]:
+    """Lines about the users' verifiers of prompts: on the right answer, and on a response without an answer.
+
+    They run as in training: in a process of the reward pool, with its deadline and its limit of memory.
+
+    Args:
+        asked: what names a reward in messages, and a prompt that has it. A reward is called on its first prompt.
+    """
+    tried: dict[str, Verifier] = {}  # label -> verifier
+    rollouts: list[tuple[str, Rollout]] = []
+    for key, prompt in asked:
+        if prompt.reward in tried:
             continue
+        parts = filter(_is_users, parts_of(resolve(prompt.reward, config.rewards.verifiers)))
         for number, part in enumerate(parts):
-            label = f"{record.reward}{f', part {number + 1}' if number else ''}"
+            label = f"{prompt.reward}{f', part {number + 1}' if number else ''}"
             tried[label] = part
-            asked += [(f"{key}.reward", _rollout(record, label, text)) for text in (record.answer, UNANSWERED)]
-    if not asked:
+            rollouts += [(key, _answered(replace(prompt, reward=label), text)) for text in (prompt.answer, UNANSWERED)]
+    if not rollouts:
         return
     limits = {name: getattr(config.rewards, name) for name in ("deadline_s", "memory_gb", "failed_score")}
     try:
         with RewardPool(num_processes=1, max_failed_fraction=1.0, verifiers=tried, **limits) as pool:
-            outcomes = pool.collect(pool.submit([rollout for _, rollout in asked])).outcomes
+            outcomes = pool.collect(pool.submit([rollout for _, rollout in rollouts])).outcomes
     except ValueError as error:  # a verifier that cannot be sent to a process
         yield f"rewards.verifiers: {error}"
         return
-    for (key, rollout), outcome in zip(asked, outcomes, strict=True):
+    for (key, rollout), outcome in zip(rollouts, outcomes, strict=True):
         if isinstance(outcome, Failed) and rollout.prompt.reward in tried:
             del tried[rollout.prompt.reward]  # one line for each verifier
             right = shown(rollout.prompt.answer)
@@ -208,10 +232,13 @@ def _sources(config: Config) -> Iterator[tuple[str, Source]]:
             yield key, source
 
 
-def _rollout(record: Record, reward: str, response: str) -> Rollout:
-    prompt = record.prompt if isinstance(record.prompt, str) else "\n".join(str(m["content"]) for m in record.prompt)
-    asked = Prompt(id=record.id, text=prompt, token_ids=(1,), answer=record.answer, task=record.task, reward=reward)
-    return _made_up(asked, 0, max(1, len(response.split())), response)
+def _prompt_of(record: Record) -> Prompt:
+    text = record.prompt if isinstance(record.prompt, str) else "\n".join(str(m["content"]) for m in record.prompt)
+    return Prompt(id=record.id, text=text, token_ids=(1,), answer=record.answer, task=record.task, reward=record.reward)
+
+
+def _answered(prompt: Prompt, response: str) -> Rollout:
+    return _made_up(prompt, 0, max(1, len(response.split())), response)
 
 
 # The kinds of plug-ins.

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sae_rl.algo.segmentation import segment
-from sae_rl.rewards.pool import Check, Rewards
+from sae_rl.rewards.pool import Rewards
 from sae_rl.rollouts.continuations import joined, prompt_at
+from sae_rl.rollouts.groups import Checked, collected
 from sae_rl.run import Run
 from sae_rl.seeds import derive_seed
 from sae_rl.types import Batch, Prompt, Rollout, Scores
@@ -30,19 +31,18 @@ def sample_branching(
     """
     rollout = run.config.rollout
     sampling, num_branches = rollout.sampling(rollout.max_response_tokens), rollout.group_size - num_first
-    groups: dict[str, list[Rollout]] = {}
-    checks: dict[str, list[Check]] = {}
+    found: dict[str, list[Checked]] = {}
     with run.clock.phase("generate"):
         engines = run.workers.rollout
         for group in engines.generate(prompts, group_size=num_first, sampling=sampling, seed_name=seed_name):
-            prompt_id = group[0].prompt.id
-            groups[prompt_id], checks[prompt_id] = group, run.rewards.submit(group)
+            found[group[0].prompt.id] = list(zip(group, run.rewards.submit(group), strict=True))
         branches: dict[str, tuple[Place, int]] = {}  # by the id of the branch's prompt: its place and its sample number
         pending = engines.open(group_size=1, sampling=sampling)
-        for name, places in _places(run, [groups[prompt.id] for prompt in prompts]).items():
+        firsts = [[response for response, _ in found[prompt.id]] for prompt in prompts]
+        for name, places in _places(run, firsts).items():
             draw = random.Random(derive_seed(run.config.seed, seed_name, "branch", name))
             chosen = draw.sample(places, min(num_branches, len(places)))
-            chosen += draw.choices(places or [(groups[name][0], 0)], k=num_branches - len(chosen))
+            chosen += draw.choices(places or [(found[name][0][0], 0)], k=num_branches - len(chosen))
             for sample, place in enumerate(chosen, start=num_first):
                 prompt = replace(prompt_at(*place), id=f"{name} branch {sample}")
                 branches[prompt.id] = (place, sample)
@@ -50,16 +50,10 @@ def sample_branching(
         for (continuation,) in pending:
             (parent, num_tokens), sample = branches[continuation.prompt.id]
             response = joined(parent, num_tokens, continuation, sample)
-            groups[parent.prompt.id].append(response)
-            checks[parent.prompt.id] += run.rewards.submit([response])
-    for name, group in groups.items():
-        order = sorted(range(len(group)), key=lambda i: group[i].sample)
-        groups[name], checks[name] = [group[i] for i in order], [checks[name][i] for i in order]
-    with run.clock.phase("reward"):
-        return (
-            [response for prompt in prompts for response in groups[prompt.id]],
-            run.rewards.collect([check for prompt in prompts for check in checks[prompt.id]]),
-        )
+            found[parent.prompt.id] += zip([response], run.rewards.submit([response]), strict=True)
+    for checked in found.values():
+        checked.sort(key=lambda pair: pair[0].sample)
+    return collected(prompts, found, run.rewards, run.clock)
 
 
 def _places(run: Run, groups: Sequence[list[Rollout]]) -> dict[str, list[Place]]:

@@ -14,6 +14,8 @@ from sae_rl.rewards.pool import Check, RewardPool, Rewards
 from sae_rl.rewards.verdict import Verdict
 from sae_rl.types import Prompt, Rollout, Sampling
 
+Checked = tuple[Rollout, Check]  # a response and its check, which may still run
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -75,21 +77,24 @@ def sample(
     Raises:
         RuntimeError: no engine is left, or too many checks failed.
     """
-    groups: dict[str, list[Rollout]] = {}
-    checks: dict[str, list[Check]] = {}
+    found: dict[str, list[Checked]] = {}
     by_size: dict[int, list[Prompt]] = {}
     for prompt in prompts:
         by_size.setdefault((group_size_of or {}).get(prompt.task, group_size), []).append(prompt)
     with clock.phase("generate"):
         for size, same in sorted(by_size.items(), key=itemgetter(0), reverse=True):
             for group in engines.generate(same, group_size=size, sampling=sampling, seed_name=seed_name):
-                prompt_id = group[0].prompt.id
-                groups[prompt_id], checks[prompt_id] = group, rewards.submit(group)
-    with clock.phase("reward"):  # the checks that are still running
-        return (
-            [rollout for prompt in prompts for rollout in groups[prompt.id]],
-            rewards.collect([check for prompt in prompts for check in checks[prompt.id]]),
-        )
+                found[group[0].prompt.id] = list(zip(group, rewards.submit(group), strict=True))
+    return collected(prompts, found, rewards, clock)
+
+
+def collected(
+    prompts: Sequence[Prompt], found: Mapping[str, list[Checked]], rewards: RewardPool, clock: Clock
+) -> tuple[list[Rollout], Rewards]:
+    """The responses by prompt id in the order of the prompts, and their rewards; waits for the checks that still run."""
+    checked = [pair for prompt in prompts for pair in found[prompt.id]]
+    with clock.phase("reward"):
+        return [rollout for rollout, _ in checked], rewards.collect([check for _, check in checked])
 
 
 def groups_of(config: Config, rollouts: Sequence[Rollout], rewards: Rewards) -> list[Group]:

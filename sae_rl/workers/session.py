@@ -35,7 +35,7 @@ logging.getLogger("ray._private.authentication.authentication_token_setup").setL
 
 
 def check_address(config: Config) -> None:
-    """Raises ConfigError if nothing listens at ``cluster.address``, where Ray itself would wait for minutes."""
+    """Raises ConfigError if no Ray answers at ``cluster.address``, where Ray itself would wait for minutes."""
     address = _address(config)
     try:
         if address == "auto":
@@ -49,8 +49,39 @@ def check_address(config: Config) -> None:
         if not host or not port.isdecimal():
             raise ConnectionError("an address is auto, HOST:PORT or ray://HOST:PORT")
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        _greet(f"{host}:{port}", is_client=scheme == "ray")
     except OSError as error:
         raise ConfigError([f"cluster.address = {address!r}: no Ray cluster answers there ({error})"]) from error
+
+
+def _greet(address: str, is_client: bool) -> None:
+    """Asks what listens there whether it is Ray. Raises ConnectionError if it does not answer as Ray.
+
+    Args:
+        is_client: Ray's client server is asked, and otherwise the head's control store.
+    """
+    import grpc
+    from ray._private.gcs_utils import create_gcs_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc, ray_client_pb2, ray_client_pb2_grpc
+
+    channel = create_gcs_channel(address)
+    try:
+        if is_client:
+            driver = ray_client_pb2_grpc.RayletDriverStub(channel)
+            ping = ray_client_pb2.ClusterInfoRequest(type=ray_client_pb2.ClusterInfoType.PING)
+            driver.ClusterInfo(ping, timeout=CONNECT_TIMEOUT_S)
+        else:
+            store = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            store.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=CONNECT_TIMEOUT_S)
+    except grpc.RpcError as error:
+        if error.code() in (  # others, such as a missing token, come from a Ray
+            grpc.StatusCode.UNAVAILABLE,
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            grpc.StatusCode.UNIMPLEMENTED,
+        ):
+            raise ConnectionError(f"something else than Ray listens: {error.code().name}") from error
+    finally:
+        channel.close()
 
 
 def _address(config: Config) -> str | None:

@@ -83,8 +83,8 @@ def test_each_set_becomes_a_file(sae_rl: CommandLine, published: dict[str, list[
     assert outcome.stdout.splitlines() == ["data/math/dapo_math_17k.jsonl: 2 problems", *lines[1:]]
     folder = tmp_path / "data" / "math"
     assert written(folder / "dapo_math_17k.jsonl") == [  # copies are gone, and the first answer of a prompt stays
-        {"prompt": "What is 2 + 3?", "answer": "5", "id": "a"},
-        {"prompt": "What is $2 - 36$?", "answer": "-34", "id": "b"},
+        {"prompt": "What is 2 + 3?", "answer": "5", "id": "a", "task": "math_dapo"},
+        {"prompt": "What is $2 - 36$?", "answer": "-34", "id": "b", "task": "math_dapo"},
     ]
     assert written(folder / "beyond_aime.jsonl") == [
         {"prompt": "What is 33124146 + 1?", "answer": "33124147", "id": "row 1"}
@@ -176,3 +176,23 @@ def test_a_set_can_be_left_out_and_another_added(
     )
     assert outcome.code == 0, outcome.stderr
     assert sorted(file.name for file in (tmp_path / "d").iterdir()) == ["aime24.jsonl", "mine.jsonl"]
+
+
+def test_rows_of_an_own_set_keep_their_reward_and_task_and_only_the_first_are_written(
+    sae_rl: CommandLine, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": "1 + 1?", "answer": "2"},
+        {"prompt": "2 + 2?", "answer": "4", "reward": "numeric", "task": "sums"},
+        {"prompt": "Which is red?", "answer": "B", "reward": "choice", "task": "colours"},
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    left_out = [f"sets.{name}=null" for name in ROWS]
+    own = "sets.mine={path: mine.jsonl, num_problems: 3}"
+    assert sae_rl("prepare-sets", *left_out, own, "output_dir=all").code == 0
+    assert written(tmp_path / "all" / "mine.jsonl") == [
+        {**row, "id": f"line {number}"} for number, row in enumerate(rows, start=1)
+    ]
+    outcome = sae_rl("prepare-sets", *left_out, own, "sets.mine.num_prompts=2", "output_dir=two")
+    assert outcome.stdout == "two/mine.jsonl: 2 problems\n"
+    assert written(tmp_path / "two" / "mine.jsonl") == written(tmp_path / "all" / "mine.jsonl")[:2]

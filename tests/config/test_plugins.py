@@ -12,7 +12,7 @@ import pytest
 
 from sae_rl.config.compose import load_config
 from sae_rl.settings import ConfigError
-from tests.conftest import Outcome
+from tests.conftest import CommandLine, Outcome
 
 from .refused import assert_refused
 
@@ -386,6 +386,31 @@ def test_a_verifier(how: str, tmp_path: Path) -> None:
     found = refused(*data_in(tmp_path), VERIFIERS, f"task.train.reward={name}", *deadline)
     pattern = re.escape(REWARD_ERRORS[how]).replace(r"\.\*", ".*")
     assert re.search(pattern, found) and found.startswith("task.train.reward: ") and "\n" not in found, found
+
+
+def test_a_verifier_that_only_rows_name_is_called_once_with_its_first_problem(
+    tmp_path: Path, sae_rl: CommandLine, tiny_model: Path
+) -> None:
+    rows = [{"prompt": f"{i} + 6", "answer": str(i + 6)} for i in range(8)]
+    for number, name in ((3, "good"), (4, "raises"), (5, "raises"), (6, "nan")):
+        rows[number]["reward"] = f"mine_rewards:{name}"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dry_run = [
+        "train",
+        f"model.path={tiny_model}",
+        "task=file",
+        "task.train.path=rows.jsonl",
+        "task.train.reward=exact",
+    ]
+    dry_run += ["task.max_prompt_tokens=64", "rollout.max_response_tokens=64", "rollout.prompts_per_step=2"]
+    dry_run += ["learner.critic_pretraining.num_prompts=0", "dry_run=true"]
+    outcome = sae_rl(*dry_run)
+    said = ["error: a row's reward: mine_rewards:raises on prompt line 5: ", "right answer was '10'"]
+    assert_refused(outcome, *said, "error: a row's reward: mine_rewards:nan on prompt line 7: ", lines=2)
+    called = (tmp_path / "rows.jsonl").read_text().replace("raises", "good").replace("nan", "good")
+    (tmp_path / "rows.jsonl").write_text(called)
+    outcome = sae_rl(*dry_run)
+    assert (outcome.code, outcome.stderr) == (0, "")
 
 
 def test_a_good_verifier_is_called_with_the_first_problem_of_its_source(tmp_path: Path) -> None:

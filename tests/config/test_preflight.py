@@ -7,10 +7,14 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 import yaml
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from sae_rl import checkpoint
 from sae_rl.commands.run_folder import find_checkpoint
@@ -105,6 +109,9 @@ def test_all_problems_at_once_in_every_way(way: tuple[str, ...], train: Train, t
     said = ["rewards.verifiers.mine: cannot import 'nowhere:check'", "output_dir = file/out: cannot write there"]
     assert_refused(outcome, f"cluster.address = '127.0.0.1:{port}': no Ray cluster answers there", *said, lines=3)
     assert ("output_dir: file/out" in outcome.stdout) == ("--print" in way)
+    assert outcome.stdout.endswith("\n# No run can start with this configuration: the errors say why.\n") == (
+        "--print" in way
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -141,13 +148,42 @@ def listening() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_dry_run_says_what_would_run_and_starts_nothing(train: Train, tmp_path: Path, listening: int) -> None:
-    outcome = train("dry_run=true", f"cluster.address=127.0.0.1:{listening}")
+@pytest.fixture
+def head() -> Iterator[int]:
+    """A port that answers as the head of a Ray cluster."""
+
+    class Head(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):  # type: ignore[misc]
+        def CheckAlive(self, request: Any, context: Any) -> Any:
+            return gcs_service_pb2.CheckAliveReply()
+
+    server = grpc.server(ThreadPoolExecutor())
+    gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(Head(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield port
+    server.stop(None).wait()
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_a_port_where_something_else_than_ray_listens(scheme: str, train: Train, listening: int) -> None:
+    started = time.monotonic()
+    outcome = train(f"cluster.address={scheme}127.0.0.1:{listening}", "dry_run=true")
+    assert_refused(outcome, "no Ray cluster answers there (something else than Ray listens: DEADLINE_EXCEEDED)")
+    assert time.monotonic() - started < 15  # Ray itself gives up after 40 s
+
+
+def test_the_heads_port_is_not_that_of_rays_client(train: Train, head: int) -> None:
+    outcome = train(f"cluster.address=ray://127.0.0.1:{head}", "dry_run=true")
+    assert_refused(outcome, "something else than Ray listens: UNIMPLEMENTED")
+
+
+def test_dry_run_says_what_would_run_and_starts_nothing(train: Train, tmp_path: Path, head: int) -> None:
+    outcome = train("dry_run=true", f"cluster.address=127.0.0.1:{head}")
     assert (outcome.code, outcome.stderr) == (0, "")
     lines = outcome.stdout.splitlines()
     assert lines[0] == "every check passed; dry_run = true, so nothing is started"
     assert "  prompts: 4 to train on, 2 held out" in lines
-    assert f"  workers: 2 rollout, 1 policy, 1 critic, on cpu, in 127.0.0.1:{listening}" in lines
+    assert f"  workers: 2 rollout, 1 policy, 1 critic, on cpu, in 127.0.0.1:{head}" in lines
     assert "  steps: 0 to 2, each of 4 responses" in lines
     assert not (tmp_path / "out").exists()
 

@@ -174,6 +174,46 @@ def test_the_advantages_are_those_of_the_paper(method: str) -> None:
     assert len(set(map(float, found))) > 1
 
 
+def test_advantages_of_the_reinforce_pp_baseline_are_whitened_over_the_batch() -> None:
+    """arXiv 2501.03262: the reward minus the mean of its group, normalised over all tokens of the global batch."""
+    algorithm, (batch, scores) = algorithm_of("algorithm=reinforce_pp_baseline"), case()
+    opens, token_rewards = segment(algorithm.segmenter, batch, scores), algorithm.token_rewards(batch, scores)
+    advantages = estimate(algorithm.estimator, batch, scores, token_rewards, opens).advantages
+    found = algorithm.whitening(advantages, batch.action_mask)
+    raw = [y.R - statistics.mean(y.group) for y in responses(batch, scores) for _ in y.values]
+    mu, sigma = statistics.fmean(raw), statistics.pstdev(raw)
+    expected = torch.tensor([(a - mu) / (sigma + 1e-8) for a in raw], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gae_on_the_group_mean_is_another_method_than_grpo_lambda() -> None:
+    """All values of a response are equal, so GAE decays its advantage from the end towards the beginning.
+
+    GRPO-lambda (arXiv 2510.00194) has one advantage for the response, and a ratio of token t that holds those of the
+    tokens before it, token t - l to the power (gamma lambda)^l. So its gradient is largest at the beginning.
+    """
+    lam = 0.9
+    algorithm = algorithm_of("algorithm=gae", "algorithm/value_source=group_mean", f"algorithm.estimator.lam={lam}")
+    batch, scores = case()
+    opens, token_rewards = segment(algorithm.segmenter, batch, scores), algorithm.token_rewards(batch, scores)
+
+    def unused(at: Tensor, k: int, max_tokens: int) -> Tensor:
+        raise AssertionError("the group mean samples nothing")
+
+    scores = algorithm.with_values(batch, scores, token_rewards, opens, unused)
+    found = estimate(algorithm.estimator, batch, scores, token_rewards, opens).advantages
+    for own, y in zip(split(found, batch), responses(batch, scores), strict=True):
+        T, A = len(y.values), y.R - statistics.mean(y.group)
+        decayed = torch.tensor([lam ** (T - 1 - t) * A for t in range(T)], dtype=torch.float64)
+        torch.testing.assert_close(own, decayed, rtol=1e-10, atol=1e-10)
+        log_ratios = torch.zeros(T, dtype=torch.float64, requires_grad=True)  # pi = pi_old
+        ratios = [torch.stack([lam ** (t - k) * log_ratios[k] for k in range(t + 1)]).sum().exp() for t in range(T)]
+        (gradient,) = torch.autograd.grad(torch.stack(ratios).sum() * A, log_ratios)
+        traced = torch.tensor([A * (1 - lam ** (T - t)) / (1 - lam) for t in range(T)], dtype=torch.float64)
+        torch.testing.assert_close(gradient, traced, rtol=1e-10, atol=1e-10)
+        assert abs(own[0]) < abs(own[-1]) and abs(gradient[0]) > abs(gradient[-1])
+
+
 # ---- Losses of a mini-batch, from its paper -------------------------------------------------------------------------
 
 

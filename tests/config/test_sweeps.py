@@ -36,6 +36,14 @@ def test_a_sweep_runs_every_combination_in_a_folder_of_its_own(
     assert folders == [tmp_path / f"outputs/sweep/algorithm={a},seed={s}" for a in ("sae", "gae") for s in (0, 1)]
 
 
+def test_the_folder_of_a_value_with_a_colon_has_no_backslash() -> None:
+    """Hydra's grammar escapes it in the overrides of the runs."""
+    rewards = "task.train.reward=tests.stack.rewards:parity,tests.stack.rewards:remainder"
+    configs = load_sweep(Sweep.read([*MODEL, rewards, "rollout.max_response_tokens=64", "name=sweep"]))
+    folders = [config.output_dir.name for config in configs]
+    assert folders == [f"task.train.reward=tests.stack.rewards:{name}" for name in ("parity", "remainder")]
+
+
 def test_a_sweep_of_the_demo_starts_from_its_base_model_and_writes_where_it_is_told(
     sae_rl: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
 ) -> None:

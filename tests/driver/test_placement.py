@@ -17,6 +17,7 @@ from sae_rl.config.schema import Config
 from sae_rl.settings import ConfigError
 from sae_rl.workers.group import _advice
 from sae_rl.workers.placement import Placement, check_resources, nodes_of_bundles, order_ranks, plan, reserve
+from sae_rl.workers.session import check_address
 from sae_rl.workers.table import roles_of
 
 FILES = ("task.train.path=/no/train.parquet", "task.evaluation.path=/no/heldout.parquet")
@@ -244,6 +245,7 @@ def assert_missing(experiment: str, found: int) -> None:
 
 @pytest.mark.alone
 def test_the_papers_runs_are_reserved_on_a_real_ray(cluster: Any) -> None:
+    check_address(paper("paper_4b", f"cluster.address={cluster.address}"))
     spare = cluster.add_node(7)
     assert_missing("paper_4b", found=7)
     cluster.remove_node(spare)

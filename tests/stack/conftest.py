@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import torch
+from safetensors.torch import load_file
 
 from sae_rl import checkpoint
 from sae_rl.config.compose import load_config
@@ -116,17 +118,22 @@ class Killed:
     agents: list[psutil.Process]  # Ray's two, which take a minute to notice that their driver was killed
 
 
-def killed(model: Path, output: Path, after: int, number: signal.Signals, *more: str) -> Killed:
-    """A run that gets a signal once the checkpoint of a step is there: SIGINT with its children, as from a terminal."""
+def has_checkpoint(output: Path, step: int) -> bool:
+    newest = checkpoint.newest(output / "checkpoints")
+    return newest is not None and newest.name >= f"step_{step:06d}"
+
+
+def killed(model: Path, output: Path, when: Callable[[], bool], number: signal.Signals, *more: str) -> Killed:
+    """A run that gets a signal once ``when`` is true: SIGINT with its children, as from a terminal."""
     arguments = [sys.executable, "-m", "sae_rl", "train", *overrides(model, output, *more)]
     pipe = subprocess.PIPE
     with subprocess.Popen(arguments, cwd=ROOT, text=True, stdout=pipe, stderr=pipe, start_new_session=True) as process:
         try:
             deadline = time.monotonic() + 200
-            while (newest := checkpoint.newest(output / "checkpoints")) is None or newest.name < f"step_{after:06d}":
+            while not when():
                 assert process.poll() is None, process.stderr and process.stderr.read()
-                assert time.monotonic() < deadline, f"no step {after} within 200 s"
-                time.sleep(0.05)
+                assert time.monotonic() < deadline, "nothing to kill it at within 200 s"
+                time.sleep(0.02)
             children = psutil.Process(process.pid).children(recursive=True)
             assert len(children) >= 6, "Ray, the three workers, vLLM's process, the reward processes"
             agents = [child for child in children if number == signal.SIGKILL and "Agent" in " ".join(child.cmdline())]
@@ -137,6 +144,22 @@ def killed(model: Path, output: Path, after: int, number: signal.Signals, *more:
             return Killed(output, process.returncode, errors, time.monotonic() - started, alive, agents)
         finally:
             process.kill()
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """All metrics but times are the same, and the trained policies to the bit."""
+    rows, again = train_rows(first), train_rows(second)
+    assert rows.keys() == again.keys()
+    for step, row in rows.items():
+        compared, others = (
+            {name: value for name, value in each.items() if not name.startswith(("time", "throughput", "memory"))}
+            for each in (row, again[step])
+        )
+        assert compared.keys() == others.keys()
+        for name in compared:
+            assert others[name] == compared[name], f"step {step}: {name}"
+    one, other = (load_file(folder / "policy" / "model.safetensors") for folder in (first, second))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def train_rows(folder: Path) -> dict[int, dict[str, float]]:

@@ -1,10 +1,18 @@
 """Rewards that any model earns sometimes."""
 
+import os
+from pathlib import Path
+
 from sae_rl.rewards.verdict import Verdict
+
+CHECKS = "SAE_RL_TEST_CHECKS"  # names a file that gets a character for each check of `parity`
 
 
 def parity(prompt: str, response: str, answer: str) -> float:
     """1 if the response has an even number of decision words."""
+    if CHECKS in os.environ:
+        with Path(os.environ[CHECKS]).open("a") as checks:
+            checks.write(".")
     return float(sum(word.startswith("A") for word in response.split()) % 2 == 0)
 
 

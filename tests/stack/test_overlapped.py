@@ -11,7 +11,7 @@ import torch
 from sae_rl import checkpoint
 from sae_rl.records.records import read_jsonl
 from sae_rl.records.rollouts import read_rollouts, read_step, step_files
-from tests.stack.conftest import Killed, killed, train_rows, trained
+from tests.stack.conftest import Killed, has_checkpoint, killed, train_rows, trained
 
 pytestmark = pytest.mark.alone
 STEPS = 4
@@ -32,7 +32,7 @@ def interrupted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> K
         "steps=500",
         f"checkpoint.every_steps={STEPS}",
     ]
-    return killed(tiny_model, output, STEPS, signal.SIGINT, *more)
+    return killed(tiny_model, output, lambda: has_checkpoint(output, STEPS), signal.SIGINT, *more)
 
 
 def test_ctrl_c_ends_the_sampling_thread_and_every_process(interrupted: Killed) -> None:

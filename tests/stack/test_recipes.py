@@ -22,7 +22,7 @@ from tests.stack.conftest import no_process_left, overrides, train_rows
 
 pytestmark = pytest.mark.alone
 RECIPES = sorted(file.stem for file in (CONF / "algorithm").glob("*.yaml"))
-MORE = {  # keys of a recipe that depend on the run, and methods without a file
+MORE = {  # keys of a recipe that depend on the run
     "custom": ["algorithm.estimator.name=sae_rl.algo.estimators:TEMPO"],
     "dapo": ["rollout.dynamic_sampling.mode=resample", "algorithm.token_rewards.overlong_buffer_tokens=8"],
     "spo_chain": ["algorithm.value_source.k=2"],
@@ -32,6 +32,9 @@ MORE = {  # keys of a recipe that depend on the run, and methods without a file
         *("algorithm.estimator.lam=0", "algorithm.segmenter.p=0.9", "algorithm.segmenter.every=5"),
         "algorithm.policy_loss.mask.below_probability=0.9",
     ],
+}
+OTHERS = {  # methods without a file
+    "alpha_math": ["algorithm=sae", "algorithm/segmenter=delimiter", "algorithm.segmenter.strings=[A]"]
 }
 
 
@@ -45,7 +48,7 @@ def started(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield workers
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *OTHERS])
 def test_two_steps(
     recipe: str, started: RunWorkers, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +60,8 @@ def test_two_steps(
 
     monkeypatch.setattr("sae_rl.commands.assemble.start_workers", in_started)
     monkeypatch.setattr("sae_rl.commands.assemble.ray_session", lambda config: contextlib.nullcontext())
-    arguments = overrides(tiny_model, tmp_path / "run", f"algorithm={recipe}", *MORE.get(recipe, []))
+    chosen = OTHERS.get(recipe) or [f"algorithm={recipe}", *MORE.get(recipe, [])]
+    arguments = overrides(tiny_model, tmp_path / "run", *chosen)
     done = call("train", *arguments)
     assert done.code == 0, done.stderr
     rows, algorithm = train_rows(tmp_path / "run"), load_config(arguments).algorithm

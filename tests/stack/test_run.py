@@ -20,7 +20,6 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from sae_rl import checkpoint
@@ -32,7 +31,7 @@ from sae_rl.records.rollouts import read_rollouts, step_files
 from sae_rl.tasks.level import Level
 from sae_rl.workers.session import ray_session
 from tests.conftest import CommandLine, call
-from tests.stack.conftest import KL, killed, overrides, train_rows, trained
+from tests.stack.conftest import KL, assert_same_run, has_checkpoint, killed, overrides, train_rows, trained
 
 pytestmark = pytest.mark.alone
 EVERYTHING = [
@@ -92,7 +91,8 @@ def test_a_killed_run_goes_on_and_equals_the_straight_one_to_the_bit(
     finished: Path, tiny_model: Path, tmp_path: Path, ending: list[psutil.Process]
 ) -> None:
     options = [*EVERYTHING, "checkpoint.every_steps=1"]
-    run = killed(tiny_model, tmp_path / "run", 2, signal.SIGKILL, *options)
+    output = tmp_path / "run"
+    run = killed(tiny_model, output, lambda: has_checkpoint(output, 2), signal.SIGKILL, *options)
     ending += run.agents
     assert not run.alive and run.seconds < 10, [child.cmdline()[:3] for child in run.alive]
     newest = checkpoint.newest(run.output / "checkpoints")
@@ -110,18 +110,6 @@ def test_the_second_run_of_a_sweep_uses_the_engines_of_the_first_and_equals_a_ru
     )
     assert done.stdout.count("the rollout engines of the run before are used again") == 1
     assert_same_run(finished, tmp_path / "seed=0")
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    """All metrics but times are the same, and the trained policies to the bit."""
-    rows, again = train_rows(first), train_rows(second)
-    assert rows.keys() == again.keys()
-    for step, row in rows.items():
-        for name in row:
-            if not name.startswith(("time", "throughput", "memory")):
-                assert again[step][name] == row[name], f"step {step}: {name}"
-    one, other = (load_file(folder / "policy" / "model.safetensors") for folder in (first, second))
-    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from sae_rl.commands.train import run_training
@@ -20,8 +21,8 @@ from sae_rl.rollouts import continuations as module
 from sae_rl.rollouts.continuations import PolicyContinuations
 from sae_rl.types import Rollout
 from sae_rl.workers.session import Session
-from tests.stack.conftest import no_process_left, overrides
-from tests.stack.rewards import parity
+from tests.stack.conftest import Killed, assert_same_run, has_checkpoint, killed, no_process_left, overrides
+from tests.stack.rewards import CHECKS, parity
 
 pytestmark = pytest.mark.alone
 COMMON = ("algorithm.segmenter.p=0.1", "algorithm.estimator.lam=0.5", "logger.rollouts_every_steps=1")
@@ -30,7 +31,7 @@ RUNS = {
     "without budget": ("algorithm/value_source=monte_carlo", "algorithm.value_source.budget_tokens=0"),
     "ensemble of one": ("algorithm/value_source=ensemble", "algorithm.value_source.num_critics=1"),
     "monte_carlo": (
-        *("algorithm/value_source=monte_carlo", "algorithm.value_source.budget_tokens=600"),
+        *("algorithm/value_source=monte_carlo", "algorithm.value_source.budget_tokens=2000"),
         *("algorithm.value_source.k=3", "algorithm.value_source.order=variance"),
     ),
     "held": (
@@ -44,6 +45,8 @@ RUNS = {
     "group_mean": ("algorithm/value_source=group_mean",),
     "prefix_tree": ("algorithm/value_source=prefix_tree", "rollout.first_responses=2"),
 }
+EACH_STEP = "checkpoint.every_steps=1"
+RESPONSES, LATER = 16, 24  # of a step; checks of continuations after which a run is killed
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +56,40 @@ def sampled() -> dict[str, list[tuple[Rollout, float]]]:
 
 
 @pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder inside for each run."""
+    return tmp_path_factory.mktemp("values")
+
+
+@pytest.fixture(scope="module")
+def killed_within(tiny_model: Path, folder: Path) -> Iterator[tuple[Killed, int]]:
+    """The run ``monte_carlo``, killed in its second step while continuations are sampled; and its checks until then."""
+    output, checks = folder / "killed", folder / "checks"
+    checks.touch()
+    enough: list[int] = []
+
+    def continues() -> bool:
+        if not enough and has_checkpoint(output, 1):  # all responses and continuations of the first step were checked
+            enough.append(checks.stat().st_size + RESPONSES + LATER)
+        return bool(enough) and checks.stat().st_size >= enough[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CHECKS, str(checks))
+        run = killed(tiny_model, output, continues, signal.SIGKILL, *COMMON, *RUNS["monte_carlo"], EACH_STEP)
+    num_checks = checks.stat().st_size
+    yield run, num_checks
+    _, alive = psutil.wait_procs(run.agents, timeout=120)
+    assert not alive, [child.cmdline()[:3] for child in alive]
+
+
+@pytest.fixture(scope="module")
 def finished(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, sampled: dict[str, list[tuple[Rollout, float]]]
+    tiny_model: Path,
+    folder: Path,
+    killed_within: tuple[Killed, int],
+    sampled: dict[str, list[tuple[Rollout, float]]],
 ) -> Iterator[Path]:
-    """Two steps with each value source."""
-    folder = tmp_path_factory.mktemp("values")
+    """Two steps with each value source; and the rest of the killed run."""
     returns_of = PolicyContinuations._returns
     name = ""
 
@@ -72,6 +104,8 @@ def finished(
         try:
             for name, options in RUNS.items():
                 run_training(load_config(overrides(tiny_model, folder / name, *COMMON, *options)), session)
+            name, again = "resumed", (*COMMON, *RUNS["monte_carlo"], EACH_STEP)
+            run_training(load_config(overrides(tiny_model, folder / "killed", *again)), session)
         finally:
             session.close()
     yield folder
@@ -85,21 +119,26 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
 def test_without_a_budget_or_with_one_critic_a_run_equals_that_of_the_critic_to_the_bit(
     finished: Path, other_name: str
 ) -> None:
-    one, other = finished / "critic", finished / other_name
-    for row, again in zip(rows_of(one), rows_of(other), strict=True):
-        assert row.keys() == again.keys()
-        for name in row:
-            if not name.startswith(("time", "throughput", "memory")):
-                assert again[name] == row[name], name
-    weights, others = (load_file(folder / "policy" / "model.safetensors") for folder in (one, other))
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert_same_run(finished / "critic", finished / other_name)
+
+
+def test_a_run_killed_within_its_continuations_goes_on_and_equals_the_straight_one_to_the_bit(
+    finished: Path, killed_within: tuple[Killed, int], sampled: dict[str, list[tuple[Rollout, float]]]
+) -> None:
+    run, num_checks = killed_within
+    assert not run.alive and run.seconds < 10, [child.cmdline()[:3] for child in run.alive]
+    versions = [int(rollout.policy_versions[-1]) for rollout, _ in sampled["monte_carlo"]]
+    first, second = versions.count(0), versions.count(1)
+    assert 2 * RESPONSES + first < num_checks < 2 * RESPONSES + first + second, "killed within those of the last step"
+    assert len(sampled["resumed"]) == second, "the first step was not repeated"
+    assert_same_run(finished / "monte_carlo", finished / "killed")
 
 
 def test_continuations_are_checked_as_whole_responses_and_the_budget_is_kept(
     finished: Path, tiny_model: Path, sampled: dict[str, list[tuple[Rollout, float]]]
 ) -> None:
     for row in rows_of(finished / "monte_carlo"):
-        assert 200 < row["values/continuation_tokens"] <= 600
+        assert 1000 < row["values/continuation_tokens"] <= 2000
         assert 0 < row["values/measured_fraction"] < 1
     assert all(row["values/measured_fraction"] == 1 for row in rows_of(finished / "held"))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
