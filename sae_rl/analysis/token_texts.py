@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from os.path import commonprefix
 
 DecodeText = Callable[[list[int]], str]  # all tokens to one text
@@ -30,9 +30,11 @@ class TokenTexts:
             if is_part:
                 for start in range(0, len(run), LONGEST_RUN):
                     texts += self._parts(run[start : start + LONGEST_RUN])
-            else:
-                texts += [self._behind(*pair) for pair in zip([before, *run[:-1]], run, strict=True)]
-            before = run[-1]
+                before = run[-1]
+                continue
+            for token in run:
+                texts.append(self._behind(before, token))
+                before = token if self._text((token,)) else before  # a special token that is left out begins no text
         return texts
 
     def _behind(self, before: int | None, token: int) -> str:
@@ -47,9 +49,8 @@ class TokenTexts:
         """The texts of neighbours none of which is text by itself: each has what is settled once it is there."""
         whole = self._decode(run)
         settled = [len(commonprefix([whole, self._decode(run[:end])])) for end in range(1, len(run))]
-        settled = [0, *settled, len(whole)]
-        ends = [max(settled[: i + 1]) for i in range(len(settled))]
-        return [whole[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+        ends = accumulate([0, *settled, len(whole)], max)
+        return [whole[start:end] for start, end in pairwise(ends)]
 
     def _text(self, token_ids: tuple[int, ...]) -> str:
         if (text := self._known.get(token_ids)) is None:
