@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,42 +20,42 @@ from sae_rl.types import Batch
 
 TENSORS, RESPONSES = "measurements.safetensors", "responses.parquet"
 BATCH = "batch."  # before the names of the batch's tensors
-TEMPERATURE, NAMES = "temperature", "names"  # in the file's metadata
+ABOUT = "about"  # in the file's metadata, which has one entry: the order of several would differ from file to file
 
 
 def save(measurements: Measurements, folder: Path) -> None:
     """Writes ``measurements.safetensors`` into ``folder``, which it makes. A killed process leaves no partial file."""
     batch = measurements.batch
     tensors = _tensors(measurements) | {BATCH + name: flat for name, flat in _tensors(batch).items()}
-    metadata = {TEMPERATURE: repr(batch.temperature), NAMES: json.dumps(measurements.names)}
-    write_tensors(folder / TENSORS, tensors, metadata)
+    write_tensors(folder / TENSORS, tensors, {"names": measurements.names, "temperature": batch.temperature})
 
 
 def load(folder: Path) -> Measurements:
     """What `save` wrote. Raises ValueError if the folder has no measurements, or a file that was cut."""
-    tensors, metadata = read_tensors(folder / TENSORS)
+    tensors, about = read_tensors(folder / TENSORS)
     try:
         of_batch = {name.removeprefix(BATCH): flat for name, flat in tensors.items() if name.startswith(BATCH)}
         own = {name: flat for name, flat in tensors.items() if not name.startswith(BATCH)}
-        batch = Batch(temperature=float(metadata[TEMPERATURE]), **of_batch)  # type: ignore[arg-type]
-        return Measurements(batch=batch, names=tuple(json.loads(metadata[NAMES])), **own)  # type: ignore[arg-type]
+        batch = Batch(temperature=about["temperature"], **of_batch)  # type: ignore[arg-type]
+        return Measurements(batch=batch, names=tuple(about["names"]), **own)  # type: ignore[arg-type]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / TENSORS} holds no measurements of sae-rl correlate ({error})") from error
 
 
-def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file, and its folder if needed. A killed process leaves no partial file."""
+def write_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+    """Writes a safetensors file with plain values ``about`` it, and its folder if needed. A killed process leaves no partial file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
-    save_file({name: flat.contiguous() for name, flat in tensors.items()}, temporary, metadata)
+    save_file({name: flat.contiguous() for name, flat in tensors.items()}, temporary, {ABOUT: json.dumps(about or {})})
     temporary.replace(file)
 
 
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata. Raises ValueError if it cannot be read."""
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of `write_tensors` by name, and what is written about them. Raises ValueError if it cannot be read."""
     try:
         with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+            about = json.loads((opened.metadata() or {}).get(ABOUT, "{}"))
+            return {name: opened.get_tensor(name) for name in opened.keys()}, about  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read ({error})") from error
 
