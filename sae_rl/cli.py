@@ -120,6 +120,13 @@ def report(arguments: list[str]) -> None:
     print(write_run_report(Path(arguments[0])))
 
 
+def view(arguments: list[str]) -> None:
+    """write a page of a step's responses, token by token: the folder of a run or of correlate, and options (--help)"""
+    from sae_rl.commands.view import run_view
+
+    print(run_view(arguments))
+
+
 # The help of a command is the docstring of its function.
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
@@ -130,6 +137,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "prepare-sets": prepare_sets,
     "demo": demo,
     "report": report,
+    "view": view,
 }
 
 
@@ -153,6 +161,8 @@ def run(name: str, arguments: list[str]) -> None:
     """Runs a command, or prints what a flag of Hydra asks for. Raises ConfigError for flags that do not fit."""
     if name == "report":
         return print(f"sae-rl report: {report.__doc__}\n\n{usage()}") if "--help" in arguments else report(arguments)
+    if name == "view":
+        return view(arguments)
     from sae_rl.config.command_line import print_for, read_flags, refuse_sweeps_own
     from sae_rl.settings import ConfigError
 

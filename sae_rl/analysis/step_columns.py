@@ -46,7 +46,16 @@ def columns_of(table: pa.Table, algorithm: Section) -> tuple[list[Column], list[
         table: as `read_rollouts` returns it.
         algorithm: the section of the run's configuration.
     """
-    batch = batch_of(table)
+    columns = recorded_columns(table, str(algorithm.get("estimator", {}).get("name", "estimator")))
+    try:
+        computed, left_out = recompute(batch_of(table), table, algorithm, compared(algorithm))
+    except (ValueError, TypeError, KeyError) as error:
+        return columns, [f"No other estimator is shown, since config.yaml is not of this version: {error!r}."]
+    return [*columns, *computed], left_out
+
+
+def recorded_columns(table: pa.Table, estimator: str) -> list[Column]:
+    """The numbers that the rows hold."""
     has_critic_values = flat(table, "critic_values") is not None
     recorded: list[tuple[Kind, str, str]] = [
         ("logprob", "log probability", "rollout_logprobs"),
@@ -54,21 +63,14 @@ def columns_of(table: pa.Table, algorithm: Section) -> tuple[list[Column], list[
         ("value", "value of the value source" if has_critic_values else "value", "values"),
         ("value", "value of the critic", "critic_values"),
         ("value", "return", "returns"),
-        ("advantage", f"{_name(algorithm)}, the run's own", "advantages"),
+        ("advantage", f"{estimator}, the run's own", "advantages"),
         ("segments", "the run's own segments", "opens"),
     ]
     columns = [Column(kind, label, found) for kind, label, name in recorded if (found := flat(table, name)) is not None]
-    if batch.action_mask is not None:
-        columns.append(Column("sampled", "sampled by the policy", batch.action_mask))
-    try:
-        computed, left_out = recompute(batch, table, algorithm, compared(algorithm))
-    except (ValueError, TypeError, KeyError) as error:
-        return columns, [f"No other estimator is shown, since config.yaml is not of this version: {error!r}."]
-    return [*columns, *computed], left_out
-
-
-def _name(algorithm: Section) -> str:
-    return str(algorithm.get("estimator", {}).get("name", "estimator"))
+    action_mask = flat(table, "action_mask")
+    if action_mask is not None and not bool(action_mask.all()):
+        columns.append(Column("sampled", "sampled by the policy", action_mask))
+    return columns
 
 
 def compared(algorithm: Section) -> list[Compared]:

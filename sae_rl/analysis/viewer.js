@@ -151,9 +151,9 @@
       style.textDecoration = isSigned && percent > 2 ? (number >= 0 ? "underline" : "underline dotted") : "";
     }
     part("legend").textContent = {
-      logprob: "The darker a token, the less probable it was.",
-      advantage: `Underlined: positive. Dotted: negative. The darkest token has ${show(most)}.`,
-    }[kind] ?? `The darkest token has ${show(most)}.`;
+      logprob: "The stronger the shade of a token, the less probable it was.",
+      advantage: `Underlined: positive. Dotted: negative. The strongest shade stands for ${show(most)}.`,
+    }[kind] ?? `The strongest shade stands for ${show(most)}.`;
   }
 
   function markSegments() {
@@ -190,7 +190,7 @@
 
   // -- Search ----------------------------------------------------------------------------------------------------------------
 
-  let hits = [];
+  let hits = [], searching;
 
   function markHits() {
     const query = part("search").value.toLowerCase(), tokens = part("tokens").children;
@@ -208,6 +208,7 @@
   }
 
   async function nextHit(by) {
+    await searching;
     const beyond = by > 0 ? hits.find((t) => t > state.cursor) : hits.findLast((t) => t < state.cursor);
     if (beyond !== undefined) return moveTo(beyond);
     if (!listed.length || !part("search").value) return;
@@ -389,7 +390,7 @@
   }
 
   // Lines of one kind between the heights `top` and `low`. Their scale is that of the whole response, so that it stays.
-  function band({ context, width, first, end, left, right }, middle, name, lines, points, group, top, low, range) {
+  function band({ context, width, first, end, label }, middle, name, lines, points, group, top, low, range) {
     let [least, most] = range;
     for (const c of [...lines, ...points])
       for (const number of state.numbers[c]) {
@@ -406,9 +407,6 @@
       const isClear = number !== 0 || [least, most].every((edge) => edge === 0 || Math.abs(y(edge) - y(0)) > 14);
       if (isClear) context.fillText(show(number).replace("-", "−"), 2, y(number) + (number === least ? 0 : number === most ? 10 : 4));
     }
-    context.textAlign = "right";
-    context.fillText(name, width - 4, top + 10);
-    context.textAlign = "left";
     for (const c of lines) {
       const index = group.indexOf(c);
       context.strokeStyle = context.fillStyle = css(COLOURS[index % 4]);
@@ -427,6 +425,13 @@
       }
       context.stroke();
       context.setLineDash([]);
+    }
+    if (label) { // The overview has the same bands, and no room.
+      const size = context.measureText(name).width + 8;
+      context.fillStyle = css("card");
+      context.fillRect(width - size, top - 5, size, 18);
+      context.fillStyle = css("muted");
+      context.fillText(name, width - size + 4, top + 9);
     }
     context.strokeStyle = context.fillStyle = css("text");
     context.lineWidth = 1;
@@ -470,7 +475,7 @@
     if (button) select(Number(button.dataset.row), 0);
   });
   for (const name of ["kind", "order"]) part(name).addEventListener("change", fillList);
-  part("search").addEventListener("input", fillList);
+  part("search").addEventListener("input", () => { searching = fillList(); });
   part("search").addEventListener("keydown", (event) => {
     if (event.key === "Enter") nextHit(event.shiftKey ? -1 : 1);
     if (event.key === "Escape") part("tokens").focus();

@@ -19,12 +19,11 @@ from markupsafe import Markup
 from torch import Tensor
 
 from sae_rl.analysis.pages import render
-from sae_rl.analysis.step_columns import Column, batch_of, columns_of
+from sae_rl.analysis.step_columns import Column, batch_of, columns_of, recorded_columns
 from sae_rl.analysis.token_texts import TokenTexts
 from sae_rl.correlation.measurements import Measurements, block_advantages, reference_values
 
 KEPT_BITS = 11  # of a float's 23 bits after the point: a relative error of at most 2^-12, and three digits are shown
-MAX_RESPONSES = 64  # unless --responses says otherwise; docs/runs.md has the size of such a page
 SCRIPT = Path(__file__).with_name("viewer.js")
 
 Row = dict[str, Any]  # a recorded rollout, without its numbers per token
@@ -50,14 +49,14 @@ class Viewed:
 
 def view_of_step(table: pa.Table, config: Mapping[str, Any]) -> Viewed:
     """A recorded step. ``config`` is what ``config.yaml`` holds."""
-    columns, notes = columns_of(table, config.get("algorithm", {}))
+    columns, notes = columns_of(table, config["algorithm"] if "algorithm" in config else {})
     return Viewed(table=table, columns=columns, notes=notes, pass_score=_pass_score(config))
 
 
 def view_of_measurements(measured: Measurements, table: pa.Table, config: Mapping[str, Any]) -> Viewed:
     """Responses on which estimators were compared with returns of continuations, and ``table`` with their rows."""
-    recorded, _ = columns_of(table, {})
-    kept = [column for column in recorded if column.kind not in ("advantage", "segments")]
+    kept = [column for column in recorded_columns(table, "") if column.kind not in ("advantage", "segments")]
+    assert table.num_rows == measured.batch.num_responses, "the files of one folder belong together"
     values, k = reference_values(measured), measured.continued.shape[1]
     known = (~measured.continued.isnan()).sum(1)
     spread = ((measured.continued - values[:, None]).square().nansum(1) / (known - 1) / known).sqrt()

@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "backends": ["algo", "config", "garbage", "types"],
     "workers": ["algo", "backends", "config", "garbage", "records", "seeds", "settings", "types"],
     "sft": ["knobs", "tasks"],
-    "analysis": ["algo", "evaluation", "records"],
+    "analysis": ["algo", "correlation", "evaluation", "records", "types"],
     "integrations": ["algo", "knobs"],  # and, inside each, the trainer that it is for
 }
 # Folder -> its layers from the bottom to the top. A file imports files of lower layers only; "*" is every other file.
@@ -84,7 +84,7 @@ LAYERS = {
         "corrections loss_mask recursion_gpu segmentation shaping stats",
         *("losses recursion segmenters value_sources", "estimators standalone value_losses"),
     ],
-    "analysis": ["plots", "*", "report samples_page"],
+    "analysis": ["pages plots step_columns token_texts", "*", "report samples_page"],
     "backends": [
         "engine_process weight_transfer",
         "*",
