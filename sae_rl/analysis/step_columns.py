@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -18,7 +18,7 @@ from sae_rl.algo.shaping import TokenRewards
 from sae_rl.types import Batch, Scores, offsets_of
 
 Kind = Literal["logprob", "entropy", "value", "measured", "deviation", "advantage", "segments", "sampled"]
-Section = Mapping[str, Any]  # of config.yaml
+Tree = Mapping[str, Any]  # config.yaml, or a section of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +39,25 @@ class Compared:
     segmenter: Segmenter | None  # None: it reads no segments
 
 
-def columns_of(table: pa.Table, algorithm: Section) -> tuple[list[Column], list[str]]:
+def columns_of(table: pa.Table, tree: Tree) -> tuple[list[Column], list[str]]:
     """The numbers of the rows of a whole step, and a sentence about each that cannot be computed again.
 
     Args:
         table: as `read_rollouts` returns it.
-        algorithm: the section of the run's configuration.
+        tree: what the run's ``config.yaml`` holds.
     """
-    columns = recorded_columns(table, str(algorithm.get("estimator", {}).get("name", "estimator")))
+    name = tree.get("algorithm", {}).get("estimator", {}).get("name", "estimator")
+    columns = recorded_columns(table, f"{name}, the run's own")
     try:
+        algorithm = tree["algorithm"]
         computed, left_out = recompute(batch_of(table), table, algorithm, compared(algorithm))
     except (ValueError, TypeError, KeyError) as error:
-        return columns, [f"No other estimator is shown, since config.yaml is not of this version: {error!r}."]
+        return columns, [f"No other estimator is shown: config.yaml is missing or of another version ({error!r})."]
     return [*columns, *computed], left_out
 
 
-def recorded_columns(table: pa.Table, estimator: str) -> list[Column]:
-    """The numbers that the rows hold."""
+def recorded_columns(table: pa.Table, own: str) -> list[Column]:
+    """The numbers that the rows hold; ``own`` is the label of the recorded advantages."""
     has_critic_values = flat(table, "critic_values") is not None
     recorded: list[tuple[Kind, str, str]] = [
         ("logprob", "log probability", "rollout_logprobs"),
@@ -63,7 +65,7 @@ def recorded_columns(table: pa.Table, estimator: str) -> list[Column]:
         ("value", "value of the value source" if has_critic_values else "value", "values"),
         ("value", "value of the critic", "critic_values"),
         ("value", "return", "returns"),
-        ("advantage", f"{estimator}, the run's own", "advantages"),
+        ("advantage", own, "advantages"),
         ("segments", "the run's own segments", "opens"),
     ]
     columns = [Column(kind, label, found) for kind, label, name in recorded if (found := flat(table, name)) is not None]
@@ -73,11 +75,11 @@ def recorded_columns(table: pa.Table, estimator: str) -> list[Column]:
     return columns
 
 
-def compared(algorithm: Section) -> list[Compared]:
+def compared(algorithm: Tree) -> list[Compared]:
     """GAE, Monte Carlo, SAE with both boundaries, length-adaptive GAE and GRPO, without the run's own.
 
-    Gamma is that of the run, unless it acts at segments. SAE has the run's lambda if the run's estimator is SAE, and the run's
-    segmenter if that has a boundary.
+    Gamma is that of the run, unless it acts at segments. SAE has the run's lambda if the run's estimator is SAE, and the
+    run's segmenter if that has a boundary.
     """
     own, marks = dict(algorithm["estimator"]), dict(algorithm["segmenter"])
     shared = {key: own[key] for key in ("gamma", "value_lam") if key in own and own["name"] != "segment_gae"}
@@ -101,16 +103,16 @@ def compared(algorithm: Section) -> list[Compared]:
     return [each for each in members if each.estimator != mine or each.segmenter not in (None, segmenter)]
 
 
-def _member(members: Mapping[str, Any], section: Section) -> Any:
+def _member(members: Mapping[str, Any], section: Tree) -> Any:
     """The object that a section of ``config.yaml`` describes; None for a user's class, and for one made of others."""
     knobs = {name: value for name, value in section.items() if name != "name"}
-    kind = members.get(section["name"])
-    is_plain = kind is not None and {each.name for each in fields(kind)} >= knobs.keys()
-    return kind(**knobs) if is_plain and not any(isinstance(value, dict | list) for value in knobs.values()) else None
+    if section["name"] not in members or any(isinstance(value, dict | list) for value in knobs.values()):
+        return None
+    return members[section["name"]](**knobs)
 
 
 def recompute(
-    batch: Batch, table: pa.Table, algorithm: Section, members: list[Compared]
+    batch: Batch, table: pa.Table, algorithm: Tree, members: list[Compared]
 ) -> tuple[list[Column], list[str]]:
     """Advantages of the whole step by every estimator, the segments of each segmenter, and what is left out and why."""
     token_rewards, values = TokenRewards(**algorithm["token_rewards"]), flat(table, "values")
@@ -169,7 +171,7 @@ def batch_of(table: pa.Table) -> Batch:
 
 
 def _lengths(table: pa.Table, name: str) -> list[int]:
-    return pc.list_value_length(table[name]).to_pylist()
+    return list(pc.list_value_length(table[name]).to_pylist())
 
 
 def flat(table: pa.Table, name: str) -> Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, groupby, pairwise
-from os.path import commonprefix
 
 DecodeText = Callable[[list[int]], str]  # all tokens to one text
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character
@@ -48,7 +47,7 @@ class TokenTexts:
     def _parts(self, run: list[int]) -> list[str]:
         """The texts of neighbours none of which is text by itself: each has what is settled once it is there."""
         whole = self._decode(run)
-        settled = [len(commonprefix([whole, self._decode(run[:end])])) for end in range(1, len(run))]
+        settled = [_shared(whole, self._decode(run[:end])) for end in range(1, len(run))]
         ends = accumulate([0, *settled, len(whole)], max)
         return [whole[start:end] for start, end in pairwise(ends)]
 
@@ -56,3 +55,9 @@ class TokenTexts:
         if (text := self._known.get(token_ids)) is None:
             text = self._known[token_ids] = self._decode(list(token_ids))
         return text
+
+
+def _shared(a: str, b: str) -> int:
+    """Characters with which both texts begin."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -49,7 +49,7 @@ class Viewed:
 
 def view_of_step(table: pa.Table, config: Mapping[str, Any]) -> Viewed:
     """A recorded step. ``config`` is what ``config.yaml`` holds."""
-    columns, notes = columns_of(table, config["algorithm"] if "algorithm" in config else {})
+    columns, notes = columns_of(table, config)
     return Viewed(table=table, columns=columns, notes=notes, pass_score=_pass_score(config))
 
 

@@ -28,12 +28,18 @@ class Arguments(argparse.ArgumentParser):
 
 def arguments_of(given: list[str]) -> argparse.Namespace:
     """Raises ConfigError for arguments that do not fit."""
-    parser = Arguments("sae-rl view", description="Writes one HTML page of responses, token by token; it needs no network.")
+    parser = Arguments(
+        "sae-rl view", description="Writes one HTML page of responses, token by token; it needs no network."
+    )
     parser.add_argument("folder", type=Path, help="a run, or what sae-rl correlate wrote")
     parser.add_argument("--step", type=int, help="a recorded step of the run; the last one unless given")
-    parser.add_argument("--response", help="the one to begin with: PROMPT_ID, PROMPT_ID/SAMPLE, or its index in the step")
+    parser.add_argument(
+        "--response", help="the one to begin with: PROMPT_ID, PROMPT_ID/SAMPLE, or its index in the step"
+    )
     parser.add_argument("--responses", type=int, default=MOST, help=f"responses of the page, {MOST} unless given")
-    parser.add_argument("--output", type=Path, help="the page; view.html or view_step_000012.html in FOLDER unless given")
+    parser.add_argument(
+        "--output", type=Path, help="the page; view.html or view_step_000012.html in FOLDER unless given"
+    )
     found = parser.parse_args(given)
     if found.responses < 1:
         raise ConfigError([f"--responses {found.responses}: a page shows at least 1"])
@@ -63,7 +69,9 @@ def write_view(
     from sae_rl.analysis.viewer import chosen, view_of_measurements, view_of_step, write_page
     from sae_rl.correlation.files import load
 
-    viewed = view_of_measurements(load(folder), table, config) if file.name == RESPONSES else view_of_step(table, config)
+    viewed = (
+        view_of_measurements(load(folder), table, config) if file.name == RESPONSES else view_of_step(table, config)
+    )
     write_page(
         viewed,
         chosen(viewed, most, first),
@@ -96,5 +104,7 @@ def place_of(response: str, table: pa.Table) -> int:
     if response.isdecimal() and int(response) < len(rows):
         return int(response)
     raise ConfigError(
-        [f"--response {response}: the step has the indices 0 to {len(rows) - 1}, and ids such as {rows[0]['prompt_id']}/0"]
+        [
+            f"--response {response}: the step has the indices 0 to {len(rows) - 1}, and ids such as {rows[0]['prompt_id']}/0"
+        ]
     )

@@ -21,7 +21,12 @@ def opened(page: Path, fragment: str = "", width: int = 1400) -> tuple[str, list
         ended = subprocess.run(
             [
                 *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"),
-                *("--enable-logging=stderr", "--virtual-time-budget=10000", f"--window-size={width},1000", "--dump-dom"),
+                *(
+                    "--enable-logging=stderr",
+                    "--virtual-time-budget=10000",
+                    f"--window-size={width},1000",
+                    "--dump-dom",
+                ),
                 page.resolve().as_uri() + fragment,
             ],
             capture_output=True,

@@ -32,6 +32,4 @@ def texts_of(data: dict[str, Any], response: dict[str, Any]) -> list[str]:
 def numbers_of(data: dict[str, Any], response: dict[str, Any]) -> dict[str, list[float]]:
     """The numbers of each token of a response by the label of their column."""
     length, flat = response["length"], _unpacked(response["numbers"], "f")
-    return {
-        column["label"]: flat[i * length : (i + 1) * length] for i, column in enumerate(data["columns"])
-    }
+    return {column["label"]: flat[i * length : (i + 1) * length] for i, column in enumerate(data["columns"])}

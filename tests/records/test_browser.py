@@ -24,7 +24,11 @@ from .test_report import Page
 
 pytestmark = [needs_browser, pytest.mark.slow]
 HOSTILE = [
-    *("</script><script>document.title = 'owned'</script>", "<!--<script>", "<img src=x onerror=document.title='owned'>"),
+    *(
+        "</script><script>document.title = 'owned'</script>",
+        "<!--<script>",
+        "<img src=x onerror=document.title='owned'>",
+    ),
     *("\u2028", '" onmouseover="x', "&lt;", "\n", "\t  ", "{{ 7 * 7 }}", ""),
 ]
 
@@ -67,6 +71,14 @@ def test_the_viewer_shows_the_first_response_whatever_its_text(page: Path) -> No
     assert "<img" not in document
 
 
+def test_no_other_script_runs(page: Path, tmp_path: Path) -> None:
+    """Nor does the browser hide an error from these tests."""
+    smuggled = tmp_path / "smuggled.html"
+    smuggled.write_text(page.read_text().replace("</body>", "<script>document.body.id = 'owned'</script></body>"))
+    document, console = opened(smuggled)
+    assert len(console) == 1 and "Content Security Policy" in console[0] and 'id="owned"' not in document
+
+
 def test_report_and_samples_open_without_an_error(tmp_path: Path) -> None:
     write_sample_run(tmp_path / "run")
     write_report(tmp_path / "run", tmp_path / "report.html", "A report", VOCABULARY)
@@ -89,7 +101,8 @@ async function press(key, options = {}, target = document.body) {
   await new Promise((done) => setTimeout(done, 200));
   const cell = (name) => part("numbers").querySelector(`[data-number="${name}"]`).textContent;
   const index = part("facts").lastElementChild.textContent;
-  seen.push([key, index, part("place").textContent.match(/[0-9]+/)[0], cell("probability"), part("hits").textContent].join(";"));
+  const place = part("place").textContent.match(/[0-9]+/)[0];
+  seen.push([key, index, place, cell("probability"), part("hits").textContent].join(";"));
 }
 setTimeout(async () => {
   for (const key of ["ArrowRight", "ArrowRight", "ArrowLeft", "End", "ArrowRight", "Home"]) await press(key);
@@ -108,8 +121,12 @@ setTimeout(async () => {
 
 def test_the_cursor_follows_the_keys(tmp_path: Path) -> None:
     record = step_record(1, 3, 0.5, random.Random(3))
-    viewed = view_of_step(read_rollouts(write_rollouts(tmp_path, record)), as_tree(make_config(tmp_path, SAE_OF_SAMPLES)))
-    write_page(viewed, chosen(viewed, 64), VOCABULARY, tmp_path / "view.html", first=2, title="", source="", config_text="")
+    viewed = view_of_step(
+        read_rollouts(write_rollouts(tmp_path, record)), as_tree(make_config(tmp_path, SAE_OF_SAMPLES))
+    )
+    write_page(
+        viewed, chosen(viewed, 64), VOCABULARY, tmp_path / "view.html", first=2, title="", source="", config_text=""
+    )
     data = data_of((tmp_path / "view.html").read_text())
     numbers, texts = numbers_of(data, data["responses"][2]), texts_of(data, data["responses"][2])
     word = next(text for text in texts[20:] if text.startswith(" A"))

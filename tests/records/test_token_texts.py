@@ -21,7 +21,9 @@ def decoder_of(tokenizer: Tokenizer) -> Decode:
 @pytest.fixture(scope="module")
 def byte_level() -> Tokenizer:
     """As GPT-2 and Qwen, with a token for each byte, so that every character beyond ASCII is split."""
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer = Tokenizer(
+        models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<eos>"])

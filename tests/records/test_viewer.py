@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_rl.algo.estimators import GAE, SAE, LengthAdaptiveGAE, MonteCarlo
 from sae_rl.algo.segmenters import LowProbability
 from sae_rl.algo.shaping import TokenRewards
-from sae_rl.analysis.step_columns import Column, compared, recompute
+from sae_rl.analysis.step_columns import compared, recompute
 from sae_rl.analysis.viewer import Viewed, chosen, packed, page_data, view_of_measurements, view_of_step
 from sae_rl.config.schema import as_tree
 from sae_rl.records.rollouts import read_rollouts, write_rollouts
@@ -153,7 +153,7 @@ def test_what_cannot_be_computed_is_named(tmp_path: Path) -> None:
     (note,) = view_of_step(rows, tree_of(tmp_path)).notes
     assert note.startswith("GRPO is left out: group 0 has 1 response")
     (note,) = view_of_step(rows, {}).notes
-    assert note.startswith("No other estimator is shown, since config.yaml is not of this version")
+    assert note.startswith("No other estimator is shown: config.yaml is missing or of another version")
 
 
 def test_the_page_holds_the_numbers_of_every_column(tmp_path: Path) -> None:
@@ -194,41 +194,45 @@ def test_the_group_asked_for_comes_first() -> None:
 
     table = pa.table({"prompt_id": [rollout.prompt.id for rollout in record.rollouts]})
     viewed = Viewed(table=table, columns=[], notes=[], pass_score=1.0)
-    assert chosen(viewed, 3) == [0, 1, 2] and chosen(viewed, 3, first=5) == [0, 4, 5] and chosen(viewed, 1, first=5) == [5]
+    assert (
+        chosen(viewed, 3) == [0, 1, 2] and chosen(viewed, 3, first=5) == [0, 4, 5] and chosen(viewed, 1, first=5) == [5]
+    )
     assert chosen(viewed, 100, first=5) == list(range(8))
 
 
-def test_measurements_have_a_reference_with_its_error(tmp_path: Path) -> None:
-    measured = made_up_measurements()
+def record_like(batch: Batch) -> StepRecord:
+    """A record of the responses of a batch."""
     record = record_of(num_prompts=2)
-    batch = measured.batch
-    cut = [
+    bounds = zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True)
+    rollouts = [
         replace(
             rollout,
             token_ids=batch.token_ids[a:b],
             rollout_logprobs=batch.rollout_logprobs[a:b],
             policy_versions=batch.policy_versions[a:b],
         )
-        for rollout, a, b in zip(record.rollouts, batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True)
+        for rollout, (a, b) in zip(record.rollouts, bounds, strict=True)
     ]
-    flat = torch.rand(batch.num_tokens)
-    scores, targets = Scores(old_logprobs=None, values=flat, ref_logprobs=None), replace(record.targets, advantages=flat)
-    table = read_rollouts(
-        write_rollouts(
-            tmp_path,
-            replace(record, rollouts=cut, scores=replace(scores, old_logprobs=flat), targets=targets, opens=flat > 0.5, monte_carlo_returns=None),
-        )
+    flat = torch.rand(batch.num_tokens, generator=torch.Generator().manual_seed(0))
+    scores = Scores(old_logprobs=flat, values=flat, ref_logprobs=None)
+    targets = replace(record.targets, advantages=flat)
+    return replace(
+        record, rollouts=rollouts, scores=scores, targets=targets, opens=flat > 0.5, monte_carlo_returns=None
     )
-    found = by_label(view_of_measurements(measured, table, {}))
-    continued = measured.continued[1]
-    place = int(measured.places[1])
+
+
+def test_measurements_have_a_reference_with_its_error(tmp_path: Path) -> None:
+    measured = made_up_measurements()
+    record = record_like(measured.batch)
+    found = by_label(view_of_measurements(measured, read_rollouts(write_rollouts(tmp_path, record)), {}))
+    continued, place = measured.continued[1], int(measured.places[1])
     two = continued[~continued.isnan()]
-    assert found["mean return of 3 continuations"][place] == two.mean()
+    assert two.numel() == 2 and found["mean return of 3 continuations"][place] == two.mean()
     assert found["its standard error"][place] == pytest.approx(float(two.std() / math.sqrt(2)))
-    elsewhere = torch.ones(batch.num_tokens, dtype=torch.bool).index_fill(0, measured.places, False)
+    elsewhere = torch.ones(measured.batch.num_tokens, dtype=torch.bool).index_fill(0, measured.places, False)
     assert bool(found["mean return of 3 continuations"][elsewhere].isnan().all())
-    assert torch.equal(found["sae"], measured.advantages[0]) and torch.equal(found["segments of gae"], measured.opens[1])
-    assert torch.equal(found["value"], flat) and "Monte-Carlo reference of blocks" in found
-    assert "the run's own segments" not in found
-
-
+    assert torch.equal(found["sae"], measured.advantages[0]) and torch.equal(
+        found["segments of gae"], measured.opens[1]
+    )
+    assert record.scores.values is not None and torch.equal(found["value"], record.scores.values)
+    assert "Monte-Carlo reference of blocks" in found and "the run's own segments" not in found
