@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from sae_rl.algo.estimators import GAE, SAE, LengthAdaptiveGAE, MonteCarlo
 from sae_rl.algo.segmenters import LowProbability
 from sae_rl.algo.shaping import TokenRewards
 from sae_rl.analysis.step_columns import compared, recompute
-from sae_rl.analysis.viewer import Viewed, chosen, packed, page_data, view_of_measurements, view_of_step
+from sae_rl.analysis.viewer import SCRIPT, Viewed, chosen, packed, page_data, view_of_measurements, view_of_step
 from sae_rl.config.schema import as_tree
 from sae_rl.records.rollouts import read_rollouts, write_rollouts
 from sae_rl.types import Batch, Scores, StepRecord
@@ -236,3 +237,32 @@ def test_measurements_have_a_reference_with_its_error(tmp_path: Path) -> None:
     )
     assert record.scores.values is not None and torch.equal(found["value"], record.scores.values)
     assert "Monte-Carlo reference of blocks" in found and "the run's own segments" not in found
+
+
+def luminance(colour: list[float]) -> float:
+    """Relative luminance of WCAG 2.1."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: list[float], other: list[float]) -> float:
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_on_the_strongest_shade(scheme: str) -> None:
+    """WCAG's 4.5 for text on the shades of tokens and in the panel, and 3 for lines of the charts."""
+    css = (SCRIPT.parent / "page.css").read_text()
+    block = css.split(":root {")[1 if scheme == "light" else 2].split("}")[0]
+    found = dict(re.findall(r"--([\w]+): #([0-9a-f]{6})", block))
+    colours = {name: [int(text[i : i + 2], 16) / 255 for i in (0, 2, 4)] for name, text in found.items()}
+    most = re.search(r"Math.round\((\d+) \* Math.min", SCRIPT.read_text())
+    assert most is not None
+    for shade in ("c1", "c2"):
+        part = int(most[1]) / 100
+        mixed = [part * a + (1 - part) * b for a, b in zip(colours[shade], colours["card"], strict=True)]
+        assert contrast(colours["text"], mixed) >= 4.5, shade
+    assert all(contrast(colours[name], colours["card"]) >= 4.5 for name in ("muted", "right", "wrong"))
+    assert contrast(colours["muted"], colours["seg0"]) >= 4.5
+    assert all(contrast(colours[name], colours["card"]) >= 3 for name in ("c1", "c2", "c3", "c4"))
