@@ -354,7 +354,8 @@
     context.strokeStyle = css("muted");
     context.lineWidth = 1;
     context.setLineDash([1, 2]);
-    for (let t = first; t < end; t++) if (opens(t)) stroke(context, left(t), 0, left(t), inner);
+    const highest = label ? 0 : inner - 8;
+    for (let t = first; t < end; t++) if (opens(t)) stroke(context, left(t), highest, left(t), inner);
     context.setLineDash([]);
     const shown = (group) => group.filter((c) => drawn.has(c));
     const points = measured === undefined ? [] : [measured];
@@ -404,7 +405,7 @@
       context.strokeStyle = css(number === 0 ? "muted" : "grid");
       context.lineWidth = 1;
       stroke(context, MARGIN, y(number), width, y(number));
-      const isClear = number !== 0 || [least, most].every((edge) => edge === 0 || Math.abs(y(edge) - y(0)) > 14);
+      const isClear = number !== 0 || [least, most].every((edge) => edge === 0 || Math.abs(y(edge) - y(0)) > 20);
       if (isClear) context.fillText(show(number).replace("-", "−"), 2, y(number) + (number === least ? 0 : number === most ? 10 : 4));
     }
     for (const c of lines) {

@@ -23,7 +23,8 @@ from sae_rl.analysis.step_columns import Column, batch_of, columns_of, recorded_
 from sae_rl.analysis.token_texts import TokenTexts
 from sae_rl.correlation.measurements import Measurements, block_advantages, reference_values
 
-KEPT_BITS = 11  # of a float's 23 bits after the point: a relative error of at most 2^-12, and three digits are shown
+# A float has 23 bits after the point. With 11 the relative error is at most 2^-12, and the page shows three digits.
+KEPT_BITS = 11
 SCRIPT = Path(__file__).with_name("viewer.js")
 
 Row = dict[str, Any]  # a recorded rollout, without its numbers per token
