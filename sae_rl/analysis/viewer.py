@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,8 @@ from markupsafe import Markup
 from torch import Tensor
 
 from sae_rl.analysis.pages import render
-from sae_rl.analysis.step_columns import Column, batch_of, columns_of, recorded_columns
+from sae_rl.analysis.step_columns import Column, batch_of, columns_of
 from sae_rl.analysis.token_texts import TokenTexts
-from sae_rl.correlation.measurements import Measurements, block_advantages, reference_values
 
 # A float has 23 bits after the point. With 11 the relative error is at most 2^-12, and the page shows three digits.
 KEPT_BITS = 11
@@ -51,35 +49,10 @@ class Viewed:
 def view_of_step(table: pa.Table, config: Mapping[str, Any]) -> Viewed:
     """A recorded step. ``config`` is what ``config.yaml`` holds."""
     columns, notes = columns_of(table, config)
-    return Viewed(table=table, columns=columns, notes=notes, pass_score=_pass_score(config))
+    return Viewed(table=table, columns=columns, notes=notes, pass_score=pass_score_of(config))
 
 
-def view_of_measurements(measured: Measurements, table: pa.Table, config: Mapping[str, Any]) -> Viewed:
-    """Responses on which estimators were compared with returns of continuations, and ``table`` with their rows."""
-    kept = [column for column in recorded_columns(table, "") if column.kind not in ("advantage", "segments")]
-    assert table.num_rows == measured.batch.num_responses, "the files of one folder belong together"
-    values, k = reference_values(measured), measured.continued.shape[1]
-    known = (~measured.continued.isnan()).sum(1)
-    spread = ((measured.continued - values[:, None]).square().nansum(1) / (known - 1) / known).sqrt()
-    spread = torch.where(known > 1, spread, math.nan)
-    nowhere = torch.full((measured.batch.num_tokens,), math.nan, dtype=torch.float64)
-    segments = {name: opens for name, opens in zip(measured.names, measured.opens, strict=True)}
-    return Viewed(
-        table=table,
-        columns=[
-            *kept,
-            Column("measured", f"mean return of {k} continuations", nowhere.index_copy(0, measured.places, values)),
-            Column("deviation", "its standard error", nowhere.index_copy(0, measured.places, spread)),
-            Column("advantage", "Monte-Carlo reference of blocks", block_advantages(measured, values)),
-            *(Column("advantage", *pair) for pair in zip(measured.names, measured.advantages, strict=True)),
-            *(Column("segments", f"segments of {name}", opens) for name, opens in segments.items()),
-        ],
-        notes=[],
-        pass_score=_pass_score(config),
-    )
-
-
-def _pass_score(config: Mapping[str, Any]) -> float:
+def pass_score_of(config: Mapping[str, Any]) -> float:
     return float(config["evaluation"]["pass_score"]) if "evaluation" in config else 1.0
 
 

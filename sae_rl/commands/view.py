@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pyarrow as pa  # type: ignore[import-untyped]
+import torch
 import yaml
 
+from sae_rl.analysis.step_columns import Column, recorded_columns
+from sae_rl.analysis.viewer import Viewed, chosen, pass_score_of, view_of_step, write_page
 from sae_rl.commands.report import vocabulary_of
 from sae_rl.commands.run_folder import check_run
-from sae_rl.correlation.files import RESPONSES, TENSORS
+from sae_rl.correlation.files import RESPONSES, TENSORS, load
+from sae_rl.correlation.measurements import Measurements, block_advantages, reference_values
 from sae_rl.records.rollouts import FOLDER, check_step, read_rollouts, step_files
 from sae_rl.settings import ConfigError
 
@@ -57,32 +62,50 @@ def run_view(given: list[str]) -> Path:
         check_step(file)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    table, config = read_rollouts(file), yaml.safe_load((folder / "config.yaml").read_text())
+    table, text = read_rollouts(file), (folder / "config.yaml").read_text()
+    config = yaml.safe_load(text)
     first = 0 if arguments.response is None else place_of(arguments.response, table)
-    output = arguments.output or folder / ("view.html" if is_correlated else f"view_{file.stem}.html")
-    return write_view(folder, file, table, config, output, first=first, most=arguments.responses)
-
-
-def write_view(
-    folder: Path, file: Path, table: pa.Table, config: Mapping[str, Any], output: Path, *, first: int, most: int
-) -> Path:
-    from sae_rl.analysis.viewer import chosen, view_of_measurements, view_of_step, write_page
-    from sae_rl.correlation.files import load
-
-    viewed = (
-        view_of_measurements(load(folder), table, config) if file.name == RESPONSES else view_of_step(table, config)
-    )
+    viewed = view_of_measurements(load(folder), table, config) if is_correlated else view_of_step(table, config)
+    output: Path = arguments.output or folder / ("view.html" if is_correlated else f"view_{file.stem}.html")
     write_page(
         viewed,
-        chosen(viewed, most, first),
+        chosen(viewed, arguments.responses, first),
         vocabulary_of(config["model"]["path"]),
         output,
         first=first,
         title=f"sae_rl: {config['name']}",
         source=str(file),
-        config_text=(folder / "config.yaml").read_text(),
+        config_text=text,
     )
     return output
+
+
+def view_of_measurements(measured: Measurements, table: pa.Table, config: Mapping[str, Any]) -> Viewed:
+    """Responses on which estimators were compared with returns of continuations, and ``table`` with their rows."""
+    kept = [column for column in recorded_columns(table, "") if column.kind not in ("advantage", "segments")]
+    assert table.num_rows == measured.batch.num_responses, "the files of one folder belong together"
+    values, k = reference_values(measured), measured.continued.shape[1]
+    known = (~measured.continued.isnan()).sum(1)
+    spread = ((measured.continued - values[:, None]).square().nansum(1) / (known - 1) / known).sqrt()
+    spread = torch.where(known > 1, spread, math.nan)
+    nowhere = torch.full((measured.batch.num_tokens,), math.nan, dtype=torch.float64)
+    segments = list[Column]()
+    for name, opens in zip(measured.names, measured.opens, strict=True):
+        if not any(torch.equal(opens, each.numbers) for each in segments):
+            segments.append(Column("segments", f"segments of {name}", opens))
+    return Viewed(
+        table=table,
+        columns=[
+            *kept,
+            Column("measured", f"mean return of {k} continuations", nowhere.index_copy(0, measured.places, values)),
+            Column("deviation", "its standard error", nowhere.index_copy(0, measured.places, spread)),
+            Column("advantage", "Monte-Carlo reference of blocks", block_advantages(measured, values)),
+            *(Column("advantage", *pair) for pair in zip(measured.names, measured.advantages, strict=True)),
+            *segments,
+        ],
+        notes=[],
+        pass_score=pass_score_of(config),
+    )
 
 
 def step_file(folder: Path, step: int | None) -> Path:

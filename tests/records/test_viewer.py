@@ -19,7 +19,8 @@ from sae_rl.algo.estimators import GAE, SAE, LengthAdaptiveGAE, MonteCarlo
 from sae_rl.algo.segmenters import LowProbability
 from sae_rl.algo.shaping import TokenRewards
 from sae_rl.analysis.step_columns import compared, recompute
-from sae_rl.analysis.viewer import SCRIPT, Viewed, chosen, packed, page_data, view_of_measurements, view_of_step
+from sae_rl.analysis.viewer import SCRIPT, Viewed, chosen, packed, page_data, view_of_step
+from sae_rl.commands.view import view_of_measurements
 from sae_rl.config.schema import as_tree
 from sae_rl.records.rollouts import read_rollouts, write_rollouts
 from sae_rl.types import Batch, Scores, StepRecord

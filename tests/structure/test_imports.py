@@ -74,7 +74,7 @@ MAY_IMPORT = {
     "backends": ["algo", "config", "garbage", "types"],
     "workers": ["algo", "backends", "config", "garbage", "records", "seeds", "settings", "types"],
     "sft": ["knobs", "tasks"],
-    "analysis": ["algo", "correlation", "evaluation", "records", "types"],
+    "analysis": ["algo", "evaluation", "records", "types"],
     "integrations": ["algo", "knobs"],  # and, inside each, the trainer that it is for
 }
 # Folder -> its layers from the bottom to the top. A file imports files of lower layers only; "*" is every other file.
