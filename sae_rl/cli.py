@@ -133,6 +133,13 @@ def compare(arguments: list[str]) -> None:
     run_comparison(arguments)
 
 
+def view(arguments: list[str]) -> None:
+    """write a page of a step's responses, token by token: the folder of a run or of correlate, and options (--help)"""
+    from sae_rl.commands.view import run_view
+
+    print(run_view(arguments))
+
+
 # The help of a command is the docstring of its function.
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
@@ -144,6 +151,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "report": report,
     "compare": compare,
+    "view": view,
 }
 
 
@@ -169,6 +177,8 @@ def run(name: str, arguments: list[str]) -> None:
         return compare(arguments)
     if name == "report":
         return print(f"sae-rl report: {report.__doc__}\n\n{usage()}") if "--help" in arguments else report(arguments)
+    if name == "view":
+        return view(arguments)
     from sae_rl.config.command_line import print_for, read_flags, refuse_sweeps_own
     from sae_rl.settings import ConfigError
 

@@ -46,6 +46,7 @@ class StepResult:
     targets: Targets  # before whitening
     returns: Tensor | None  # (N,) Monte-Carlo returns, which judge a critic; None: there is none
     metrics: Metrics
+    critic_values: Tensor | None  # (N,) where they are not the values of ``scores``
 
 
 def learn(run: Run, step: int, samples: StepSamples) -> StepResult:
@@ -70,7 +71,10 @@ def learn(run: Run, step: int, samples: StepSamples) -> StepResult:
     valued = valued if valued.old_logprobs is not None else replace(valued, old_logprobs=logprobs)
     metrics |= batch_metrics(algorithm, step, batch, scores, targets, opens, logprobs, valued.values, returns)
     metrics |= continuations.metrics()
-    return StepResult(opens=opens, scores=valued, targets=targets, returns=returns, metrics=metrics)
+    critic_values = None if valued.values is scores.values else scores.values
+    return StepResult(
+        opens=opens, scores=valued, targets=targets, returns=returns, metrics=metrics, critic_values=critic_values
+    )
 
 
 def begin(run: Run) -> int:
@@ -126,6 +130,7 @@ def finish(
             scores=result.scores,
             targets=result.targets,
             monte_carlo_returns=result.returns,
+            critic_values=result.critic_values,
         )
     )
     times = run.clock.lap()

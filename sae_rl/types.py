@@ -215,6 +215,7 @@ class StepRecord:
     scores: Scores
     targets: Targets  # before whitening
     monte_carlo_returns: Tensor | None = None  # (N,), NaN where they are not known; None: there is no critic
+    critic_values: Tensor | None = None  # (N,); None: there is no critic, or ``scores.values`` are its values
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:

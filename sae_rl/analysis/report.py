@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from markupsafe import Markup
@@ -17,8 +19,8 @@ from rich.table import Table
 from sae_rl.algo.stats import BINS, Reliability
 from sae_rl.analysis.pages import render
 from sae_rl.analysis.plots import draw, svg_element, window
-from sae_rl.analysis.responses import DecodeTokens, pick_responses
 from sae_rl.analysis.run_files import RunFiles
+from sae_rl.analysis.viewer import Vocabulary, show_responses, view_of_step
 from sae_rl.records.metrics import METRICS, metric_of, show
 from sae_rl.records.rollouts import read_rollouts
 
@@ -53,7 +55,7 @@ class Change:
     after: tuple[str, str]
 
 
-def write_report(run_dir: Path, output: Path, title: str, decode: DecodeTokens) -> None:
+def write_report(run_dir: Path, output: Path, title: str, vocabulary: Vocabulary) -> None:
     """Writes the page of a run. Raises ValueError if ``run_dir`` holds no metrics of training."""
     run = RunFiles(run_dir)
     if run.num_steps == 0:
@@ -69,10 +71,35 @@ def write_report(run_dir: Path, output: Path, title: str, decode: DecodeTokens) 
         learning=[found for name in CURVES if (found := chart(run, name))],
         smoothed=window(run.num_steps),
         reliability=reliability_table(run),
-        responses=pick_responses(read_rollouts(run.rollouts[-1][1]), decode) if run.rollouts else [],
+        viewer=last_responses(run, vocabulary),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page)
+
+
+def last_responses(run: RunFiles, vocabulary: Vocabulary) -> dict[str, Any] | None:
+    """Three responses of the last recorded step for the viewer; None where no step was recorded."""
+    if not run.rollouts:
+        return None
+    table = read_rollouts(run.rollouts[-1][1])
+    picked = pick_responses(table)
+    return show_responses(view_of_step(table, run.config), picked, vocabulary, picked[0])
+
+
+def pick_responses(table: pa.Table) -> list[int]:
+    """Three rows of a recorded step: of the highest reward, of the lowest, and another; each of median length.
+
+    The choice follows from the recorded rows alone, so that nobody can pick the prettiest.
+    """
+    rows = table.select(["prompt_id", "sample", "reward"]).to_pylist()
+    lengths = pc.list_value_length(table["token_ids"]).to_pylist()
+    order = sorted(range(len(rows)), key=lambda i: (lengths[i], rows[i]["prompt_id"], rows[i]["sample"]))
+    rewards, picked = [row["reward"] for row in rows], list[int]()
+    for wanted in ({max(rewards)}, {min(rewards)}, set(rewards)):
+        if fitting := [i for i in order if rewards[i] in wanted]:
+            picked.append(fitting[len(fitting) // 2])
+            order.remove(picked[-1])
+    return picked
 
 
 def reliability_table(run: RunFiles) -> list[tuple[str, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from sae_rl.analysis.plots import Curve
 from sae_rl.records.metrics import data_set_of
@@ -62,6 +63,11 @@ class RunFiles:
     @cached_property
     def rollouts(self) -> list[tuple[int, Path]]:
         return step_files(self.folder / FOLDER)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``config.yaml`` holds; empty where there is none."""
+        return dict(yaml.safe_load(self.config_text) or {})
 
     @property
     def config_text(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, count, groupby
+from itertools import accumulate, count, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from sae_rl.analysis.evaluation_table import extent, rows_of, summaries_of
 from sae_rl.analysis.pages import render
-from sae_rl.analysis.responses import DecodeText, split_at
+from sae_rl.analysis.token_texts import DecodeText, TokenTexts
 from sae_rl.evaluation.files import PAGE, SAMPLES, SUMMARY
 
 MAX_SIZE = 12_000_000  # estimated characters of the page
@@ -26,12 +26,13 @@ def write_samples_page(folder: Path, decode: DecodeText) -> Path:
     """Writes ``samples.html`` beside the summary and the samples that `write_evaluation` wrote.
 
     Args:
-        decode: token ids to text without special tokens, to find where in a response segments open.
+        decode: token ids to text without special tokens, for the texts of segments.
     """
     evaluation = json.loads((folder / SUMMARY).read_text())
     rows = pq.read_table(folder / SAMPLES).to_pylist()
     prompts = [list(group) for _, group in groupby(rows, key=lambda row: (row["data_set"], row["prompt_id"]))]
     shown = within_limits(prompts)
+    texts = TokenTexts(decode)
     summaries = summaries_of(evaluation)
     tables = {title: rows_of(summary) for title, summary in summaries.items()}
     page = render(
@@ -41,7 +42,7 @@ def write_samples_page(folder: Path, decode: DecodeText) -> Path:
         tables=tables,
         labels=list(dict.fromkeys(label for table in tables.values() for label in table)),
         extents={title: extent(summary) for title, summary in summaries.items()},
-        prompts=[[_sample(row, evaluation["pass_score"], decode) for row in samples] for samples in shown],
+        prompts=[[_sample(row, evaluation["pass_score"], texts) for row in samples] for samples in shown],
         num_prompts=Counter(samples[0]["data_set"] for samples in prompts),
         prompts_shown=Counter(samples[0]["data_set"] for samples in shown),
         num_samples=len(rows),
@@ -70,12 +71,17 @@ def size_of(samples: Sequence[Row]) -> int:
     return sum(map(len, texts)) + SIZE_OF_SAMPLE * len(samples) + SIZE_OF_TOKEN * num_tokens
 
 
-def _sample(row: Row, pass_score: float, decode: DecodeText) -> Row:
+def _sample(row: Row, pass_score: float, texts: TokenTexts) -> Row:
     """A row, with its status and its segments."""
     opens = row["opens"]
-    text = row["response"]
     return row | {
         "status": "failed" if row["failed"] else "right" if row["reward"] >= pass_score else "wrong",
         "num_segments": None if opens is None else sum(weight >= 0.5 for weight in opens),
-        "segments": [text] if opens is None else split_at(text, row["token_ids"], opens, decode),
+        "segments": [row["response"]] if opens is None else _segments(texts(row["token_ids"]), opens),
     }
+
+
+def _segments(texts: Sequence[str], opens: Sequence[float]) -> list[str]:
+    """The text of each segment."""
+    starts = [i for i, weight in enumerate(opens) if weight >= 0.5]
+    return ["".join(texts[start:end]) for start, end in pairwise([*starts, len(texts)])]

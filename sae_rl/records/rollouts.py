@@ -33,7 +33,10 @@ def write_rollouts(run_dir: Path, record: StepRecord) -> Path:
     flat = {
         "policy_versions": torch.cat([r.policy_versions for r in rollouts]),
         "old_logprobs": scores.old_logprobs,
+        "ref_logprobs": scores.ref_logprobs,
+        "entropies": scores.entropies,
         "values": scores.values,  # None: the estimator needs no critic
+        "critic_values": record.critic_values,
         "returns": record.monte_carlo_returns,
         "advantages": record.targets.advantages,
         "opens": record.opens,
@@ -41,6 +44,9 @@ def write_rollouts(run_dir: Path, record: StepRecord) -> Path:
     columns = {
         "step": pa.array([record.step] * len(rollouts), pa.int32()),
         "prompt_token_ids": pa.array([list(r.prompt.token_ids) for r in rollouts], pa.list_(pa.int32())),
+        "final_value": pa.array(
+            [None] * len(rollouts) if scores.final_values is None else scores.final_values.tolist(), pa.float64()
+        ),
     }
     columns |= response_columns(rollouts, record.rewards, record.reasons, flat)
     return write_table(run_dir / FOLDER / f"step_{record.step:06d}.parquet", columns)

@@ -14,7 +14,6 @@ import pytest
 
 from sae_rl.analysis import samples_page
 from sae_rl.analysis.evaluation_table import console_tables, print_evaluation, rows_of
-from sae_rl.analysis.responses import split_at
 from sae_rl.analysis.samples_page import size_of, within_limits, write_samples_page
 from sae_rl.evaluation.evaluate import Evaluation
 from sae_rl.evaluation.files import model_name, publish, unpublished, versions, write_evaluation
@@ -175,23 +174,6 @@ def test_an_evaluation_without_segments_says_why(tmp_path: Path, capsys: pytest.
     assert "Segments are not shown: evaluation.top_p = 0.9" in page.text and "segments per response" not in page.text
     print_evaluation(tmp_path, plain=True)
     assert "segments are left out: evaluation.top_p = 0.9" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("text", "pieces", "expected"),
-    [
-        ("one two  three", ["one", "two", "three"], ["one ", "two  ", "three"]),
-        ("a\n\n\nb", ["a", "\n\n", "\nb"], ["a", "\n\n\n", "b"]),
-        ("x é y", ["x \ufffd", "\ufffd y"], ["x é ", "y"]),  # a character of two bytes, split between two tokens
-        ("one two", ["one", "something else"], ["one two"]),
-        ("w w w", ["w", "w", "w"], ["w ", "w ", "w"]),
-        ("", [""], [""]),
-    ],
-)
-def test_a_response_is_cut_at_the_text_of_its_segments(text: str, pieces: list[str], expected: list[str]) -> None:
-    """One token per piece, all of which open."""
-    found = split_at(text, range(len(pieces)), [1.0] * len(pieces), lambda ids: "".join(pieces[i] for i in ids))
-    assert found == expected and "".join(found) == text
 
 
 def test_console_tables(folder: Path, evaluation: Evaluation, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,13 +7,15 @@ import random
 from pathlib import Path
 
 import torch
+import yaml
 
 from sae_rl.algo.estimators import SAE
 from sae_rl.algo.segmenters import LowProbability
 from sae_rl.algo.shaping import TokenRewards
 from sae_rl.algo.stats import explained_variance, mismatch_stats, rollout_stats, segment_stats
+from sae_rl.analysis.viewer import Vocabulary
 from sae_rl.config.compose import load_config
-from sae_rl.config.schema import Config
+from sae_rl.config.schema import Config, as_tree
 from sae_rl.records.records import Records
 from sae_rl.tasks.level import Level
 from sae_rl.types import Batch, Prompt, Rollout, Scores, StepRecord, Targets
@@ -21,6 +23,8 @@ from sae_rl.types import Batch, Prompt, Rollout, Scores, StepRecord, Targets
 LEVEL = Level()
 WORDS = ("<pad>", "<bos>", "<eos>", "<unk>", *LEVEL.words())
 IDS = {word: i for i, word in enumerate(WORDS)}
+
+SAE_OF_SAMPLES = "algorithm.estimator.lam=0.8"
 
 
 def make_config(run_dir: Path, *overrides: str) -> Config:
@@ -39,8 +43,7 @@ def make_config(run_dir: Path, *overrides: str) -> Config:
     )
 
 
-def decode(token_ids: list[int]) -> list[str]:
-    return [WORDS[i] for i in token_ids]
+VOCABULARY = Vocabulary(decode=lambda ids: " ".join(WORDS[i] for i in ids), special_ids=frozenset({0, 1, 2, 3}))
 
 
 def sample_rollout(prompt: Prompt, sample: int, step: int, skill: float, rng: random.Random) -> Rollout:
@@ -114,7 +117,8 @@ def score(batch: Batch, skill: float) -> tuple[Scores, Targets, torch.Tensor]:
 
 def write_sample_run(run_dir: Path, num_steps: int = 3, num_prompts: int = 2, every: int = 1) -> list[dict[str, float]]:
     """Writes metrics, rollouts, evaluations and a configuration. Returns the metrics of the training steps."""
-    config = make_config(run_dir, f"steps={num_steps}", f"logger.rollouts_every_steps={every}")
+    options = [f"steps={num_steps}", f"logger.rollouts_every_steps={every}", SAE_OF_SAMPLES]
+    config = make_config(run_dir, *options)
     rng = random.Random(0)
     logged = []
     with Records(config, run_dir, first_step=0) as records:
@@ -140,9 +144,7 @@ def write_sample_run(run_dir: Path, num_steps: int = 3, num_prompts: int = 2, ev
             records.log(step, metrics)
             logged.append(metrics)
         _log_evaluations(records, num_steps)
-    (run_dir / "config.yaml").write_text(
-        "name: sample\nalgorithm:\n  segmenter: {name: low_probability, p: 0.3}\n  estimator: {name: sae, lam: 0.8}\n"
-    )
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
     return logged
 
 

@@ -53,6 +53,19 @@ MAY_IMPORT = {
     "run": ["config", "data", "protocols", "records", "rewards", "types"],
     "rollouts": ["algo", "config", "data", "protocols", "records", "rewards", "run", "seeds", "types"],
     "evaluation": ["algo", "config", "plugins", "protocols", "records", "rewards", "rollouts", "types"],
+    "correlation": [
+        "algo",
+        "config",
+        "names",
+        "protocols",
+        "records",
+        "rewards",
+        "rollouts",
+        "run",
+        "seeds",
+        "settings",
+        "types",
+    ],
     "critic": ["algo", "config", "protocols", "records", "rollouts", "run", "seeds", "settings", "types"],
     "driver": [
         *("algo", "checkpoint", "critic", "data", "evaluation"),
@@ -64,7 +77,7 @@ MAY_IMPORT = {
     "workers": ["algo", "backends", "config", "digests", "garbage", "records", "seeds", "settings", "types"],
     "sft": ["knobs", "tasks"],
     "comparison": ["config", "evaluation", "names", "records"],
-    "analysis": ["algo", "comparison", "evaluation", "records"],
+    "analysis": ["algo", "comparison", "evaluation", "records", "types"],
     "integrations": ["algo", "knobs"],  # and, inside each, the trainer that it is for
 }
 # Folder -> its layers from the bottom to the top. A file imports files of lower layers only; "*" is every other file.
@@ -74,7 +87,7 @@ LAYERS = {
         "corrections loss_mask recursion_gpu segmentation shaping stats",
         *("losses recursion segmenters value_sources", "estimators standalone value_losses"),
     ],
-    "analysis": ["plots", "*", "comparison_page report samples_page"],
+    "analysis": ["pages plots step_columns token_texts", "*", "comparison_page report samples_page"],
     "backends": [
         "engine_process weight_transfer",
         "*",
@@ -85,6 +98,7 @@ LAYERS = {
     "commands": ["model_files prompts report run_folder warm_start", "preflight", "assemble", "*", "demo sweep"],
     "comparison": ["curves student", "arms outcomes resampling runs", "selection", "results"],
     "config": ["model search_path", "schema", "checks overrides trial", "compose", "command_line sweeps"],
+    "correlation": ["measurements", "files", "*"],
     "critic": ["*"],
     "data": ["hub sampler", "rows", "columns curriculum mixture", "prompts", "loader task"],
     "data/sources": ["source", "*", "kinds", "mixture"],
