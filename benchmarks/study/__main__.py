@@ -46,7 +46,7 @@ def main(program: Sequence[str] = SAE_RL) -> None:
         end(INTERRUPTED, "interrupted; the same command continues")
     except (ValueError, RuntimeError) as error:
         end(USAGE_ERROR if isinstance(error, ValueError) else FAILURE, f"error: {error}")
-    show(runner)
+    show(runner, stages)
     if PILOT in stages:
         print(variance(matrix, PILOT))
 
@@ -60,10 +60,12 @@ def end(code: int, message: str) -> None:
     sys.exit(code)
 
 
-def show(runner: Runner) -> None:
-    """Says what is finished, failed, blocked and left, and why the failed jobs failed."""
+def show(runner: Runner, stages: Sequence[str]) -> None:
+    """Says of each stage how many runs are finished, failed, blocked and left, and why jobs failed."""
     states = runner.states()
-    print(", ".join(f"{count} {state}" for state, count in Counter(states.values()).items()))
+    for stage in stages:
+        counts = Counter(states[runner.matrix.job_name(run)] for run in runner.matrix.runs(stage))
+        print(f"{stage}: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
     for job in runner.jobs:
         if states[job.name] == FAILED:
             print(f"{job.name}: {curves.read_record(runner.record_file(job))['message']}")
