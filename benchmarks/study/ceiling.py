@@ -2,9 +2,9 @@
 
     python -m benchmarks.study.ceiling [--responses 2000]
 
-The policy is that of the demonstrations, which the base model imitates. Its values are exact: a state is the prompt, the steps
-done, the level and the steps inside the band, and everything but the decisions follows from these. Explained variance is
-1 - Var(G - V) / Var(G) over the tokens of all responses, as in `critic/explained_variance`.
+The policy is that of the demonstrations, which the base model imitates. Its values are exact: a state is the prompt, the
+steps done, the level and the steps inside the band, and everything but the decisions follows from these. Explained
+variance is 1 - Var(G - V) / Var(G) over the tokens of all responses, as in `critic/explained_variance`.
 """
 
 from __future__ import annotations
