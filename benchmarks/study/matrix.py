@@ -133,7 +133,7 @@ class Matrix:
         if kind["size"] is not None:
             needs.append(self._base(run.task, kind["size"], run.seed, found))
             own = [f"learner.critic.model.path={needs[-1]}"]
-        command = ("pretrain-critic", *self._common(run, folder), *own, *kind["pretrain_critic"])
+        command = ("pretrain-critic", *self._common(run, folder), *own, *kind["pretrain_critic"][run.task])
         found.setdefault(str(folder), Job(str(folder), folder / "critic", tuple(needs), command=command))
         return str(folder)
 

@@ -190,7 +190,7 @@ def study(tmp_path: Path) -> Path:
         "train": ["steps=10"],
         "tasks": {"level": {"warm_start": [], "train": []}},
         "sizes": {"small": {"warm_start": []}},
-        "critics": {"good": {"size": None, "pretrain_critic": []}},
+        "critics": {"good": {"size": None, "pretrain_critic": {"level": []}}},
         "arms": {"one": {}, "two": {"train": ["steps=10", "algorithm=gae"]}, "free": {"critic": False}},
         "tuning": {"size": "small", "seed": 100, "settings": rates},
         "stages": {
