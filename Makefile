@@ -15,7 +15,7 @@ SPELLED := README.md CONTRIBUTING.md Makefile pyproject.toml benchmarks conf doc
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-core test-gpu check format docs exactness setup bench-iteration bench-start bench-advantage bench-learner bench-rollout bench-verifiers bench-gpu clean
+.PHONY: help demo test test-fast test-core test-gpu check format docs exactness setup bench-iteration bench-start bench-advantage bench-learner bench-rollout bench-verifiers bench-gpu study study-pilot clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -77,6 +77,16 @@ bench-verifiers: $(INSTALLED)  ## mathematical answers checked per second, besid
 
 bench-gpu:  ## figures of one GPU, at most eight minutes; make PYTHON=/path/to/python bench-gpu
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+
+# STAGES names stages of benchmarks/study/matrix.yaml, JOBS the runs side by side, MINUTES when to start nothing more.
+STUDY = $(BIN)/python -m benchmarks.study --jobs $(or $(JOBS),2) $(if $(MINUTES),--minutes $(MINUTES))
+
+study: $(INSTALLED)  ## the runs of docs/study.md; continues after any kill: make STAGES=core JOBS=2 MINUTES=90 study
+	$(STUDY) $(if $(STAGES),--stages $(STAGES))
+	for folder in docs/results/curves/study/*/; do $(BIN)/sae-rl compare "$$folder"; done
+
+study-pilot: $(INSTALLED)  ## the pilot of docs/study.md: the variance between seeds, and how many seeds follow from it
+	$(STUDY) --stages pilot
 
 docs: $(INSTALLED)  ## what code writes: the tables of metrics and verifiers, and the bias of SAE on a chain with known values
 	$(BIN)/python docs/generate_metrics.py

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import ray
 from sae_rl import checkpoint
 from sae_rl.checkpoint import DriverState
 from sae_rl.data.sampler import Sampler
+from sae_rl.digests import Digests
 from sae_rl.workers import shared_folder
 from sae_rl.workers.group import WorkerError
 from tests.driver.scripted import make_prompts
@@ -31,14 +32,18 @@ def writes_nothing(worker: Any) -> None:
 
 def writes_elsewhere(worker: Any) -> None:
     """Runs inside a rank: its files are there for the rank that measures them, and not for the driver."""
-    save = worker._learner.save
+    from sae_rl.workers import learner
 
-    def seen_once(folder: Path) -> Iterator[str]:
-        for file in save(folder):
-            yield file
+    measure = learner.digests_of
+
+    def measured_once(files: Iterable[str]) -> Digests:
+        learner.digests_of = measure
+        found = measure(files)
+        for file in found:
             Path(file).unlink()
+        return found
 
-    worker._learner.save = seen_once
+    learner.digests_of = measured_once
 
 
 def exports_nothing(worker: Any) -> None:
