@@ -84,7 +84,7 @@ def _frozen(config: Config, settings: CorrelationConfig) -> Config:
         raise ConfigError(problems)
     # Entropies are computed for segmenters and for the records; a loss that reads them has workers compute them.
     loss = replace(algorithm.policy_loss, kl_coef=0.0, entropy_coef=1.0)
-    quiet = {"jsonl": False, "tensorboard": False, "rollouts_every_steps": 0}
+    quiet: dict[str, Any] = {"jsonl": False, "tensorboard": False, "rollouts_every_steps": 0}
     quiet["wandb"] = config.logger.wandb.model_copy(update={"mode": "off"})
     console = "off" if config.logger.console == "off" else "plain"
     return config.model_copy(

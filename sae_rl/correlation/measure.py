@@ -126,7 +126,7 @@ def sample_responses(measuring: Measuring) -> list[Responses]:
     """The responses to as many prompts at a time as a step of training has.
 
     Raises:
-        RuntimeError: all checks failed.
+        RuntimeError: too many checks failed, so that no group is left.
     """
     run, size = measuring.run, measuring.run.config.rollout.prompts_per_step
     prompts = run.heldout[: measuring.settings.num_prompts]
@@ -148,9 +148,7 @@ def sample_responses(measuring: Measuring) -> list[Responses]:
             seconds = time.perf_counter() - started
             kept = [group for group in groups_of(measuring.strictest, rollouts, rewards) if group.rollouts]
             if not kept:
-                raise RuntimeError(
-                    f"the checks of all {len(rollouts)} responses failed, the first: {rewards.reasons[0]}"
-                )
+                raise RuntimeError(f"too many of {len(rollouts)} checks failed, the first: {rewards.failures[0]}")
             rollouts = [rollout for group in kept for rollout in group.rollouts]
             scores = [reward for group in kept for reward in group.rewards]
             reasons = [reason for group in kept for reason in group.reasons]
@@ -188,7 +186,8 @@ def _joined(steps: Sequence[Responses]) -> Responses:
 def _places(settings: CorrelationConfig, batch: Batch, opens: Mapping[str, Tensor]) -> Tensor:
     """(P,) the neutral places, and where segments of ``settings.boundaries`` open."""
     boundaries = [(opens[name] > 0).nonzero().flatten() for name in settings.boundaries]
-    return torch.cat([neutral_places(batch.lengths, settings.every), *boundaries]).unique()
+    places: Tensor = torch.cat([neutral_places(batch.lengths, settings.every), *boundaries]).unique()
+    return places
 
 
 def _prompts(batch: Batch) -> list[tuple[int, slice, slice]]:
