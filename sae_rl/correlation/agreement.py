@@ -22,7 +22,6 @@ from sae_rl.correlation.measurements import Measurements, reference_values
 from sae_rl.correlation.references import Reference
 
 POSITION_BINS = 20  # that hold equally many tokens
-NUM_SPLITS = 8  # of the continuations into halves, for ranks
 ROUNDED_DIGITS = 12  # decimals of advantages that are compared
 ROUNDING = 1e-20  # of a variance that is 0, beside the mean square
 
@@ -106,37 +105,16 @@ def agreement(
     )
 
 
-def spearman(measurements: Measurements, reference: Reference, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank correlation with the reference, and the reliability of the reference's ranks.
+def spearman(measurements: Measurements, reference: Reference, counts: Tensor) -> Tensor:
+    """(R + 1, E) rank correlation with the reference; every resample is ranked anew, and equal numbers share their mean rank.
 
-    Every resample is ranked anew; equal numbers share their mean rank. The reliability is that of Spearman and Brown,
-    ``m r / (1 + (m - 1) r)`` with m = k / floor(k / 2) and r the rank correlation of two halves of the continuations, the
-    mean over `NUM_SPLITS` random splits. ``correlation / sqrt(reliability)`` corrects for the noise if errors of ranks are
-    about as independent as those of values: this is the customary approximation, not exact as it is for Pearson.
-
-    Returns:
-        (R + 1, E) correlations and (R + 1,) reliability; NaN with a single continuation.
+    It is not corrected for the noise of the reference. Spearman and Brown's formula assumes errors that do not depend on
+    the truth; those of ranks do, above all where many advantages are equal.
     """
-    prompt = prompts_of(measurements, reference).numpy()
-    weights = counts.numpy()
-
-    def correlations(one: Tensor, other: Tensor) -> Tensor:
-        return torch.from_numpy(_rank_correlations(_codes(one), _codes(other), prompt, weights))
-
-    y = reference.advantages(measurements, reference_values(measurements))
-    found = [correlations(x, y) for x in measurements.advantages[:, reference.tokens]]
-    k = measurements.continued.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    halves = torch.full((NUM_SPLITS, counts.shape[0]), torch.nan, dtype=torch.float64)
-    for split in range(NUM_SPLITS if k > 1 else 0):
-        order = torch.randperm(k, generator=generator)
-        one, other = (
-            reference.advantages(measurements, reference_values(measurements, columns).nan_to_num(0.0))
-            for columns in (order[: k // 2], order[k // 2 : 2 * (k // 2)])
-        )
-        halves[split] = correlations(one, other)
-    r, m = halves.mean(0), k / max(1, k // 2)
-    return torch.stack(found, 1), m * r / (1 + (m - 1) * r)
+    prompt, weights = prompts_of(measurements, reference).numpy(), counts.numpy()
+    y = _codes(reference.advantages(measurements, reference_values(measurements)))
+    rows = measurements.advantages[:, reference.tokens]
+    return torch.stack([torch.from_numpy(_rank_correlations(_codes(x), y, prompt, weights)) for x in rows], 1)
 
 
 def prompts_of(measurements: Measurements, reference: Reference) -> Tensor:

@@ -79,7 +79,8 @@ class Fidelity:
         """(R + 1, E) ``mu . mu_ref / (|mu_ref| sqrt(E|x|^2))``, x the mean gradient of n prompts.
 
         ``E|x|^2 = |mu|^2 + spread / n``. The root of the mean square stands for the mean length; the two differ little
-        in many dimensions. The best scale for a batch of n prompts leaves exactly ``1 - expected_cosine^2`` of |mu_ref|^2 as mean squared error.
+        in many dimensions. The best scale for a batch of n prompts leaves exactly ``1 - expected_cosine^2`` of
+        |mu_ref|^2 as mean squared error.
         """
         return self.along / (self.true_length * (self.length + self.spread / n)).sqrt()
 

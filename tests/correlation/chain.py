@@ -61,8 +61,9 @@ class Chain:
             rewards=values[:, -1],
             truncated=torch.zeros(2**N, dtype=torch.bool),
         )
-        # The wrong critic hopes: after a wrong decision it says two thirds of what it said before.
-        hopeful = values[:, :-1] + 0.3 * (alive[:, :-1] - 1 + (2 / 3) ** (1 - tokens).cumsum(1).roll(1, 1))
+        # The wrong critic promises too much early on, and half as much after each wrong decision.
+        wrong_before = (1 - tokens).cumsum(1) - (1 - tokens)
+        hopeful = values[:, :-1] + 0.5**wrong_before * torch.exp(-torch.arange(N).double() / 2)
         token_rewards = torch.zeros(2**N, N, dtype=torch.float64).index_add(
             1, torch.tensor([N - 1]), batch.rewards[:, None]
         )
@@ -100,7 +101,9 @@ class Chain:
         """(4,) of q^n, by its derivative."""
         return torch.bincount(QUARTER).double() * Q**N * (1 - Q)
 
-    def sample(self, num_prompts: int, *, group_size: int = 2, k: int = 8, seed: int = 0, every: int = 1) -> Measurements:
+    def sample(
+        self, num_prompts: int, *, group_size: int = 2, k: int = 8, seed: int = 0, every: int = 1
+    ) -> Measurements:
         """A draw of responses and continuations; every token is a place, the neutral ones are ``every`` apart."""
         generator = torch.Generator().manual_seed(seed)
         size = num_prompts * group_size
