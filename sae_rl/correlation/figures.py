@@ -24,6 +24,12 @@ BATCHES = (1, 4, 16, 64, 256, 1024)  # prompts
 MIN_COVERED = 0.9  # of an estimator's segments, for a reference by its own segments
 PROBABILITIES = (0.2, 0.5, 0.9)  # of sampled tokens, between slices
 SETTING = re.compile(r"(\w+)=([-+.\deE]+)")
+SLICED = {  # kinds of slices, in words
+    "position": "position in the response, %",
+    "tokens to the end": "tokens to the end of the response",
+    "outcome": "outcome of the response",
+    "probability": "probability of the token",
+}
 BY_SLICE = ("pearson", "pearson_corrected", "mean_error", "slope", "action_error")
 COMPARED = ("pearson", "pearson_corrected", "spearman", "slope", "action_error", "cosine")
 

@@ -57,7 +57,7 @@ def estimates_of(found: Tensor, num_prompts: int) -> list[Estimate]:
     ends = torch.full((2, sample.numel()), torch.nan, dtype=found.dtype)
     if num_prompts > 1:
         is_below = ((resamples < sample).double() + (resamples <= sample).double()).sum(0) / 2
-        shift = 2 * torch.special.ndtri((is_below / num_defined).clamp(TAIL / 25, 1 - TAIL / 25))
+        shift = 2 * torch.special.ndtri((is_below / num_defined.clamp(min=1)).clamp(TAIL / 25, 1 - TAIL / 25))
         quantile = student_tail(num_prompts)
         for row, z in zip(ends, (quantile, -quantile), strict=True):
             place = torch.special.ndtr(shift + z) * (num_defined - 1).clamp(min=0)

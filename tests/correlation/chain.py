@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sae_rl.algo import estimate, segment
 from sae_rl.algo.estimators import GAE, SAE, Estimator, MonteCarlo
-from sae_rl.algo.segmenters import FixedLength, LowProbability
 from sae_rl.algo.segmentation import Segmenter
+from sae_rl.algo.segmenters import FixedLength, LowProbability
 from sae_rl.correlation.measurements import Measurements, block_advantages, reference_values
 from sae_rl.types import Batch, Scores, offsets_of
 

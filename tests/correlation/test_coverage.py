@@ -1,10 +1,11 @@
-"""On chains with known advantages, intervals cover the truth about as often as they say, and estimators rank as theory says."""
+"""On chains with known advantages, intervals cover the truth at their rate, and estimators rank as theory says."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -190,7 +191,7 @@ def test_the_papers_reference_is_the_true_advantage_of_the_segment() -> None:
             opens = sample.opens[e].view(-1, N)[i].bool()
             starts = [t for t in range(N) if opens[t]] + [N]
             known = [*exact.view(-1, N)[i].tolist(), float(sample.returns[i])]
-            for a, b in zip(starts, starts[1:], strict=False):
+            for a, b in pairwise(starts):
                 assert found.view(-1, N)[i, a:b].tolist() == pytest.approx([known[b] - known[a]] * (b - a))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import combinations, pairwise, product
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_the_token_reference_is_that_of_pairs_of_neutral_places(every: int) -> N
     measurements = ragged(every, also=(2, 8, 20))
     known, expected = values_by_token(measurements), {}
     neutral = set(measurements.places[measurements.neutral].tolist())
-    for i, (begin, end) in enumerate(zip(measurements.batch.offsets[:-1].tolist(), measurements.batch.offsets[1:].tolist(), strict=True)):  # fmt: skip
+    for i, (begin, end) in enumerate(pairwise(measurements.batch.offsets.tolist())):
         for t in range(begin, end):
             is_second = every > 1 and t - 1 >= begin and t - 1 in neutral
             if t in neutral and t + 1 < end and t + 1 in neutral:
