@@ -56,6 +56,20 @@ def tables_of(tree: Tree) -> list[TextTable]:
     return [_advantages(tree), *([_gradients(tree)] if tree["gradients"] else []), *_differences(tree)]
 
 
+def summary_of(tree: Tree) -> TextTable:
+    """The figures that fit a terminal."""
+    columns = {
+        "Pearson": (OF_TOKEN, ("pearson",)),
+        "without noise": (OF_TOKEN, ("pearson_corrected",)),
+        "slope": (OF_TOKEN, ("slope",)),
+        "Pearson, segments": (OF_SEGMENT, ("pearson",)),
+        "gradient: cosine": (OF_GRADIENT, ("cosine",)),
+        "worth": (OF_GRADIENT, ("worth", BATCHES.index(1))),
+    }
+    about = "Worth: how many responses of Monte Carlo one response is worth, in a batch of 1 prompt."
+    return _table(tree, "Advantages and gradients beside Monte-Carlo references", about, columns)
+
+
 def _table(
     tree: Tree, title: str, about: str, columns: Mapping[str, tuple[Path, Path]], without: str = ""
 ) -> TextTable:
