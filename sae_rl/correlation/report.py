@@ -76,11 +76,9 @@ def claim_of(tree: Tree) -> str:
     for batch in (SHOWN_BATCH, BATCHES.index(1)):
         worth, n = at(tree, *OF_GRADIENT, name, "worth", batch), BATCHES[batch]
         if math.isfinite(worth.low):
-            told = (
-                "more than" if worth.low > 1 else "less than" if worth.high < 1 else "as much as, within its interval,"
-            )
-            prompts = f"{n} prompt{'s' * (n > 1)}"
-            return f"In a batch of {prompts}, a response with {name} is worth {told} one of Monte Carlo: {cell(worth)}."
+            batch_of = f"In a batch of {n} prompt{'s' * (n > 1)}"
+            verdict = ", which shows no difference" if worth.low <= 1 <= worth.high else ""
+            return f"{batch_of}, one response with {name} is worth {cell(worth)} responses of Monte Carlo{verdict}."
     pearson = at(tree, *OF_TOKEN, name, "pearson")
     if math.isfinite(pearson.value):
         return f"Advantages of {name} correlate with token-level references by {cell(pearson)}."
@@ -237,4 +235,5 @@ def _family_charts(tree: Tree) -> Iterator[Chart]:
     for family, members in tree["families"].items():
         for title, (before, after) in paths.items():
             found = {family: [at(tree, *before, name, *after) for _, name in members]}
-            yield from _curves_chart(title, family, found, [], "*", x=[number for number, _ in members])
+            setting = family.partition("=*")[0].split()[-1]
+            yield from _curves_chart(title, family, found, [], setting, x=[number for number, _ in members])
