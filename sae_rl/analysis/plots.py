@@ -1,4 +1,4 @@
-"""Curves over training steps, drawn by matplotlib; a page embeds them as SVG."""
+"""Curves and intervals, drawn by matplotlib; a page embeds them as SVG."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 Floats = npt.NDArray[np.float64]
 
 # The CSS variables of page.css with these names have these values, and others in dark mode.
-COLOURS = {"c1": "#2257c4", "c2": "#b3500c", "c3": "#168a7e", "c4": "#8a5fd0", "muted": "#565c66", "grid": "#ebecef"}
+COLOURS = {
+    **{"c1": "#2257c4", "c2": "#b3500c", "c3": "#168a7e", "c4": "#8a5fd0", "c5": "#a6851a", "c6": "#c2417c"},
+    **{"c7": "#4a7f2a", "c8": "#5b6b82", "muted": "#565c66", "grid": "#ebecef"},
+}
+SERIES = [(f"c{k}", line) for line in ("-", "--", ":") for k in range(1, 9)]  # colours and lines of several curves
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "sae_rl",  # equal figures give equal files
@@ -49,10 +53,22 @@ class Curve:
     high: Sequence[float] = ()
     label: str = ""  # in the legend
     colour: str = "c1"  # a name in `COLOURS`
+    line: str = "-"
 
 
-def draw(curves: Sequence[Curve], *, size: tuple[float, float] = (4.0, 2.1), percent: bool = False) -> Figure:
-    """Curves over the training step. ``size`` is in inches; the vertical axis includes 0."""
+def draw(
+    curves: Sequence[Curve],
+    *,
+    size: tuple[float, float] = (4.0, 2.1),
+    percent: bool = False,
+    xlabel: str = "step",
+    marks: bool = True,
+    ticks: Sequence[str] = (),
+) -> Figure:
+    """Curves over the training step, or what ``xlabel`` says. ``size`` is in inches; the vertical axis includes 0.
+
+    ``ticks`` name x = 0, 1, 2 and so on.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
@@ -63,16 +79,49 @@ def draw(curves: Sequence[Curve], *, size: tuple[float, float] = (4.0, 2.1), per
             if smoothed := window(len(y)) > 1 and not curve.low:
                 axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.4)
                 y = running_mean(y, window(len(y)))
-            axes.plot(x, y, "-" if smoothed else ".-", color=colour, linewidth=1.8, label=curve.label)
+            marker = "" if smoothed or not marks else "."
+            axes.plot(x, y, curve.line, marker=marker, color=colour, linewidth=1.8, label=curve.label)
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, 0.0), max(high, 0.0))
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+        axes.set_xlabel(xlabel)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=xlabel == "step"))
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         if any(curve.label for curve in curves):
             axes.legend()
+    return figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A number with its interval, which may be NaN, and the single observations behind it."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    points: Sequence[float] = ()
+    colour: str = "c1"
+
+
+def draw_rows(rows: Sequence[Row], *, xlabel: str, zero: bool = False, width: float = 5.6) -> Figure:
+    """A line for each row, from top to bottom; ``zero`` marks where differences vanish. ``width`` is in inches."""
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        figure = Figure(figsize=(width, 0.75 + 0.3 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for place, row in enumerate(rows):
+            colour = COLOURS[row.colour]
+            axes.plot(row.points, [place + 0.22] * len(row.points), "|", color=colour, markersize=6, alpha=0.7)
+            axes.plot([row.low, row.high], [place, place], "-", color=colour, linewidth=2.2)
+            axes.plot([row.value], [place], "o", color=colour, markersize=5)
+        if zero:
+            axes.axvline(0, color=COLOURS["muted"], linewidth=1)
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlabel(xlabel)
     return figure
 
 

@@ -53,7 +53,9 @@ MAY_IMPORT = {
     "evaluation": ["algo", "config", "plugins", "protocols", "records", "rewards", "rollouts", "types"],
     "correlation": [
         "algo",
+        "analysis",
         "config",
+        "evaluation",
         "names",
         "protocols",
         "records",
@@ -94,7 +96,7 @@ LAYERS = {
     ],
     "commands": ["model_files prompts report run_folder warm_start", "preflight", "assemble", "*", "demo sweep"],
     "config": ["model search_path", "schema", "checks overrides trial", "compose", "command_line sweeps"],
-    "correlation": ["cost measurements settings", "files", "*"],
+    "correlation": ["cost measurements settings", "files intervals references", "*", "figures", "tables", "report"],
     "critic": ["*"],
     "data": ["hub sampler", "rows", "columns curriculum mixture", "prompts", "loader task"],
     "data/sources": ["source", "*", "kinds", "mixture"],
