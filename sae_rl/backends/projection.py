@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 PIECE = 2**22  # numbers that are projected at once: temporaries take about 40 bytes for each
-MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
+MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # Those of splitmix64
 
 
 class Projection:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from sae_rl import checkpoint
 from sae_rl.commands.assemble import assembled
@@ -45,7 +45,9 @@ def load_correlation(overrides: Sequence[str]) -> tuple[Config, CorrelationConfi
         tree.correlation.checkpoint = str(folder)
     elif not any(line.startswith("output_dir=") for line in overrides):
         tree.output_dir = str(Path(tree.output_dir) / FOLDER / "start")
-    own: Any = OmegaConf.to_container(OmegaConf.create({"correlation": tree.pop("correlation")}))
+    own = {"correlation": OmegaConf.to_container(tree.correlation, resolve=True)}
+    with open_dict(tree):
+        del tree["correlation"]
     settings = build(CorrelateConfig, OmegaConf.create(own)).correlation
     return _frozen(training_config(tree), settings), settings, own
 
