@@ -15,6 +15,7 @@ from sae_rl.critic.card import reads_alike
 from sae_rl.records.records import Records
 from sae_rl.settings import ConfigError
 
+CONFIG = "config.yaml"
 CRITIC_MODEL = "learner.critic.model.path"
 NEED_CONSENT = (
     *("algorithm.estimator.", "algorithm.segmenter.", "algorithm.value_source."),
@@ -103,7 +104,7 @@ def write_config(config: Config, records: Records) -> None:
     """Writes ``config.yaml``; a note lists what a resumed run changes."""
     if changed := [f"{key}: {before!r} -> {now!r}" for key, (before, now) in _changes(config).items()]:
         records.note("changed since the last start: " + ", ".join(changed))
-    (config.output_dir / "config.yaml").write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
+    (config.output_dir / CONFIG).write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
 
 
 def _changes(config: Config) -> dict[str, tuple[Any, Any]]:
@@ -116,13 +117,13 @@ def _changes(config: Config) -> dict[str, tuple[Any, Any]]:
 
 def _tree_before(config: Config) -> dict[str, Any]:
     """The configuration of the run's last start; empty: there was none."""
-    file = config.output_dir / "config.yaml"
+    file = config.output_dir / CONFIG
     return dict(yaml.safe_load(file.read_text())) if file.exists() else {}
 
 
 def check_run(folder: Path) -> None:
     """Raises ConfigError unless a run wrote into the folder. The message lists the runs of a sweep's folder."""
-    if (folder / "config.yaml").is_file():
+    if (folder / CONFIG).is_file():
         return
     if not folder.is_dir():
         raise ConfigError([f"{folder}: there is no such folder"])

@@ -61,11 +61,37 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
     return tree
 
 
+def recorded_tree(recorded: Mapping[str, Any], overrides: Sequence[str], name: str) -> DictConfig:
+    """The tree of ``conf/NAME.yaml`` with a run's recorded configuration in place of its defaults, and under the overrides.
+
+    Raises:
+        ConfigError: as `compose_tree`; or an override that removes a key, or that has no place of its own.
+    """
+    composed_anew, tree = compose_tree(overrides, name), OmegaConf.create(dict(recorded))
+    plain: Any = OmegaConf.to_container(composed_anew)
+    for override in Overrides.read(overrides).parsed:
+        path, node = override.key_or_group.replace("/", ".").split("."), plain
+        if override.is_delete() or path == ["experiment"]:
+            raise ConfigError(
+                [f"{override.input_line}: a recorded configuration takes key=value and GROUP=option alone"]
+            )
+        if path[0] in recorded:
+            for part in path:
+                node = node[part]
+            OmegaConf.update(tree, ".".join(path), node, merge=False, force_add=True)
+    return OmegaConf.create({**plain, **tree})  # type: ignore[no-any-return]
+
+
 def problems_of(found: Overrides, name: str) -> list[str]:
     """A line for each unknown group, option and first word of a key in overrides of ``conf/NAME.yaml``."""
-    file = OmegaConf.load(CONF / f"{name}.yaml")
-    groups = sorted(GROUPS) if "defaults" in file else []
-    known = {*map(str, file), *groups} - {"defaults", "hydra"}
+    file: Any = OmegaConf.load(CONF / f"{name}.yaml")
+    defaults = file.get("defaults", [])
+    groups = sorted(GROUPS) if defaults else []
+    files = [
+        file,
+        *(OmegaConf.load(CONF / f"{each}.yaml") for each in defaults if isinstance(each, str) and each != "_self_"),
+    ]
+    known = {*(str(key) for each in files for key in each), *groups} - {"defaults", "hydra"}
     unknown = found.unknown_keys(known)
     paths = [*groups, *default_paths(name)] if unknown else []
     return found.problems() + [no_such_key(override, known, paths) for override in unknown]

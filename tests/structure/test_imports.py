@@ -96,7 +96,7 @@ LAYERS = {
     ],
     "commands": ["model_files prompts report run_folder warm_start", "preflight", "assemble", "*", "demo sweep"],
     "config": ["model search_path", "schema", "checks overrides trial", "compose", "command_line sweeps"],
-    "correlation": ["measurements", "files intervals references", "*", "figures", "tables", "report"],
+    "correlation": ["cost intervals measurements settings", "files references", "*", "figures", "tables", "report"],
     "critic": ["*"],
     "data": ["hub sampler", "rows", "columns curriculum mixture", "prompts", "loader task"],
     "data/sources": ["source", "*", "kinds", "mixture"],
