@@ -24,7 +24,7 @@ from sae_rl.correlation.references import Reference
 
 POSITION_BINS = 20  # that hold equally many tokens
 ROUNDED_DIGITS = 12  # decimals of advantages that are compared
-ROUNDING = 1e-20  # of a variance that is 0, beside the mean square
+ROUNDING = 1e-20  # a variance is 0 below this fraction of the mean square
 
 Codes = npt.NDArray[np.int64]
 
@@ -38,7 +38,7 @@ class Agreement:
     pearson: Tensor
     pearson_corrected: Tensor  # what the correlation with a reference without noise would be
     mean_error: Tensor  # mean of the advantage minus the reference
-    slope: Tensor  # of the advantage on the true one, 1 where no error depends on the action
+    slope: Tensor  # regression of the advantage on the true one; 1 where no error depends on the action
     action_error: Tensor  # mean of the error times the true advantage, over the true advantage's standard deviation
 
 

@@ -20,8 +20,8 @@ from sae_rl.correlation.references import Reference, segment_reference, token_re
 from sae_rl.evaluation.statistics import Estimate
 
 BATCHES = (1, 4, 16, 64, 256, 1024)  # prompts
-MIN_COVERED = 0.9  # of an estimator's segments, for a reference by its own segments
-PROBABILITIES = (0.2, 0.5, 0.9)  # of sampled tokens, between slices
+MIN_COVERED = 0.9  # an estimator's own segments are a reference if this fraction has values at both ends
+PROBABILITIES = (0.2, 0.5, 0.9)  # where slices by the probability of sampled tokens end
 MONTE_CARLO, GAE, SAE = "monte_carlo", "gae", "sae"  # names of estimators
 BASELINES = (MONTE_CARLO, GAE)
 SLICED = {  # kinds of slices, in words
@@ -95,8 +95,7 @@ def baselines_of(names: Sequence[str]) -> list[int]:
 def families(names: Sequence[str], settings: Settings) -> dict[str, list[tuple[float, str]]]:
     """Estimators whose settings differ in one number: "segmenter.p as in sae" -> its (p, name), by p."""
     found: dict[tuple[str, str], list[tuple[float, str]]] = {}
-    for name in names:
-        own = settings[name] if name in settings else {}
+    for name, own in ((name, settings[name]) for name in names if name in settings):
         for key, value in own.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 others = str(sorted((other, own[other]) for other in own if other != key))
