@@ -8,6 +8,7 @@ S   slices of the tokens, such as tenths of the response
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from sae_rl.correlation.references import Reference
 
 POSITION_BINS = 20  # that hold equally many tokens
 ROUNDED_DIGITS = 12  # decimals of advantages that are compared
-ROUNDING = 1e-20  # of a variance that is 0, beside the mean square
+ROUNDING = 1e-20  # a variance is 0 below this fraction of the mean square
 
 Codes = npt.NDArray[np.int64]
 
@@ -37,7 +38,7 @@ class Agreement:
     pearson: Tensor
     pearson_corrected: Tensor  # what the correlation with a reference without noise would be
     mean_error: Tensor  # mean of the advantage minus the reference
-    slope: Tensor  # of the advantage on the true one, 1 where no error depends on the action
+    slope: Tensor  # regression of the advantage on the true one; 1 where no error depends on the action
     action_error: Tensor  # mean of the error times the true advantage, over the true advantage's standard deviation
 
 
@@ -71,19 +72,10 @@ def agreement(
     x = measurements.advantages[:, tokens]  # (E, n)
     y = reference.advantages(measurements, reference_values(measurements))
     residual = x - _position_means(x, positions(measurements.batch.offsets)[tokens])
+    size = x.square().mean(1)[:, None]
     offset = x.mean(1, keepdim=True), y.mean()  # taken away first, so that variances lose no digits
     x, y = x - offset[0], y - offset[1]
-    prompt = prompts_of(measurements, reference)
-    cell = prompt if slices is None else prompt * num_slices + slices
-    inside = torch.ones_like(prompt, dtype=torch.bool) if slices is None else slices >= 0
-
-    def sums(of_token: Tensor) -> Tensor:
-        """(..., n) -> (R + 1, ..., S)."""
-        rows = of_token.reshape(-1, tokens.numel())[:, inside]
-        cells = rows.new_zeros(rows.shape[0], counts.shape[1] * num_slices).index_add(1, cell[inside], rows)
-        found = torch.einsum("rg,fgs->rfs", counts, cells.view(-1, counts.shape[1], num_slices))
-        return found.reshape(-1, *of_token.shape[:-1], num_slices)
-
+    sums = _sums_by_slice(prompts_of(measurements, reference), counts, slices, num_slices)
     n = sums(torch.ones_like(y))
     mean_y, variance_y = sums(y) / n, sums(y * y) / n - (sums(y) / n) ** 2
     noise = sums(reference.noise(measurements)) / n
@@ -91,8 +83,7 @@ def agreement(
     n, mean_y = n[:, None], mean_y[:, None]
     mean_x, mean_residual = sums(x) / n, sums(residual) / n
     variance_x = sums(x * x) / n - mean_x**2
-    is_constant = variance_x <= ROUNDING * x.square().mean(1)[:, None]
-    variance_x = variance_x.masked_fill(is_constant, torch.nan)
+    variance_x = variance_x.masked_fill(variance_x <= ROUNDING * size, torch.nan)
     covariance = sums(x * y) / n - mean_x * mean_y
     slope = (sums(residual * y) / n - mean_residual * mean_y) / true
     return Agreement(
@@ -115,6 +106,23 @@ def spearman(measurements: Measurements, reference: Reference, counts: Tensor) -
     y = _codes(reference.advantages(measurements, reference_values(measurements)))
     rows = measurements.advantages[:, reference.tokens]
     return torch.stack([torch.from_numpy(_rank_correlations(_codes(x), y, prompt, weights)) for x in rows], 1)
+
+
+def _sums_by_slice(
+    prompt: Tensor, counts: Tensor, slices: Tensor | None, num_slices: int
+) -> Callable[[Tensor], Tensor]:
+    """Sums (..., n) over the tokens of each resample and slice: (R + 1, ..., S)."""
+    num_tokens, num_prompts = prompt.numel(), counts.shape[1]
+    cell = prompt if slices is None else prompt * num_slices + slices
+    inside = torch.ones_like(prompt, dtype=torch.bool) if slices is None else slices >= 0
+
+    def sums(of_token: Tensor) -> Tensor:
+        rows = of_token.reshape(-1, num_tokens)[:, inside]
+        cells = rows.new_zeros(rows.shape[0], num_prompts * num_slices).index_add(1, cell[inside], rows)
+        found = torch.einsum("rg,fgs->rfs", counts, cells.view(-1, num_prompts, num_slices))
+        return found.reshape(-1, *of_token.shape[:-1], num_slices)
+
+    return sums
 
 
 def prompts_of(measurements: Measurements, reference: Reference) -> Tensor:

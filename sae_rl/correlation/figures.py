@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -21,9 +20,11 @@ from sae_rl.correlation.references import Reference, segment_reference, token_re
 from sae_rl.evaluation.statistics import Estimate
 
 BATCHES = (1, 4, 16, 64, 256, 1024)  # prompts
-MIN_COVERED = 0.9  # of an estimator's segments, for a reference by its own segments
-PROBABILITIES = (0.2, 0.5, 0.9)  # of sampled tokens, between slices
-SETTING = re.compile(r"(\w+)=([-+.\deE]+)")
+MIN_COVERED = 0.9  # an estimator's own segments are a reference if this fraction has values at both ends
+PROBABILITIES = (0.2, 0.5, 0.9)  # where slices by the probability of sampled tokens end
+MONTE_CARLO, GAE, SAE = "monte_carlo", "gae", "sae"  # names of estimators
+BASELINES = (MONTE_CARLO, GAE)
+RANKED = 200  # resamples whose tokens are ranked: a million tokens take 2 s for each estimator
 SLICED = {  # kinds of slices, in words
     "position": "position in the response, %",
     "tokens to the end": "tokens to the end of the response",
@@ -34,16 +35,22 @@ BY_SLICE = ("pearson", "pearson_corrected", "mean_error", "slope", "action_error
 COMPARED = ("pearson", "pearson_corrected", "spearman", "slope", "action_error", "cosine")
 
 Tree = dict[str, Any]
+Settings = Mapping[str, Mapping[str, Any]]  # by estimator, values by dotted key
 
 
 def figures(
-    measurements: Measurements, *, segments_of: str | None = None, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+    measurements: Measurements,
+    *,
+    settings: Settings | None = None,
+    segments_of: str | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
 ) -> Tree:
     """All figures; docs/correlation.md says what each means.
 
     Args:
-        segments_of: the estimator whose segments give the paper's reference for all; None: the first whose name begins with
-            "sae".
+        settings: of the estimators, for figures as functions of them.
+        segments_of: the estimator whose segments give the paper's reference for all; None: "sae", if it is there.
 
     Raises:
         ValueError: no estimator has this name.
@@ -51,7 +58,7 @@ def figures(
     names, num_prompts = measurements.names, measurements.num_prompts
     if segments_of is not None and segments_of not in names:
         raise ValueError(f"segments_of is {segments_of!r}, allowed: {', '.join(names)}")
-    segments_of = segments_of or next((name for name in names if name.startswith("sae")), None)
+    segments_of = segments_of or (SAE if SAE in names else None)
     counts = resampled_counts(num_prompts, num_resamples, seed)
     baselines = baselines_of(names)
     references = {"token": token_reference(measurements)}
@@ -77,30 +84,28 @@ def figures(
         "own_segments": {name: _own_segments(measurements, e, counts) for e, name in enumerate(names)},
         "slices": _slice_figures(measurements, references["token"], counts),
         "gradients": None if fidelity is None else _gradient_figures(fidelity, names, baselines, num_prompts),
-        "families": families(names),
+        "families": families(names, settings or {}),
     }
 
 
 def baselines_of(names: Sequence[str]) -> list[int]:
-    """The estimators that all are compared with, by their names: "monte_carlo", and "gae" alone or with lam=0.95."""
-    found = [e for e, name in enumerate(names) if name.split()[0] == "monte_carlo"][:1]
-    is_gae = [name.split()[0] == "gae" and settings_of(name).get("lam", 0.95) == 0.95 for name in names]
-    return found + ([is_gae.index(True)] if True in is_gae else [])
+    """The estimators that all are compared with, by their names."""
+    return [names.index(name) for name in BASELINES if name in names]
 
 
-def settings_of(name: str) -> dict[str, float]:
-    """The numbers that a name gives as ``key=number``, as in "sae p=0.2 lam=0.95"."""
-    return {key: float(value) for key, value in SETTING.findall(name)}
-
-
-def families(names: Sequence[str]) -> dict[str, list[tuple[float, str]]]:
-    """Estimators whose names are equal but for one number: "sae p=* lam=0.95" -> its (p, name), by p."""
-    found: dict[str, list[tuple[float, str]]] = {}
-    for name in names:
-        for match in SETTING.finditer(name):
-            family = f"{name[: match.start(2)]}*{name[match.end(2) :]}"
-            found.setdefault(family, []).append((float(match[2]), name))
-    return {family: sorted(members) for family, members in found.items() if len(members) > 1}
+def families(names: Sequence[str], settings: Settings) -> dict[str, list[tuple[float, str]]]:
+    """Estimators whose settings differ in one number: "segmenter.p as in sae" -> its (p, name), by p."""
+    found: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for name, own in ((name, settings[name]) for name in names if name in settings):
+        for key, value in own.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                others = str(sorted((other, own[other]) for other in own if other != key))
+                found.setdefault((key, others), []).append((float(value), name))
+    return {
+        f"{key} as in {members[0][1]}": sorted(members)
+        for (key, _), members in found.items()
+        if len({value for value, _ in members}) > 1
+    }
 
 
 def _about(measurements: Measurements, e: int) -> Tree:
@@ -130,7 +135,7 @@ def _agreement_figures(
         return {"tokens": 0, "covered": reference.covered}
     found = agreement(measurements, reference, counts)
     statistics = {name: getattr(found, name)[:, :, 0] for name in BY_SLICE}
-    statistics["spearman"] = spearman(measurements, reference, counts)
+    statistics["spearman"] = spearman(measurements, reference, counts[: RANKED + 1])
     num_prompts = counts.shape[1]
     return {
         "tokens": reference.tokens.numel(),
@@ -206,10 +211,9 @@ def _gradient_figures(found: Fidelity, names: Sequence[str], baselines: Sequence
         name: getattr(found, name) for name in ("length", "along", "cosine", "scale", "squared_bias", "variance")
     }
     rows = _rows(statistics, names, baselines, num_prompts)
-    monte_carlo = next((b for b in baselines if names[b].split()[0] == "monte_carlo"), None)
     by_batch = {"expected_cosine": found.expected_cosine, "squared_error": found.squared_error}
-    if monte_carlo is not None:
-        by_batch["worth"] = lambda n: found.worth(n, monte_carlo)
+    if MONTE_CARLO in names:
+        by_batch["worth"] = lambda n: found.worth(n, names.index(MONTE_CARLO))
     for statistic, of_batch in by_batch.items():
         columns = [estimates_of(of_batch(n), num_prompts) for n in BATCHES]
         for e, name in enumerate(names):

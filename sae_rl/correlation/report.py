@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import yaml
 from pydantic_core import to_json
 from rich.console import Console
 from rich.markup import escape
@@ -14,7 +15,8 @@ from rich.table import Table
 from sae_rl.analysis.pages import render
 from sae_rl.analysis.plots import Curve, Row, draw, draw_rows, svg_element
 from sae_rl.analysis.report import Chart
-from sae_rl.correlation.figures import BATCHES, SLICED, Tree, figures
+from sae_rl.config.schema import flat
+from sae_rl.correlation.figures import BATCHES, SLICED, Settings, Tree, figures
 from sae_rl.correlation.files import load
 from sae_rl.correlation.tables import (
     OF_GRADIENT,
@@ -31,6 +33,7 @@ from sae_rl.correlation.tables import (
 from sae_rl.evaluation.statistics import Estimate
 
 FIGURES, MARKDOWN, PAGE = "correlation.json", "report.md", "report.html"
+SETTINGS = "correlation.yaml"
 MOST_CURVES = 4  # in a plot of slices or batches
 SLICE_CHARTS = {  # kind of slices: figures that its plots show
     "position": ("pearson_corrected", "slope", "mean_error"),
@@ -58,7 +61,7 @@ def write_report(folder: Path, console: Console | None = None, *, segments_of: s
     Raises:
         ValueError: the folder has no measurements, or no estimator has the name ``segments_of``.
     """
-    tree = figures(load(folder), segments_of=segments_of)
+    tree = figures(load(folder), settings=settings_of(folder), segments_of=segments_of)
     tables, notes = tables_of(tree), notes_of(tree)
     (folder / FIGURES).write_bytes(to_json(tree, indent=2, inf_nan_mode="null") + b"\n")  # JSON has no NaN
     (folder / MARKDOWN).write_text(markdown(tree, tables, notes))
@@ -68,6 +71,13 @@ def write_report(folder: Path, console: Console | None = None, *, segments_of: s
         for note in notes:
             console.print(note, markup=False)
     return folder / PAGE
+
+
+def settings_of(folder: Path) -> Settings:
+    """The settings of each estimator by dotted key, where ``sae-rl correlate`` left them."""
+    file = folder / SETTINGS
+    estimators = yaml.safe_load(file.read_text())["correlation"]["estimators"] if file.is_file() else {}
+    return {name: flat(own) for name, own in estimators.items() if own is not None}
 
 
 def claim_of(tree: Tree) -> str:
@@ -235,5 +245,4 @@ def _family_charts(tree: Tree) -> Iterator[Chart]:
     for family, members in tree["families"].items():
         for title, (before, after) in paths.items():
             found = {family: [at(tree, *before, name, *after) for _, name in members]}
-            setting = family.partition("=*")[0].split()[-1]
-            yield from _curves_chart(title, family, found, [], setting, x=[number for number, _ in members])
+            yield from _curves_chart(title, family, found, [], family.split()[0], x=[number for number, _ in members])

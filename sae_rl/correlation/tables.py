@@ -17,7 +17,7 @@ OF_GRADIENT = ("gradients", "estimators")
 UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
-Path = tuple[str | int, ...]  # of names and indices in the tree of figures
+Path = tuple[str | int, ...]  # names and indices that lead to a figure
 
 
 @dataclass(frozen=True, slots=True)

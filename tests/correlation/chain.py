@@ -31,11 +31,11 @@ Arms = Mapping[str, tuple[Segmenter, Estimator, bool]]
 OPENS, CLOSES = LowProbability(0.2), LowProbability(0.2, boundary="closes")
 ARMS: Arms = {
     "monte_carlo": (OPENS, MonteCarlo(), True),
-    "gae lam=0.95": (OPENS, GAE(0.95), True),
-    "sae boundary=opens lam=0.5": (OPENS, SAE(0.5), True),
-    "sae boundary=closes lam=0.5": (CLOSES, SAE(0.5), True),
-    "fixed_length lam=0.5": (FixedLength(2), SAE(0.5), True),
-    "gae lam=0.5, wrong": (OPENS, GAE(0.5), False),
+    "gae": (OPENS, GAE(0.95), True),
+    "sae": (OPENS, SAE(0.5), True),
+    "closes": (CLOSES, SAE(0.5), True),
+    "fixed": (FixedLength(2), SAE(0.5), True),
+    "wrong": (OPENS, GAE(0.5), False),
 }
 NAMES = tuple(ARMS)
 

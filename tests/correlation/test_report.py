@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from sae_rl.correlation.figures import figures
@@ -29,6 +30,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("correlation")
     save(Chain.of().sample(60, group_size=3, seed=7), folder)
+    estimators = {"gae": {"estimator": {"lam": 0.95}}, "wrong": {"estimator": {"lam": 0.5}}, "left_out": None}
+    (folder / "correlation.yaml").write_text(yaml.safe_dump({"correlation": {"estimators": estimators}}))
     console = Console(width=140, record=True, file=(folder / "terminal.txt").open("w"))
     assert write_report(folder, console) == folder / PAGE
     console.file.close()
@@ -47,6 +50,8 @@ def test_the_files_agree_and_have_every_estimator(folder: Path) -> None:
         worth = cell(Estimate(**tree["gradients"]["estimators"][name]["worth"][0]))
         assert worth in page.text and worth in markdown and worth.partition(" ")[0] in terminal
     assert tree["references"]["token"]["tokens"] == tree["num_tokens"] == 60 * 3 * 8
+    assert tree["families"] == {"estimator.lam as in gae": [[0.5, "wrong"], [0.95, "gae"]]}
+    assert "estimator.lam as in gae" in page.text
     assert {kind: len(slices) for kind, slices in tree["slices"].items()} == {
         "position": 10, "tokens to the end": 4, "outcome": 2, "probability": 4,
     }  # fmt: skip
@@ -81,7 +86,7 @@ def test_another_estimators_segments_can_be_the_reference(folder: Path) -> None:
     tree = figures(measurements, segments_of=NAMES[4], num_resamples=50)
     own = tree["own_segments"][NAMES[4]]["pearson"]
     assert tree["references"]["segment"]["estimators"][NAMES[4]]["pearson"].value == pytest.approx(own.value)
-    with pytest.raises(ValueError, match=r"segments_of is 'ppo', allowed: monte_carlo, gae lam=0\.95"):
+    with pytest.raises(ValueError, match=r"segments_of is 'ppo', allowed: monte_carlo, gae, sae"):
         figures(measurements, segments_of="ppo")
 
 
@@ -94,7 +99,7 @@ def test_what_is_not_told_is_said() -> None:
         "Gradients were not measured.",
     ]
     assert [table.title for table in tables_of(tree)] == [
-        "Advantages", "Difference from monte_carlo", "Difference from gae lam=0.95",
+        "Advantages", "Difference from monte_carlo", "Difference from gae",
     ]  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     noise = replace(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_rl.correlation.agreement import agreement, spearman
 from sae_rl.correlation.fidelity import Fidelity
-from sae_rl.correlation.figures import baselines_of, families, settings_of
+from sae_rl.correlation.figures import baselines_of, families
 from sae_rl.correlation.intervals import estimates_of, resampled_counts
 from sae_rl.correlation.measurements import Measurements, neutral_places, reference_values
 from sae_rl.correlation.references import segment_reference, token_reference, value_noise
@@ -244,19 +244,26 @@ def test_a_figure_is_left_out_where_many_resamples_do_not_have_it() -> None:
     assert math.isnan(estimates_of(found, 1)[0].low)
 
 
-def test_names_give_settings_baselines_and_families() -> None:
-    names = [
-        "monte_carlo",
-        "gae lam=0.9",
-        "gae lam=0.95",
-        "sae p=0.1 lam=0.9",
-        "sae p=0.2 lam=0.9",
-        "sae p=0.2 lam=1e-1",
-    ]
-    assert settings_of(names[3]) == {"p": 0.1, "lam": 0.9}
-    assert baselines_of(names) == [0, 2] and baselines_of(["sae", "gae"]) == [1] and baselines_of(["grpo"]) == []
-    assert families(names) == {
-        "gae lam=*": [(0.9, names[1]), (0.95, names[2])],
-        "sae p=* lam=0.9": [(0.1, names[3]), (0.2, names[4])],
-        "sae p=0.2 lam=*": [(0.1, names[5]), (0.9, names[4])],
+def test_estimators_whose_settings_differ_in_one_number_are_a_family() -> None:
+    def own(p: float, lam: float, boundary: str) -> dict[str, object]:
+        return {"segmenter.p": p, "segmenter.boundary": boundary, "estimator.lam": lam}
+
+    settings = {
+        "sae": own(0.2, 0.95, "opens"),
+        "p30": own(0.3, 0.95, "opens"),
+        "p10": own(0.1, 0.95, "opens"),
+        "closes": own(0.2, 0.95, "closes"),
+        "closes_lam": own(0.2, 0.5, "closes"),
+        "lost": own(0.2, 0.4, "closes"),
+        "switch": own(0.2, 0.95, "x") | {"flag": True},
+        "other": own(0.2, 0.95, "x") | {"flag": False},
     }
+    assert families([name for name in settings if name != "lost"], settings) == {
+        "segmenter.p as in sae": [(0.1, "p10"), (0.2, "sae"), (0.3, "p30")],
+        "estimator.lam as in closes": [(0.5, "closes_lam"), (0.95, "closes")],
+    }
+    assert families(["sae", "unknown"], {}) == {}
+
+
+def test_baselines_are_known_by_their_names() -> None:
+    assert baselines_of(["sae", "gae", "monte_carlo"]) == [2, 1] and baselines_of(["gae_matched"]) == []
