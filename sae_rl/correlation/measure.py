@@ -264,7 +264,7 @@ def _advantages(
 
 
 def _gradients(measuring: Measuring, whole: Responses, measurements: Measurements) -> Tensor:
-    """(E + 1, G, D), see `Measurements.gradients`."""
+    """(E + 1, G, D), see `Measurements.gradients`. A block of tokens whose value is unknown has advantage 0."""
     run, prompts = measuring.run, _prompts(whole.batch)
     blocks = block_advantages(measurements, reference_values(measurements)).nan_to_num(0.0)
     advantages = torch.cat([measurements.advantages, blocks[None]])
