@@ -67,19 +67,22 @@ def recorded_tree(recorded: Mapping[str, Any], overrides: Sequence[str], name: s
     Raises:
         ConfigError: as `compose_tree`; or an override that removes a key, or that has no place of its own.
     """
-    composed_anew, tree = compose_tree(overrides, name), OmegaConf.create(dict(recorded))
-    plain: Any = OmegaConf.to_container(composed_anew)
-    for override in Overrides.read(overrides).parsed:
-        path, node = override.key_or_group.replace("/", ".").split("."), plain
-        if override.is_delete() or path == ["experiment"]:
+    plain: Any = OmegaConf.to_container(compose_tree(overrides, name))
+    tree, found = OmegaConf.create(dict(recorded)), Overrides.read(overrides)
+    for override in found.parsed:
+        key = override.key_or_group
+        if override.is_delete() or key == "experiment":
             raise ConfigError(
                 [f"{override.input_line}: a recorded configuration takes key=value and GROUP=option alone"]
             )
-        if path[0] in recorded:
-            for part in path:
-                node = node[part]
-            OmegaConf.update(tree, ".".join(path), node, merge=False, force_add=True)
-    return OmegaConf.create({**plain, **tree})  # type: ignore[no-any-return]
+        if found.is_group(key):
+            chosen = plain
+            for part in key.split("/"):
+                chosen = chosen[part]
+            OmegaConf.update(tree, key.replace("/", "."), chosen, merge=False)
+        elif key.split(".")[0] in recorded:
+            OmegaConf.update(tree, key, override.value(), merge=True, force_add=True)
+    return OmegaConf.create({**plain, **tree})
 
 
 def problems_of(found: Overrides, name: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sae_rl.algo.estimators import SAE
+from sae_rl.algo.estimators import GAE, SAE
 from sae_rl.algo.segmenters import FixedLength
 from sae_rl.commands.correlate import FOLDER, load_correlation, run_correlation
 from sae_rl.commands.model_files import load_tokenizer
@@ -47,6 +47,8 @@ def test_the_runs_own_configuration_counts_under_the_overrides(run: Path) -> Non
     assert settings.k == 2 == own["correlation"]["k"] and settings.estimators["soft"] is None
     assert config.output_dir == run / FOLDER / "step_000002"
     assert settings.checkpoint == run / "checkpoints" / "step_000002"
+    other, _, _ = load_correlation([f"correlation.checkpoint={run}", "algorithm=gae", "rollout.max_response_tokens=32"])
+    assert other.algorithm.estimator == GAE(lam=0.95) and other.algorithm.token_rewards.max_response_tokens == 32
     again, _, _ = load_correlation([f"correlation.checkpoint={run}/checkpoints/step_000002", f"output_dir={run}/mine"])
     assert again.output_dir == run / "mine"
 
