@@ -27,6 +27,7 @@ SETTINGS = [
     "correlation.every=4",
     "correlation.gradient_dimension=100",
     "rollout.prompts_per_step=3",
+    "logger.console=plain",
 ]
 
 
