@@ -77,6 +77,21 @@ def pretrain_critic(overrides: list[str]) -> None:
         print(f"the critic is in {folder}: sae-rl train ... learner.critic_pretraining.checkpoint={folder}")
 
 
+def correlate(overrides: list[str]) -> None:
+    """how well estimators agree with Monte-Carlo advantages, and with their gradient, on a run's checkpoint"""
+    from sae_rl.commands.correlate import load_correlation, run_correlation
+
+    config, settings, own = load_correlation(overrides)
+    if folder := run_correlation(config, settings, own):
+        from sae_rl.correlation.report import write_report
+        from sae_rl.records.terminal import console
+
+        page = write_report(
+            folder, console(plain=config.logger.console != "rich", quiet=config.logger.console == "off")
+        )
+        print(f"report: {page}")
+
+
 def doctor(overrides: list[str]) -> None:
     """try every link that train would use with this configuration, with a tiny model: the first command on a cluster"""
     from sae_rl.config.compose import load_config
@@ -145,6 +160,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "evaluate": evaluate,
     "pretrain-critic": pretrain_critic,
+    "correlate": correlate,
     "doctor": doctor,
     "warm-start": warm_start,
     "prepare-sets": prepare_sets,
@@ -186,7 +202,7 @@ def run(name: str, arguments: list[str]) -> None:
     overrides = flags.overrides
     if flags.help:
         print(f"sae-rl {name}: {COMMANDS[name].__doc__}\n\n{usage()}\n")
-    file = name.replace("-", "_") if name in ("warm-start", "prepare-sets") else "train"
+    file = name.replace("-", "_") if name in ("warm-start", "prepare-sets", "correlate") else "train"
     if print_for(flags, file, ["experiment=demo"] * (name == "demo")):
         return None
     if name != "train" and (flags.multirun or flags.print):

@@ -66,6 +66,23 @@ class Workers(Protocol):
         """V(s_t), log pi_old and log pi_ref of every response token, each only if something reads it before the update."""
         ...
 
+    def score_all(self, batch: Batch) -> Scores:
+        """What every learner computes from a batch, also where `score` leaves it out."""
+        ...
+
+    def policy_gradients(self, batch: Batch, advantages: Tensor, *, dimension: int, seed: int) -> Tensor:
+        """``sum_t A_t grad log pi(a_t | s_t)`` over all tokens of a batch, without an update.
+
+        Args:
+            advantages: (E, N), those of E estimators.
+            dimension: D, the numbers that each gradient is projected to. Inner products keep their expectation. With at
+                least the number of the policy's parameters nothing is projected, and D is that number.
+
+        Returns:
+            (E, D) float32.
+        """
+        ...
+
     def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> tuple[Metrics, Tensor]:
         """PPO epochs of policy and critic.
 

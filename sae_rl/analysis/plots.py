@@ -66,8 +66,12 @@ def draw(
     xlabel: str = "step",
     marks: bool = True,
     smooth: bool = True,
+    ticks: Sequence[str] = (),
 ) -> Figure:
-    """Curves over the training step, or what ``xlabel`` says. ``size`` is in inches; the vertical axis includes 0."""
+    """Curves over the training step, or what ``xlabel`` says. ``size`` is in inches; the vertical axis includes 0.
+
+    ``ticks`` name x = 0, 1, 2 and so on.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
@@ -84,6 +88,8 @@ def draw(
         axes.set_ylim(min(low, 0.0), max(high, 0.0))
         axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=xlabel == "step"))
+        if ticks:
+            axes.set_xticks(range(len(ticks)), ticks)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))

@@ -22,6 +22,7 @@ from sae_rl.backends.flops import BACKWARD, PassCost
 from sae_rl.backends.lora import merged_weights
 from sae_rl.backends.lr_schedule import LrSchedule
 from sae_rl.backends.packing import MicroBatch, Prompts, build_micro_batch, pack
+from sae_rl.backends.projection import Projection
 from sae_rl.backends.sequence_parallel import SequenceGroup
 from sae_rl.config.schema import Device, LearnerConfig, ModelConfig
 from sae_rl.types import Batch
@@ -208,6 +209,38 @@ class Learner:
             return torch.empty(0, dtype=torch.int64), {}
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return joined.pop("token_index"), joined
+
+    def projected_gradients(
+        self, batch: Batch, outputs: Callable[[MicroBatch], Tensor], weights: Tensor, dimension: int, seed: int
+    ) -> Tensor:
+        """The gradients of E weighted sums of outputs, from one forward and E backward passes of each micro-batch.
+
+        Beside the weights it needs memory for the activations of a micro-batch, which are kept for all backward passes
+        (there is no activation checkpointing here), and for one gradient in the weights' own type.
+
+        Args:
+            outputs: (n,) of a micro-batch, from `network` itself: the engine's own forward would have a backward pass
+                accumulate gradients for the optimizer.
+            weights: (E, N) of each sum.
+            dimension, seed: as of `Projection`.
+
+        Returns:
+            (E, D) float64, the projections of this rank's part; the sum over all ranks is that of the gradient.
+        """
+        assert self._stage < 3, "under ZeRO 3 no rank has whole weights between its passes"
+        self.engine.eval()
+        parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        project = Projection(parameters, dimension, seed)
+        sums = torch.zeros(len(weights), project.dimension, dtype=torch.float64)
+        for micro, counts in self._micro_batches(batch, torch.arange(batch.num_responses)):
+            if not counts:
+                continue
+            flat = outputs(micro)
+            for number, row in enumerate(weights[:, micro.token_index.cpu()].to(flat)):
+                if bool(row.any()):
+                    gradients = torch.autograd.grad(flat, parameters, row, retain_graph=True, allow_unused=True)
+                    sums[number] += project(gradients)
+        return sums
 
     def update(
         self, batch: Batch, rows: Tensor, loss: Callable[[MicroBatch], LossSum], total: float

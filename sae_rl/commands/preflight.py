@@ -22,6 +22,7 @@ from sae_rl.commands.prompts import check_rewards, load_heldout, load_task
 from sae_rl.commands.run_folder import check_output, read_checkpoint
 from sae_rl.config.schema import Config
 from sae_rl.config.trial import try_rewards
+from sae_rl.critic import card
 from sae_rl.data.sampler import PromptSampler
 from sae_rl.settings import ConfigError
 from sae_rl.types import Prompt
@@ -119,6 +120,16 @@ def prepared(
         first_step=restore_sampler(sampler, resume_from) if sampler and resume_from else 0,
         notes=[note for note in notes if note],
     )
+
+
+def check_critic(config: Config) -> str | None:
+    """A note about ``learner.critic_pretraining.checkpoint``, if the run begins with it. Raises ConfigError if it cannot."""
+    folder = config.learner.critic_pretraining.checkpoint
+    if folder is None or not config.algorithm.needs_critic:
+        return None
+    note = card.describe(config)
+    check_model("learner.critic_pretraining.checkpoint", folder, generates=False)
+    return note
 
 
 def show_outline(ready: Ready) -> None:

@@ -15,6 +15,7 @@ from sae_rl.critic.card import reads_alike
 from sae_rl.records.records import Records
 from sae_rl.settings import ConfigError
 
+CONFIG = "config.yaml"
 CRITIC_MODEL = "learner.critic.model.path"
 NEED_CONSENT = (
     *("algorithm.estimator.", "algorithm.segmenter.", "algorithm.value_source."),
@@ -116,7 +117,7 @@ def write_config(config: Config, records: Records) -> None:
         records.note("changed since the last start: " + ", ".join(changed))
     partial = config.output_dir / ".partial_config.yaml"  # an empty one would block a resume
     partial.write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
-    partial.replace(config.output_dir / "config.yaml")
+    partial.replace(config.output_dir / CONFIG)
 
 
 def _changes(config: Config) -> dict[str, tuple[Any, Any]]:
@@ -129,13 +130,13 @@ def _changes(config: Config) -> dict[str, tuple[Any, Any]]:
 
 def _tree_before(config: Config) -> dict[str, Any]:
     """The configuration of the run's last start; empty: there was none."""
-    file = config.output_dir / "config.yaml"
+    file = config.output_dir / CONFIG
     return dict(yaml.safe_load(file.read_text())) if file.exists() else {}
 
 
 def check_run(folder: Path) -> None:
     """Raises ConfigError unless a run wrote into the folder. The message lists the runs of a sweep's folder."""
-    if (folder / "config.yaml").is_file():
+    if (folder / CONFIG).is_file():
         return
     if not folder.is_dir():
         raise ConfigError([f"{folder}: there is no such folder"])

@@ -6,12 +6,10 @@ from collections.abc import Callable
 
 from sae_rl import checkpoint
 from sae_rl.commands.assemble import assembled
-from sae_rl.commands.model_files import check_model
-from sae_rl.commands.preflight import Ready, prepared, show_outline
+from sae_rl.commands.preflight import Ready, check_critic, prepared, show_outline
 from sae_rl.commands.report import leave_report
 from sae_rl.commands.run_folder import Found, find_checkpoint, is_finished, publish_policy, require_consent
 from sae_rl.config.schema import Config
-from sae_rl.critic import card
 from sae_rl.driver import train
 from sae_rl.overlapped import train_overlapped
 from sae_rl.records.rollouts import check_step
@@ -75,20 +73,15 @@ def prepare_training(config: Config, found: Found) -> Ready:
                 except ValueError as error:
                     raise ConfigError([f"replay = {config.replay}: {error}"]) from error
 
-    def critic() -> str | None:
-        folder = config.learner.critic_pretraining.checkpoint
-        if folder is None or not config.algorithm.needs_critic:
-            return None
-        note = card.describe(config)
-        check_model("learner.critic_pretraining.checkpoint", folder, generates=False)
-        return note
-
     def evaluation() -> str | None:
         is_off = config.evaluation.every_steps == 0 and config.replay is None
         return "nothing is evaluated: evaluation.every_steps = 0" if is_off else None
 
     return prepared(
-        config, roles_of(config), resume_from=resume_from, more=(replay, critic, evaluation, lambda: found.note)
+        config,
+        roles_of(config),
+        resume_from=resume_from,
+        more=(replay, lambda: check_critic(config), evaluation, lambda: found.note),
     )
 
 

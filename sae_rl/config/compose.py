@@ -61,11 +61,40 @@ def compose_tree(overrides: Sequence[str], name: str = "train") -> DictConfig:
     return tree
 
 
+def recorded_tree(recorded: Mapping[str, Any], overrides: Sequence[str], name: str) -> DictConfig:
+    """The tree of ``conf/NAME.yaml`` with a run's recorded configuration in place of its defaults, and under the overrides.
+
+    Raises:
+        ConfigError: as `compose_tree`; or an override that removes a key, or that has no place of its own.
+    """
+    plain: Any = OmegaConf.to_container(compose_tree(overrides, name))
+    tree, found = OmegaConf.create(dict(recorded)), Overrides.read(overrides)
+    for override in found.parsed:
+        key = override.key_or_group
+        if override.is_delete() or key == "experiment":
+            raise ConfigError(
+                [f"{override.input_line}: a recorded configuration takes key=value and GROUP=option alone"]
+            )
+        if found.is_group(key):
+            chosen = plain
+            for part in key.split("/"):
+                chosen = chosen[part]
+            OmegaConf.update(tree, key.replace("/", "."), chosen, merge=False)
+        elif key.split(".")[0] in recorded:
+            OmegaConf.update(tree, key, override.value(), merge=True, force_add=True)
+    return OmegaConf.create({**plain, **tree})
+
+
 def problems_of(found: Overrides, name: str) -> list[str]:
     """A line for each unknown group, option and first word of a key in overrides of ``conf/NAME.yaml``."""
-    file = OmegaConf.load(CONF / f"{name}.yaml")
-    groups = sorted(GROUPS) if "defaults" in file else []
-    known = {*map(str, file), *groups} - {"defaults", "hydra"}
+    file: Any = OmegaConf.load(CONF / f"{name}.yaml")
+    defaults = file.get("defaults", [])
+    groups = sorted(GROUPS) if defaults else []
+    files = [
+        file,
+        *(OmegaConf.load(CONF / f"{each}.yaml") for each in defaults if isinstance(each, str) and each != "_self_"),
+    ]
+    known = {*(str(key) for each in files for key in each), *groups} - {"defaults", "hydra"}
     unknown = found.unknown_keys(known)
     paths = [*groups, *default_paths(name)] if unknown else []
     return found.problems() + [no_such_key(override, known, paths) for override in unknown]

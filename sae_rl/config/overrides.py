@@ -87,15 +87,16 @@ class Overrides:
         keys = ((override, override.key_or_group) for override in self.parsed)
         unknown = [(o, key) for o, key in keys if "/" not in key and key.split(".")[0] not in known]
         return [
-            o for o, key in unknown if key in GROUPS or not self._is_group(key)
+            o for o, key in unknown if key in GROUPS or not self.is_group(key)
         ]  # a user may have groups of their own
 
-    def _is_group(self, key: str) -> bool:
+    def is_group(self, key: str) -> bool:
+        """Whether an override of this key chooses an option of a group."""
         return key in GROUPS or ("." not in key and bool(self.hydra.options(key)))
 
     def _is_value(self, override: Override) -> bool:
         key = override.key_or_group
-        return override.type is OverrideType.CHANGE and not self._is_group(key) and not key.startswith(HYDRAS_OWN)
+        return override.type is OverrideType.CHANGE and not self.is_group(key) and not key.startswith(HYDRAS_OWN)
 
     def _problem(self, override: Override) -> str | None:
         """What is wrong with a group or its option. The typed tree judges keys."""
@@ -109,7 +110,7 @@ class Overrides:
         group = key.replace(".", "/")
         if "." in key and group in GROUPS and isinstance(value, str):
             return f"{line}: write {group}={value}"
-        if not self._is_group(key):
+        if not self.is_group(key):
             return self._no_group(override) if "/" in key else None
         if override.is_delete() or override.is_sweep_override() or str(value) in options:
             return None

@@ -49,7 +49,7 @@ def try_plug_ins(config: Config) -> list[str]:
     return next((problems for trial in TRIALS if (problems := list(trial(config)))), [])
 
 
-def _algorithm(config: Config) -> Iterator[str]:
+def try_algorithm(config: Config) -> Iterator[str]:
     """Segmenter, value source and estimator in turn, without and with tokens that the policy did not sample."""
     algorithm = config.algorithm
     needs_hard_segments = isinstance(algorithm.estimator, SegmentGAE)
@@ -242,4 +242,4 @@ def _answered(prompt: Prompt, response: str) -> Rollout:
 
 
 # The kinds of plug-ins.
-TRIALS: tuple[Callable[[Config], Iterator[str]], ...] = (_algorithm, _tasks, _verifiers)
+TRIALS: tuple[Callable[[Config], Iterator[str]], ...] = (try_algorithm, _tasks, _verifiers)

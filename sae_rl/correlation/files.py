@@ -43,7 +43,7 @@ def load(folder: Path) -> Measurements:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
-    """Writes a safetensors file with plain values ``about`` it, and its folder if needed. A killed process leaves no partial file."""
+    """Writes a safetensors file with plain values ``about`` it, and its folder. A killed process leaves no partial file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     save_file({name: flat.contiguous() for name, flat in tensors.items()}, temporary, {ABOUT: json.dumps(about or {})})
@@ -51,7 +51,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, Any] 
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file of `write_tensors` by name, and what is written about them. Raises ValueError if it cannot be read."""
+    """The tensors of a file of `write_tensors` by name, and the values about it. Raises ValueError if it cannot be read."""
     try:
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {}).get(ABOUT, "{}"))

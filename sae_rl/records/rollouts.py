@@ -15,9 +15,10 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
-from sae_rl.types import Prompt, Rollout, StepRecord, offsets_of
+from sae_rl.types import Prompt, Rollout, Scores, StepRecord, offsets_of
 
 FOLDER = "rollouts"
+SCORES = ("old_logprobs", "values", "ref_logprobs", "entropies", "value_spread")  # fields of `Scores` for each token
 OLD_NAMES = {"sampled": "action_mask", "task": "data_set", "text": "response"}  # columns of earlier recordings
 
 
@@ -50,6 +51,27 @@ def write_rollouts(run_dir: Path, record: StepRecord) -> Path:
     }
     columns |= response_columns(rollouts, record.rewards, record.reasons, flat)
     return write_table(run_dir / FOLDER / f"step_{record.step:06d}.parquet", columns)
+
+
+def write_scored(
+    file: Path, rollouts: Sequence[Rollout], rewards: Sequence[float], reasons: Sequence[str], scores: Scores
+) -> Path:
+    """Writes responses and what networks compute from them as a recording without a step, for `read_scored`."""
+    flat = {name: getattr(scores, name) for name in SCORES}
+    flat["policy_versions"] = torch.cat([r.policy_versions for r in rollouts])
+    prompts = pa.array([list(r.prompt.token_ids) for r in rollouts], pa.list_(pa.int32()))
+    return write_table(file, {"prompt_token_ids": prompts} | response_columns(rollouts, rewards, reasons, flat))
+
+
+def read_scored(file: Path) -> tuple[list[Rollout], list[float], list[str], Scores]:
+    """What `write_scored` wrote. Raises ValueError as `read_step`."""
+    table = read_rollouts(file)
+    columns = {name: table.column(name).combine_chunks() for name in SCORES}
+    scores = {
+        name: None if column.null_count else torch.from_numpy(column.flatten().to_numpy().copy())
+        for name, column in columns.items()
+    }
+    return *read_step(file), Scores(**scores)  # type: ignore[arg-type]
 
 
 def response_columns(

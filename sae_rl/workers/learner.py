@@ -69,10 +69,15 @@ class LearnerWorker(Process):
         self, batch: Batch, forward: Callable[[MicroBatch], dict[str, Tensor]], threads: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Token indices and results of this rank, as `Learner.score` returns them; the GPU's cache is empty afterwards."""
+        with self._more_threads(threads), self._at_work():
+            return self._learner.score(batch, forward)
+
+    @contextmanager
+    def _more_threads(self, threads: int) -> Iterator[None]:
+        """Around work while other processes wait."""
         torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
         try:
-            with self._at_work():
-                return self._learner.score(batch, forward)
+            yield
         finally:
             torch.set_num_threads(self._learner.rank.threads)
 

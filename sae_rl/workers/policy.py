@@ -87,6 +87,22 @@ class PolicyWorker(LearnerWorker):
 
         return self._score(batch, forward, threads)
 
+    def gradients(self, batch: Batch, advantages: Tensor, dimension: int, seed: int, threads: int) -> Tensor:
+        """(E, D) float64 projections of this rank's part of ``sum_t A_t grad log pi(a_t | s_t)``; all parts add up.
+
+        Args:
+            advantages: (E, N).
+            dimension, seed: as of `sae_rl.backends.projection.Projection`.
+            threads: threads of this process meanwhile.
+        """
+
+        def logprobs(micro: MicroBatch) -> Tensor:
+            found: Tensor = self._learner.network(micro, batch.temperature, False)[0]
+            return found
+
+        with self._more_threads(threads), self._at_work():
+            return self._learner.projected_gradients(batch, logprobs, advantages, dimension, seed)
+
     def update(
         self, batch: Batch, scores: Scores, targets: Targets, seed: int
     ) -> tuple[list[dict[str, float]], tuple[Tensor, dict[str, Tensor]]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
@@ -136,6 +137,17 @@ class RunWorkers:
             scores = self._score(batch, roles)
         is_rollout = self._config.algorithm.policy_loss.old_logprobs == "rollout"
         return replace(scores, old_logprobs=batch.rollout_logprobs) if is_rollout else scores
+
+    def policy_gradients(self, batch: Batch, advantages: Tensor, *, dimension: int, seed: int) -> Tensor:
+        group = self._groups["policy"]
+        with self._clock.phase("score"), self._policy_lock:
+            self._free_gpus()
+            shared, threads = (
+                [ray.put(value) for value in (batch, advantages)],
+                self._threads({"policy": group})["policy"],
+            )
+            parts = group.run(lambda worker: worker.gradients.remote(*shared, dimension, seed, threads))
+        return torch.stack(parts).sum(0).float()
 
     def score_critic(self, batch: Batch) -> Scores:
         with self._clock.phase("score"):

@@ -157,6 +157,14 @@ class ScriptedWorkers:
         self._write("score", batch=batch, scores=scores)
         return scores
 
+    def score_all(self, batch: Batch) -> Scores:
+        return self.score(batch)
+
+    def policy_gradients(self, batch: Batch, advantages: Tensor, *, dimension: int, seed: int) -> Tensor:
+        """``grad log pi`` of a token is the unit vector of its id modulo D."""
+        self._write("policy_gradients", batch=batch, advantages=advantages, seed=seed)
+        return advantages.float() @ torch.eye(dimension)[batch.token_ids.long() % dimension]
+
     def update(self, batch: Batch, scores: Scores, targets: Targets, *, seed: int) -> tuple[Metrics, Tensor]:
         self._write("update", batch=batch, scores=scores, targets=targets, seed=seed)
         if seed == self.fail_in_update:
