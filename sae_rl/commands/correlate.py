@@ -53,8 +53,10 @@ def load_correlation(overrides: Sequence[str]) -> tuple[Config, CorrelationConfi
 
 
 def _newest(folder: Path) -> Path:
-    """A checkpoint, or the newest one of a run's folder. Raises ConfigError if there is none."""
+    """A checkpoint, or the newest intact one of a run's folder. Raises ConfigError if there is none."""
     if (folder / "driver.json").is_file():
+        if found := checkpoint.damages_of(folder):
+            raise ConfigError([f"correlation.checkpoint = {folder} is damaged: {found[0]}"])
         return folder
     check_run(folder)
     if (newest := checkpoint.newest_intact(folder / "checkpoints")[0]) is None:

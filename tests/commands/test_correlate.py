@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sae_rl import checkpoint
 from sae_rl.algo.estimators import GAE, SAE
 from sae_rl.algo.segmenters import FixedLength
 from sae_rl.commands.correlate import FOLDER, load_correlation, run_correlation
@@ -15,6 +16,7 @@ from sae_rl.commands.model_files import load_tokenizer
 from sae_rl.commands.prompts import load_task
 from sae_rl.config.compose import load_config
 from sae_rl.config.schema import as_tree
+from sae_rl.digests import digest
 from sae_rl.settings import ConfigError
 from tests.conftest import CommandLine
 
@@ -22,13 +24,14 @@ from tests.conftest import CommandLine
 def write_run(folder: Path, model: Path, *overrides: str, step: int = 2) -> Path:
     """What a run leaves that `correlate` reads before it starts anything."""
     config = load_config([f"model.path={model}", "rollout.max_response_tokens=64", *overrides])
-    checkpoint = folder / "checkpoints" / f"step_{step:06d}"
+    saved = folder / "checkpoints" / f"step_{step:06d}"
     roles = ["policy", *(["critic"] if config.algorithm.needs_critic else [])]
     for role in roles:
-        (checkpoint / role).mkdir(parents=True)
-        (checkpoint / role / "random_state_0.pt").touch()
+        (saved / role).mkdir(parents=True)
+        (saved / role / "random_state_0.pt").touch()
     sampler, _ = load_task(config, lambda: load_tokenizer(str(model)))
-    (checkpoint / "driver.json").write_text(json.dumps({"step": step, "sampler": sampler.state()}))
+    (saved / "driver.json").write_text(json.dumps({"step": step, "sampler": sampler.state()}))
+    checkpoint.write_manifest(saved, {"driver.json": digest(saved / "driver.json")})
     (folder / "config.yaml").write_text(yaml.safe_dump(as_tree(config)))
     return folder
 
@@ -114,7 +117,7 @@ def test_a_folder_without_a_checkpoint_is_told(
         sae_rl("correlate", f"correlation.checkpoint={tiny_model}").stderr
     )
     (run / "checkpoints" / "step_000002").rename(tmp_path / "elsewhere")
-    assert "the run has no checkpoint" in sae_rl("correlate", f"correlation.checkpoint={run}").stderr
+    assert "the run has no intact checkpoint" in sae_rl("correlate", f"correlation.checkpoint={run}").stderr
     done = sae_rl("correlate", f"model.path={tiny_model}", "rollout.max_response_tokens=64")
     assert done.code == 2 and done.stderr.startswith(
         "error: the critic is not trained: name a run in correlation.checkpoint"
@@ -138,3 +141,11 @@ def test_a_folder_with_other_settings_is_refused(run: Path) -> None:
         with pytest.raises(ConfigError, match=r"holds measurements with other settings") as error:
             run_correlation(*load_correlation([f"correlation.checkpoint={run}", override]))
         assert told in str(error.value) and "choose another output_dir" in str(error.value)
+
+
+def test_a_damaged_checkpoint_is_told(sae_rl: CommandLine, run: Path) -> None:
+    saved = run / "checkpoints" / "step_000002" / "driver.json"
+    saved.write_text(saved.read_text() + " ")
+    told = f"error: correlation.checkpoint = {saved.parent} is damaged: driver.json has"
+    assert told in sae_rl("correlate", f"correlation.checkpoint={saved.parent}").stderr
+    assert "the run has no intact checkpoint" in sae_rl("correlate", f"correlation.checkpoint={run}").stderr
