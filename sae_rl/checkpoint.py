@@ -36,7 +36,7 @@ class DriverState:
 
 
 def save(root: Path, state: DriverState, workers: Workers, keep_last: int) -> Path:
-    """Writes one checkpoint and removes all but the newest ``keep_last``."""
+    """Writes one checkpoint and keeps the last ``keep_last`` up to it; newer ones are damaged, and the run began before them."""
     target = root / f"step_{state.step:06d}"
     partial = root / f".partial_{target.name}"
     for leftover in root.glob(".partial_*"):
@@ -52,8 +52,10 @@ def save(root: Path, state: DriverState, workers: Workers, keep_last: int) -> Pa
         shutil.rmtree(target)
     partial.rename(target)
     _sync_to_disk(root)
-    for old in _complete(root)[:-keep_last]:
-        shutil.rmtree(old)
+    complete = _complete(root)
+    end = complete.index(target) + 1
+    for folder in [*complete[: max(0, end - keep_last)], *complete[end:]]:
+        shutil.rmtree(folder)
     return target
 
 

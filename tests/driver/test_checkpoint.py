@@ -146,6 +146,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(tmp_path: 
     assert intact is None and list(damaged) == [bad.name, good.name]
 
 
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_damaged_one_takes_no_place_of_those_that_are_kept(tmp_path: Path, keep_last: int) -> None:
+    save(tmp_path, 30)
+    flip(save(tmp_path, 40) / "driver.json")
+    save(tmp_path, 36, keep_last)  # the run went on from step 30
+    assert names(tmp_path) == ["step_000030", "step_000036"][-keep_last:]
+
+
 def test_every_bit_of_every_file_is_covered(tmp_path: Path) -> None:
     folder = save(tmp_path, 3)
     listed = json.loads((folder / "manifest.json").read_text())
