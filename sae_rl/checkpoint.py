@@ -36,7 +36,7 @@ class DriverState:
 
 
 def save(root: Path, state: DriverState, workers: Workers, keep_last: int) -> Path:
-    """Writes one checkpoint and keeps the last ``keep_last`` up to it; newer ones are damaged, and the run began before them."""
+    """Writes one checkpoint and keeps the last ``keep_last`` up to it. Newer ones are damaged: the run began before them."""
     target = root / f"step_{state.step:06d}"
     partial = root / f".partial_{target.name}"
     for leftover in root.glob(".partial_*"):

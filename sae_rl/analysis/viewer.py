@@ -23,7 +23,7 @@ from sae_rl.analysis.token_texts import TokenTexts
 
 # A float has 23 bits after the point. With 11 the relative error is at most 2^-12, and the page shows three digits.
 KEPT_BITS = 11
-SCRIPT = Path(__file__).with_name("viewer.js")
+SCRIPTS = ("viewer_charts.js", "viewer.js")
 
 Row = dict[str, Any]  # a recorded rollout, without its numbers per token
 
@@ -65,7 +65,7 @@ def chosen(viewed: Viewed, most: int, first: int = 0) -> list[int]:
 
 def show_responses(viewed: Viewed, rows: Sequence[int], vocabulary: Vocabulary, first: int = 0) -> dict[str, Any]:
     """What `viewer.html.j2` needs to show the rows, which begin at row ``first``."""
-    script = SCRIPT.read_text()
+    script = "\n".join(Path(__file__).with_name(name).read_text() for name in SCRIPTS)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {
         "data": page_data(viewed, rows, vocabulary, first),

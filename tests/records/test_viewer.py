@@ -18,8 +18,9 @@ from torch import Tensor
 from sae_rl.algo.estimators import GAE, SAE, LengthAdaptiveGAE, MonteCarlo
 from sae_rl.algo.segmenters import LowProbability
 from sae_rl.algo.shaping import TokenRewards
+from sae_rl.analysis import viewer
 from sae_rl.analysis.step_columns import compared, recompute
-from sae_rl.analysis.viewer import SCRIPT, Viewed, chosen, packed, page_data, view_of_step
+from sae_rl.analysis.viewer import Viewed, chosen, packed, page_data, view_of_step
 from sae_rl.commands.view import view_of_measurements
 from sae_rl.config.schema import as_tree
 from sae_rl.records.rollouts import read_rollouts, write_rollouts
@@ -254,11 +255,11 @@ def contrast(one: list[float], other: list[float]) -> float:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_is_readable_on_the_strongest_shade(scheme: str) -> None:
     """WCAG's 4.5 for text on the shades of tokens and in the panel, and 3 for lines of the charts."""
-    css = (SCRIPT.parent / "page.css").read_text()
+    css = Path(viewer.__file__).with_name("page.css").read_text()
     block = css.split(":root {")[1 if scheme == "light" else 2].split("}")[0]
     found = dict(re.findall(r"--([\w]+): #([0-9a-f]{6})", block))
     colours = {name: [int(text[i : i + 2], 16) / 255 for i in (0, 2, 4)] for name, text in found.items()}
-    most = re.search(r"Math.round\((\d+) \* Math.min", SCRIPT.read_text())
+    most = re.search(r"Math.round\((\d+) \* Math.min", Path(viewer.__file__).with_name("viewer.js").read_text())
     assert most is not None
     for shade in ("c1", "c2"):
         part = int(most[1]) / 100
