@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sae_rl.comparison.student import Floats, quantile, within
+from sae_rl.evaluation.student import Floats, quantile, within
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95

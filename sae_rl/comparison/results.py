@@ -27,8 +27,8 @@ from sae_rl.comparison.resampling import (
 )
 from sae_rl.comparison.runs import Unread
 from sae_rl.comparison.selection import Selection
-from sae_rl.comparison.student import holm
 from sae_rl.evaluation.statistics import Estimate
+from sae_rl.evaluation.student import holm
 from sae_rl.names import nearest
 from sae_rl.records.metrics import PHASES, show
 

@@ -7,12 +7,13 @@ R   resamples; row 0 of what has R + 1 rows is the sample itself
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sae_rl.evaluation.statistics import TAIL, Estimate
+from sae_rl.evaluation.student import quantile
 
 NUM_RESAMPLES = 1000
 
@@ -31,13 +32,10 @@ def student_tail(num_prompts: int) -> float:
 
     A percentile interval of a mean is too narrow: a resample's variance is (G - 1) / G of the unbiased one, and the normal
     quantile stands where Student's belongs. The expanded percentile interval takes the quantiles
-    ``Phi(+-sqrt(G / (G - 1)) t)`` instead (Hesterberg, arXiv 1411.5279). t is Student's quantile, by the first terms of its
-    Cornish-Fisher expansion.
+    ``Phi(+-sqrt(G / (G - 1)) t)`` with Student's quantile t instead (Hesterberg, arXiv 1411.5279).
     """
     freedom = num_prompts - 1
-    z = NormalDist().inv_cdf(1 - TAIL)
-    student = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-    return -student * math.sqrt(num_prompts / freedom)
+    return -quantile(1 - 2 * TAIL, np.array([float(freedom)])).item() * math.sqrt(num_prompts / freedom)
 
 
 def estimates_of(found: Tensor, num_prompts: int) -> list[Estimate]:
@@ -58,8 +56,8 @@ def estimates_of(found: Tensor, num_prompts: int) -> list[Estimate]:
     if num_prompts > 1:
         is_below = ((resamples < sample).double() + (resamples <= sample).double()).sum(0) / 2
         shift = 2 * torch.special.ndtri((is_below / num_defined.clamp(min=1)).clamp(TAIL / 25, 1 - TAIL / 25))
-        quantile = student_tail(num_prompts)
-        for row, z in zip(ends, (quantile, -quantile), strict=True):
+        tail = student_tail(num_prompts)
+        for row, z in zip(ends, (tail, -tail), strict=True):
             place = torch.special.ndtr(shift + z) * (num_defined - 1).clamp(min=0)
             below, above = (resamples.gather(0, at.long()[None])[0] for at in (place.floor(), place.ceil()))
             row[:] = below.lerp(above, place.frac())

@@ -20,7 +20,7 @@ from sae_rl.comparison.resampling import (
     prompt_weights,
     resample,
 )
-from sae_rl.comparison.student import Floats, holm, quantile, within
+from sae_rl.evaluation.student import Floats, holm, quantile, within
 
 REPEATED = 500  # simulated experiments, side by side as quantities
 
