@@ -75,14 +75,17 @@ class Fidelity:
         """(R + 1, E) ``E|s x - mu_ref|^2 / |mu_ref|^2 = squared_bias + variance / n``, x the mean gradient of n prompts."""
         return self.squared_bias + self.variance / n
 
+    def norm(self, n: int) -> Tensor:
+        """(R + 1, E) ``sqrt(E|x|^2) = sqrt(|mu|^2 + spread / n)``, x the mean gradient of n prompts."""
+        return (self.length + self.spread / n).sqrt()
+
     def expected_cosine(self, n: int) -> Tensor:
         """(R + 1, E) ``mu . mu_ref / (|mu_ref| sqrt(E|x|^2))``, x the mean gradient of n prompts.
 
-        ``E|x|^2 = |mu|^2 + spread / n``. The root of the mean square stands for the mean length; the two differ little
-        in many dimensions. The best scale for a batch of n prompts leaves exactly ``1 - expected_cosine^2`` of
+        The root of the mean square stands for the mean length; the two differ little in many dimensions. The best scale for a batch of n prompts leaves exactly ``1 - expected_cosine^2`` of
         |mu_ref|^2 as mean squared error.
         """
-        return self.along / (self.true_length * (self.length + self.spread / n)).sqrt()
+        return self.along / (self.true_length.sqrt() * self.norm(n))
 
     def worth(self, n: int, baseline: int) -> Tensor:
         """(R + 1, E) m / n, where m prompts of estimator ``baseline`` have the expected cosine of n prompts of each.

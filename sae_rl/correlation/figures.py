@@ -211,7 +211,7 @@ def _gradient_figures(found: Fidelity, names: Sequence[str], baselines: Sequence
         name: getattr(found, name) for name in ("length", "along", "cosine", "scale", "squared_bias", "variance")
     }
     rows = _rows(statistics, names, baselines, num_prompts)
-    by_batch = {"expected_cosine": found.expected_cosine, "squared_error": found.squared_error}
+    by_batch = {"norm": found.norm, "expected_cosine": found.expected_cosine, "squared_error": found.squared_error}
     if MONTE_CARLO in names:
         by_batch["worth"] = lambda n: found.worth(n, names.index(MONTE_CARLO))
     for statistic, of_batch in by_batch.items():

@@ -110,6 +110,7 @@ def _gradients(tree: Tree) -> TextTable:
         "cosine": (OF_GRADIENT, ("cosine",)),
         "squared bias": (OF_GRADIENT, ("squared_bias",)),
         "variance of a prompt": (OF_GRADIENT, ("variance",)),
+        f"norm, {n} prompts": (OF_GRADIENT, ("norm", SHOWN_BATCH)),
         f"cosine, {n} prompts": (OF_GRADIENT, ("expected_cosine", SHOWN_BATCH)),
         f"squared error, {n} prompts": (OF_GRADIENT, ("squared_error", SHOWN_BATCH)),
         "worth, 1 prompt": (OF_GRADIENT, ("worth", one)),

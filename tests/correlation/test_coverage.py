@@ -72,6 +72,7 @@ def truth() -> Truth:
         "variance": (along / length) ** 2 * spread / true_length,
         "squared_error": ((reference - (along / length)[:, None] * mu).square().sum(1)
                           + (along / length) ** 2 * spread / 4) / true_length,
+        "norm": (length + spread / 4).sqrt(),
         "expected_cosine": along / (true_length * (length + spread / 4)).sqrt(),
         "worth": spread[0] / ((along[0] / along) ** 2 * (length + spread) - length[0]),
     }  # fmt: skip
@@ -91,6 +92,7 @@ def statistics_of(measurements: Measurements, counts: Tensor) -> Truth:
         | {
             "reliability": found.reliability,
             "squared_error": fidelity.squared_error(4),
+            "norm": fidelity.norm(4),
             "expected_cosine": fidelity.expected_cosine(4),
             "worth": fidelity.worth(1, MONTE_CARLO),
         }
