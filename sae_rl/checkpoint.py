@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,7 +37,7 @@ class DriverState:
 
 
 def save(root: Path, state: DriverState, workers: Workers, keep_last: int) -> Path:
-    """Writes one checkpoint and keeps the last ``keep_last`` up to it. Newer ones are damaged: the run began before them."""
+    """Writes one checkpoint and removes all but the newest ``keep_last``."""
     target = root / f"step_{state.step:06d}"
     partial = root / f".partial_{target.name}"
     for leftover in root.glob(".partial_*"):
@@ -52,10 +53,8 @@ def save(root: Path, state: DriverState, workers: Workers, keep_last: int) -> Pa
         shutil.rmtree(target)
     partial.rename(target)
     _sync_to_disk(root)
-    complete = _complete(root)
-    end = complete.index(target) + 1
-    for folder in [*complete[: max(0, end - keep_last)], *complete[end:]]:
-        shutil.rmtree(folder)
+    for old in _complete(root)[:-keep_last]:
+        shutil.rmtree(old)
     return target
 
 
@@ -66,7 +65,10 @@ def newest(root: Path) -> Path | None:
 
 
 def newest_intact(root: Path) -> tuple[Path | None, dict[str, str]]:
-    """The newest checkpoint whose files are those that were written, and what is wrong with newer ones, by name."""
+    """The newest checkpoint whose files are those that were written, and what is wrong with newer ones, by name.
+
+    All files of these checkpoints are read.
+    """
     damaged: dict[str, str] = {}
     for folder in reversed(_complete(root)):
         found = damages_of(folder)
@@ -79,11 +81,24 @@ def newest_intact(root: Path) -> tuple[Path | None, dict[str, str]]:
 def damages_of(folder: Path) -> list[str]:
     """What is wrong with the files of a checkpoint, a phrase for each; empty: it is intact."""
     file = folder / MANIFEST
+    if not file.exists():
+        return [f"it has no {MANIFEST}: an older version wrote it, or a part of it is lost"]
+    if not (folder / "driver.json").exists():
+        return ["driver.json is missing"]
     try:
         files = json.loads(file.read_text())["files"]
         return damages(folder, {name: Digest(**one) for name, one in files.items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST} cannot be read ({error})"]
+
+
+def set_aside(root: Path, names: Iterable[str]) -> None:
+    """Renames damaged checkpoints, so that no later start takes them for the newest ones. Nothing is deleted."""
+    for name in names:
+        aside = root / f"damaged_{name}"
+        if aside.exists():
+            shutil.rmtree(aside)
+        (root / name).rename(aside)
 
 
 def read_state(folder: Path) -> DriverState:

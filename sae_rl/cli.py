@@ -48,7 +48,7 @@ def show(overrides: list[str]) -> None:
     from sae_rl.commands.train import prepare_training
 
     try:
-        prepare_training(config, find_checkpoint(config))
+        prepare_training(config, find_checkpoint(config, verify=False))
     except ConfigError:
         print("# No run can start with this configuration: the errors say why.")
         raise

@@ -46,13 +46,13 @@ def damages(folder: Path, expected: Mapping[str, Digest]) -> list[str]:
     def damage(name: str) -> str | None:
         then = expected[name]
         try:
+            if (size := (folder / name).stat().st_size) != then.size:
+                return f"{name} has {size:,} of {then.size:,} bytes"
             now = digest(folder / name)
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if now.size != then.size:
-            return f"{name} has {now.size:,} of {then.size:,} bytes"
         return None if now == then else f"{name} has another content than was written"
 
     with ThreadPoolExecutor(THREADS) as pool:

@@ -17,6 +17,22 @@ from torch.nn import functional
 LOGITS_BYTES = 256 * 2**20  # logits of one chunk in float32; a pass holds about three tensors of this size
 
 
+def cap_of_logits(model: dict[str, Any]) -> float | None:
+    """The cap that a model puts on its logits, from its configuration as transformers has it; None: there is none."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+    return next((float(model[name]) for name in names if model.get(name) is not None), None)
+
+
+def scale_of_logits(model: dict[str, Any]) -> float:
+    """What a model multiplies its logits by."""
+    divisor = model.get("logits_scaling") or 1.0  # Granite
+    if str(model.get("model_type")).startswith("hyperclovax"):
+        divisor = 1 / divisor
+    return float(
+        (model.get("logit_scale") or 1.0) * (model.get("lm_head_multiplier") or 1.0) / divisor
+    )  # Cohere, Falcon-H1
+
+
 class OutputHead(nn.Linear):
     """An output layer that returns logprobs. It is called once per pass, so ZeRO 3 gathers its weights once."""
 
@@ -35,7 +51,7 @@ class OutputHead(nn.Linear):
                 caps its logits.
         """
         model = causal_lm.config.get_text_config().to_dict()
-        if (cap := model.get("final_logit_softcapping")) is not None:
+        if (cap := cap_of_logits(model)) is not None:
             raise TypeError(f"{type(causal_lm).__name__} caps its logits at {cap:g}; such models cannot be trained")
         head = causal_lm.get_output_embeddings()
         if type(head) is not nn.Linear:
@@ -50,8 +66,7 @@ class OutputHead(nn.Linear):
             )
         head.__class__ = OutputHead
         head.fused = fused
-        # Granite's models divide their logits, and Cohere's multiply them.
-        head.scale = (model.get("logit_scale") or 1.0) / (model.get("logits_scaling") or 1.0)
+        head.scale = scale_of_logits(model)
 
     def forward(  # type: ignore[override]
         self, hidden: Tensor, token_ids: Tensor | None = None, temperature: float = 1.0, with_entropies: bool = False

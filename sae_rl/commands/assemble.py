@@ -13,7 +13,6 @@ from sae_rl.records.clock import Clock
 from sae_rl.records.records import Records
 from sae_rl.rewards.pool import RewardPool
 from sae_rl.run import Run
-from sae_rl.run_lock import locked
 from sae_rl.workers.session import Session, ray_session, start_workers
 
 NUM_PROBE_PROMPTS = 16
@@ -25,7 +24,6 @@ def assembled(ready: Ready, session: Session | None = None) -> Iterator[Run]:
     config, resume_from, sampler, clock = ready.config, ready.resume_from, ready.sampler, Clock()
     assert sampler is not None, "only an evaluation has none"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(config.output_dir))
         resumed = resume_from is not None
         records = stack.enter_context(Records(config, config.output_dir, ready.first_step, resumed=resumed))
         write_config(config, records)

@@ -20,6 +20,7 @@ from sae_rl.correlation.files import TENSORS
 from sae_rl.correlation.measure import Measuring, measure
 from sae_rl.correlation.settings import CorrelateConfig, CorrelationConfig, chosen
 from sae_rl.driver import restore
+from sae_rl.run_lock import locked
 from sae_rl.settings import ConfigError
 from sae_rl.workers.table import roles_of
 
@@ -142,7 +143,7 @@ def run_correlation(config: Config, settings: CorrelationConfig, own: dict[str, 
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(yaml.safe_dump(own, sort_keys=False))
-    with assembled(ready) as run:
+    with locked(folder), assembled(ready) as run:
         run.workers.sync_weights(restore(run))
         measure(Measuring(run=run, settings=settings, algorithms=algorithms, lacking=lacking, folder=folder))
     return folder

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sae_rl import checkpoint
 from sae_rl.analysis.report import final_table
 from sae_rl.commands.report import REPORT, write_run_report
-from sae_rl.commands.run_folder import is_finished, publish_policy
+from sae_rl.commands.run_folder import find_checkpoint, is_finished, publish_policy
 from sae_rl.commands.train import run_training
 from sae_rl.commands.warm_start import WarmStartConfig, run_warm_start
 from sae_rl.config.compose import build, compose_tree, load_config
@@ -39,7 +38,7 @@ def run_demo(overrides: list[str]) -> None:
         keys = [f"output_dir={base}", f"training.seed={tree.seed}"]
         run_warm_start(build(WarmStartConfig, compose_tree(keys, "warm_start")))
     config = load_config(["experiment=demo", *overrides])
-    newest = checkpoint.newest(config.output_dir / "checkpoints")
+    newest = find_checkpoint(config).folder
     if newest is None or not is_finished(config, newest):
         console.rule("2. reinforcement learning: Ray, vLLM, DeepSpeed", align="left")
         run_training(config)

@@ -13,6 +13,7 @@ from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from sae_rl.backends.logprobs import cap_of_logits
 from sae_rl.config.schema import Config
 from sae_rl.data.hub import files_on_hub
 from sae_rl.settings import ConfigError
@@ -200,7 +201,7 @@ def check_computed(config: Config) -> None:
     """Raises ConfigError if the policy has parts that `sae_rl.backends` does not compute."""
     key, path = "model.path", config.model.path
     model = _text_config(key, path)
-    if (cap := getattr(model, "final_logit_softcapping", None)) is not None:
+    if (cap := cap_of_logits(model.to_dict())) is not None:
         raise ConfigError([f"{key} = {path}: it caps its logits at {cap:g}; such models cannot be trained"])
     if getattr(model, "attn_logit_softcapping", None) is not None and config.model.attention != "eager":
         raise ConfigError([f"{key} = {path}: it caps the scores of its attention: set model.attention=eager"])

@@ -12,6 +12,7 @@ from sae_rl.commands.preflight import prepared, show_outline
 from sae_rl.config.schema import Config
 from sae_rl.critic import card
 from sae_rl.critic.pretraining import pretrain
+from sae_rl.run_lock import locked
 from sae_rl.settings import ConfigError
 from sae_rl.workers.table import pretraining_roles
 
@@ -44,7 +45,7 @@ def run_critic_pretraining(config: Config) -> Path | None:
     if config.dry_run:
         show_outline(ready)
         return None
-    with assembled(ready) as run:
+    with locked(config.output_dir), assembled(ready) as run:
         explained_variance, num_responses = pretrain(run)
         if not math.isfinite(explained_variance):
             raise RuntimeError(

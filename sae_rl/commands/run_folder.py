@@ -36,28 +36,35 @@ def check_output(config: Config) -> None:
 class Found(NamedTuple):
     """The checkpoint that a run resumes from."""
 
-    folder: Path | None  # None: a new run
-    note: str | None  # for the user, of newer checkpoints that are damaged
+    folder: Path | None = None  # None: a new run
+    damaged: tuple[str, ...] = ()  # names of newer checkpoints
+    note: str | None = None  # for the user, of these
 
 
-def find_checkpoint(config: Config) -> Found:
-    """The newest intact checkpoint in ``output_dir``. All its files are read.
+def find_checkpoint(config: Config, *, verify: bool = True) -> Found:
+    """The newest intact checkpoint in ``output_dir``, or the newest one.
+
+    Args:
+        verify: all its files are read.
 
     Raises:
         ConfigError: there is one, but ``resume`` is false; or there are damaged ones alone.
     """
     root = config.output_dir / "checkpoints"
     if (newest := checkpoint.newest(root)) is None:
-        return Found(None, None)
+        return Found()
     found = f"output_dir = {config.output_dir} holds"
     if not config.resume:
         advice = "resume=true continues it, or choose another output_dir"
         raise ConfigError([f"{found} {newest.name} of another run; {advice}"])
+    if not verify:
+        return Found(newest)
     intact, damaged = checkpoint.newest_intact(root)
     listed = ", ".join(f"{name} ({what})" for name, what in damaged.items())
     if intact is None:
         raise ConfigError([f"{found} damaged checkpoints alone: {listed}; choose another output_dir"])
-    return Found(intact, f"resuming from {intact.name}, since newer files are damaged: {listed}" if damaged else None)
+    note = f"resuming from {intact.name}, since newer checkpoints are damaged: {listed}" if damaged else None
+    return Found(intact, tuple(damaged), note)
 
 
 def require_consent(config: Config, newest: Path) -> None:
@@ -131,7 +138,11 @@ def _changes(config: Config) -> dict[str, tuple[Any, Any]]:
 def _tree_before(config: Config) -> dict[str, Any]:
     """The configuration of the run's last start; empty: there was none."""
     file = config.output_dir / CONFIG
-    return dict(yaml.safe_load(file.read_text())) if file.exists() else {}
+    try:
+        return dict(yaml.safe_load(file.read_text()) or {}) if file.exists() else {}
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        found = f"{file}: it cannot be read, so what changed since the last start is not known"
+        raise ConfigError([f"{found}; restore it, or remove it to resume without that check"]) from error
 
 
 def check_run(folder: Path) -> None:

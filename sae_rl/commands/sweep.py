@@ -90,7 +90,7 @@ def _train(config: Config, session: Session | None) -> None:
     """Trains, unless this very run is finished: a sweep that is started again goes on where it was."""
     from sae_rl.commands.train import run_training
 
-    newest, written = find_checkpoint(config).folder, config.output_dir / "config.yaml"
+    newest, written = find_checkpoint(config, verify=False).folder, config.output_dir / "config.yaml"
     is_same = written.exists() and written.read_text() == yaml.safe_dump(as_tree(config), sort_keys=False)
     if newest is None or not is_same or not is_finished(config, newest):
         return run_training(config, session)

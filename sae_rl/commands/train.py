@@ -16,6 +16,7 @@ from sae_rl.records.rollouts import check_step
 from sae_rl.records.terminal import console
 from sae_rl.replay import recorded_files, train_replay
 from sae_rl.run import Run
+from sae_rl.run_lock import check_unlocked, locked
 from sae_rl.settings import ConfigError
 from sae_rl.workers.session import Session
 from sae_rl.workers.table import roles_of
@@ -34,7 +35,9 @@ def run_training(config: Config, session: Session | None = None) -> None:
             ``output_dir`` is finished.
         WorkerError, RuntimeError: the run failed; its last checkpoint is usable.
     """
-    found = find_checkpoint(config)
+    check_unlocked(config.output_dir)  # before files are read that another run may be removing
+    found, root = find_checkpoint(config), config.output_dir / "checkpoints"
+    newest = checkpoint.newest(root)
     if found.folder is not None and is_finished(config, found.folder) and not config.dry_run:
         publish_policy(config, found.folder)  # the finished run may have been killed before it published
     ready = prepare_training(config, found)
@@ -43,11 +46,15 @@ def run_training(config: Config, session: Session | None = None) -> None:
     mode = config.logger.console
     output = console(plain=mode != "rich", quiet=mode == "off")
     try:
-        with assembled(ready, session) as run:
-            loop_of(config)(run)
-        newest = checkpoint.newest(config.output_dir / "checkpoints")
-        assert newest is not None, "a run ends with a checkpoint"
-        publish_policy(config, newest)
+        with locked(config.output_dir):
+            if checkpoint.newest(root) != newest:
+                raise ConfigError([f"output_dir = {config.output_dir}: another run wrote there meanwhile; start again"])
+            checkpoint.set_aside(root, found.damaged)
+            with assembled(ready, session) as run:
+                loop_of(config)(run)
+            newest = checkpoint.newest(root)
+            assert newest is not None, "a run ends with a checkpoint"
+            publish_policy(config, newest)
     except ConfigError:
         raise  # nothing was trained
     except BaseException:  # also Ctrl-C

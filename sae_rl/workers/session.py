@@ -50,7 +50,7 @@ def check_address(config: Config) -> None:
             raise ConnectionError("an address is auto, HOST:PORT or ray://HOST:PORT")
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
         _greet(f"{host}:{port}", is_client=scheme == "ray")
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # a host's name may be none
         raise ConfigError([f"cluster.address = {address!r}: no Ray cluster answers there ({error})"]) from error
 
 
@@ -79,7 +79,9 @@ def _greet(address: str, is_client: bool) -> None:
             grpc.StatusCode.DEADLINE_EXCEEDED,
             grpc.StatusCode.UNIMPLEMENTED,
         ):
-            raise ConnectionError(f"something else than Ray listens: {error.code().name}") from error
+            late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            what = f"no answer within {CONNECT_TIMEOUT_S:g} s" if late else "something other than Ray listens"
+            raise ConnectionError(f"{what}: {error.code().name}") from error
     finally:
         channel.close()
 

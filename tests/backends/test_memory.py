@@ -169,7 +169,8 @@ def test_print_adds_the_estimate_in_comments(sae_rl: CommandLine, models: dict[s
     outcome = sae_rl("train", "--print", "experiment=one_gpu", *FILES, f"model.path={models['0.6B']}")
     assert outcome.code == 2 and "the folder has no weights" in outcome.stderr  # it has its config.json alone
     assert yaml.safe_load(outcome.stdout)["name"] == "one_gpu"
-    comments = [line for line in outcome.stdout.splitlines() if line.startswith("# ")]
+    *comments, last = [line for line in outcome.stdout.splitlines() if line.startswith("# ")]
+    assert last == "# No run can start with this configuration: the errors say why."
     assert "596,049,920 parameters" in comments[0] and "engines share the learners' GPU" in comments[-1]
     unknown = sae_rl("train", "--print", "experiment=paper_8b")
-    assert unknown.stdout.splitlines()[-1].startswith("# GPU memory is not estimated: no config.json")
+    assert unknown.stdout.splitlines()[-2].startswith("# GPU memory is not estimated: no config.json")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -181,3 +183,19 @@ def test_capped_logits_are_refused() -> None:
     model = Gemma2ForCausalLM(Gemma2Config(**size, head_dim=4, num_key_value_heads=1, final_logit_softcapping=30.0))
     with pytest.raises(TypeError, match="Gemma2ForCausalLM caps its logits at 30; such models cannot be trained"):
         OutputHead.of(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "scale", "cap"),
+    [
+        ({"logits_scaling": 4.0}, 0.25, None),
+        ({"model_type": "hyperclovax", "logits_scaling": 4.0}, 4.0, None),
+        ({"logit_scale": 0.0625}, 0.0625, None),
+        ({"lm_head_multiplier": 0.5, "logit_scale": None}, 0.5, None),
+        ({"logits_soft_cap": 30}, 1.0, 30.0),
+        ({"output_logit_soft_cap": 20.0}, 1.0, 20.0),
+        ({"final_logit_softcapping": None}, 1.0, None),
+    ],
+)
+def test_how_models_of_transformers_change_their_logits(model: dict[str, Any], scale: float, cap: float | None) -> None:
+    assert (logprobs.scale_of_logits(model), logprobs.cap_of_logits(model)) == (scale, cap)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from sae_rl.digests import Digests
 from sae_rl.protocols import Metrics
 from sae_rl.records.records import Records
 from sae_rl.run import Run
+from sae_rl.run_lock import LOCK, locked
 from sae_rl.settings import ConfigError
 from tests.conftest import call
 from tests.driver.scripted import ScriptedWorkers, make_config, make_run
@@ -55,7 +58,7 @@ def ended(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(module, "assembled", assembled)
         options = ["logger=off", "logger.jsonl=true", "logger.rollouts_every_steps=1", "logger.console=plain"]
         config = make_config(tmp_path / "run", "steps=3", f"model.path={tiny_model}", *options, *overrides)
-        with contextlib.nullcontext() if end is None else pytest.raises(type(end), match=str(end) or None):
+        with contextlib.nullcontext() if end is None else pytest.raises(type(end), match=re.escape(str(end)) or None):
             run_training(config)
         return config.output_dir
 
@@ -103,3 +106,24 @@ def test_the_command_writes_the_same_page(ended: Callable[..., Path]) -> None:
     outcome = call("report", str(folder))
     assert (outcome.code, outcome.stdout) == (0, f"{folder / 'report.html'}\n")
     assert (folder / "report.html").read_text() == page
+
+
+def test_a_second_run_is_refused_before_anything_is_read(ended: Callable[..., Path], tmp_path: Path) -> None:
+    with locked(tmp_path / "run"):
+        ended(ConfigError([f"output_dir = {tmp_path}/run: another run writes there (process {os.getpid()} on"]))
+        assert [file.name for file in (tmp_path / "run").iterdir()] == [LOCK]
+
+
+def test_a_run_that_was_overtaken_while_it_was_checked_is_refused(
+    ended: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = module.prepare_training
+
+    def slowly(*arguments: Any) -> Ready:
+        ready = prepare(*arguments)
+        (tmp_path / "run" / "checkpoints" / "step_000002").mkdir(parents=True)
+        return ready
+
+    monkeypatch.setattr(module, "prepare_training", slowly)
+    ended(ConfigError([f"output_dir = {tmp_path}/run: another run wrote there meanwhile; start again"]))
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["checkpoints"]

@@ -168,13 +168,13 @@ def head() -> Iterator[int]:
 def test_a_port_where_something_else_than_ray_listens(scheme: str, train: Train, listening: int) -> None:
     started = time.monotonic()
     outcome = train(f"cluster.address={scheme}127.0.0.1:{listening}", "dry_run=true")
-    assert_refused(outcome, "no Ray cluster answers there (something else than Ray listens: DEADLINE_EXCEEDED)")
+    assert_refused(outcome, "no Ray cluster answers there (no answer within 5 s: DEADLINE_EXCEEDED)")
     assert time.monotonic() - started < 15  # Ray itself gives up after 40 s
 
 
 def test_the_heads_port_is_not_that_of_rays_client(train: Train, head: int) -> None:
     outcome = train(f"cluster.address=ray://127.0.0.1:{head}", "dry_run=true")
-    assert_refused(outcome, "something else than Ray listens: UNIMPLEMENTED")
+    assert_refused(outcome, "something other than Ray listens: UNIMPLEMENTED")
 
 
 def test_dry_run_says_what_would_run_and_starts_nothing(train: Train, tmp_path: Path, head: int) -> None:
@@ -273,7 +273,8 @@ def test_damaged_checkpoints_are_named(train: Train, tiny_model: Path, tmp_path:
         checkpoint.write_manifest(folder, {"hf": Digest(3, "")} if step == 2 else {})
     found = find_checkpoint(load_config([f"model.path={tiny_model}", f"output_dir={tmp_path}/out"]))
     assert found.folder == root / "step_000001"
-    assert found.note == "resuming from step_000001, since newer files are damaged: step_000002 (hf is missing)"
+    assert found.note == "resuming from step_000001, since newer checkpoints are damaged: step_000002 (hf is missing)"
+    assert found.damaged == ("step_000002",)
     checkpoint.write_manifest(root / "step_000001", {"hf": Digest(3, "")})
     said = (
         "damaged checkpoints alone: step_000002 (hf is missing), step_000001 (hf is missing); choose another output_dir"
