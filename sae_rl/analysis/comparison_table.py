@@ -65,8 +65,9 @@ def _learning(comparison: Comparison) -> TextTable:
     return TextTable(
         title="Speed and stability",
         caption=f"Runs that reach {threshold}{'' if chosen else ', half way to the best arm'}, and mean steps and sampled "
-        "tokens until then; a run that does not counts as the shortest run is long (≥: a lower bound). "
-        "Drawdown: largest fall below the best score before. Diverged: final score below the first, or below half the best.",
+        "tokens until then; a run that does not, or only later than the shortest run is long, counts with the length of "
+        "the shortest run (≥: a lower bound). Drawdown: largest fall below the best score before. "
+        "Diverged: final score below the first, or below half the best if that is positive.",
         columns=[f"reach {threshold}", "steps", "tokens", "drawdown", "diverged"],
         rows={arm.name: _learning_cells(arm) for arm in comparison.arms},
     )
@@ -138,7 +139,7 @@ def _interval(low: float, high: float, unit: str = "") -> str:
 
 def _at_least(arm: ArmResult, name: str) -> Cell:
     value, interval = _cell(arm.outcomes[name])
-    return ("" if arm.num_reached == len(arm.seeds) or value == "-" else "≥ ") + value, interval
+    return ("≥ " if arm.num_cut[name] else "") + value, interval
 
 
 def _change(change: Change) -> Cell:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,17 @@ from sae_rl.analysis.pages import render
 from sae_rl.analysis.step_columns import Column, batch_of, columns_of
 from sae_rl.analysis.token_texts import TokenTexts
 
-# A float has 23 bits after the point. With 11 the relative error is at most 2^-12, and the page shows three digits.
+# A float has 23 bits after the point. With 11 the relative error is at most 2^-12; the page shows about three digits.
 KEPT_BITS = 11
+SHOWN = (
+    "prompt_id",
+    "prompt",
+    "answer",
+    "sample",
+    "reward",
+    "why",
+    "finish_reason",
+)  # columns without numbers per token
 SCRIPTS = ("viewer_charts.js", "viewer.js")
 
 Row = dict[str, Any]  # a recorded rollout, without its numbers per token
@@ -77,11 +87,10 @@ def show_responses(viewed: Viewed, rows: Sequence[int], vocabulary: Vocabulary, 
 def page_data(viewed: Viewed, rows: Sequence[int], vocabulary: Vocabulary, first: int) -> dict[str, Any]:
     """Texts and numbers of the rows, which JSON can hold."""
     batch, texts = batch_of(viewed.table), TokenTexts(vocabulary.decode)
-    names = ["prompt_id", "prompt", "answer", "sample", "reward", "why", "finish_reason", "response"]
     prompts, pieces = dict[tuple[str, str], int](), dict[tuple[str, bool], int]()
     responses = []
     for i in rows:
-        row = viewed.table.select(names).slice(i, 1).to_pylist()[0]
+        row = viewed.table.select(SHOWN).slice(i, 1).to_pylist()[0]
         start, end = batch.offsets[i : i + 2].tolist()
         ids, prompt = batch.token_ids[start:end].tolist(), batch.prompt_token_ids[: batch.prompt_offsets[i + 1]]
         before = int(prompt[-1]) if batch.prompt_lengths[i] else None
@@ -92,7 +101,8 @@ def page_data(viewed: Viewed, rows: Sequence[int], vocabulary: Vocabulary, first
                 "index": i,
                 "id": f"{row['prompt_id']}/{row['sample']}",
                 "prompt": prompts.setdefault((row["prompt"], row["answer"]), len(prompts)),
-                **{name: row[name] for name in ("reward", "why", "finish_reason")},
+                **{name: row[name] for name in ("why", "finish_reason")},
+                "reward": row["reward"] if math.isfinite(row["reward"]) else None,  # JSON has no NaN and no infinity
                 "right": row["reward"] >= viewed.pass_score,
                 "length": len(ids),
                 "tokens": packed(np.array([used, ids], dtype="<u4")),

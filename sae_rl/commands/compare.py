@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from pydantic_core import to_json
 
 from sae_rl.comparison.arms import with_arms
-from sae_rl.comparison.curves import RunCurves, csv_text
+from sae_rl.comparison.curves import RunCurves, csv_text, is_curves
 from sae_rl.comparison.outcomes import OUTCOMES
 from sae_rl.comparison.results import Choices, Comparison, compare
 from sae_rl.comparison.runs import Unread, read_runs
@@ -77,7 +77,11 @@ def read_arguments(arguments: Sequence[str]) -> Any:
 
 
 def export(folder: Path, runs: Sequence[RunCurves], unread: Sequence[Unread]) -> None:
-    """Writes a CSV file for each run, also for those that failed. Raises ConfigError if the folder cannot be written to."""
+    """Writes a CSV file for each run, also for those that failed.
+
+    Raises:
+        ConfigError: the folder cannot be written to, or holds curves of other runs.
+    """
     nothing: dict[str, Any] = {"seed": "", "task": "", "held_out": "", "steps": 0, "training": {}, "success": {}}
     failed = [
         RunCurves(source=Path(run.source), arm=Path(run.source).name, problem=run.reason, **nothing) for run in unread
@@ -87,6 +91,10 @@ def export(folder: Path, runs: Sequence[RunCurves], unread: Sequence[Unread]) ->
         stem = re.sub(r"[^\w.=-]+", "_", f"{run.arm}, seed={run.seed}" if run.seed else run.arm).strip("_")
         name = next(f for n in range(1, 1000) if (f := f"{stem}{f'_{n}' * (n > 1)}.csv") not in texts)
         texts[name] = csv_text(run)
+    others = [file for file in folder.glob("*.csv") if file.name not in texts and file.is_file() and is_curves(file)]
+    if others:
+        listed = ", ".join(sorted(file.name for file in others))
+        raise ConfigError([f"--export {folder}: it holds curves of other runs: {listed}; remove them or name another"])
     _write(folder, texts)
 
 

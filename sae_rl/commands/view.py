@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from sae_rl.analysis.step_columns import Column, recorded_columns
-from sae_rl.analysis.viewer import Viewed, chosen, pass_score_of, view_of_step, write_page
+from sae_rl.analysis.viewer import SHOWN, Viewed, chosen, pass_score_of, view_of_step, write_page
 from sae_rl.commands.report import vocabulary_of
-from sae_rl.commands.run_folder import check_run
+from sae_rl.commands.run_folder import CONFIG, check_run
 from sae_rl.correlation.files import RESPONSES, TENSORS, load
 from sae_rl.correlation.measurements import Measurements, block_advantages, reference_values
 from sae_rl.records.rollouts import FOLDER, check_step, read_rollouts, step_files
@@ -57,16 +57,21 @@ def run_view(given: list[str]) -> Path:
     folder: Path = arguments.folder
     check_run(folder)
     is_correlated = (folder / TENSORS).is_file()
+    if is_correlated and arguments.step is not None:
+        raise ConfigError([f"--step {arguments.step}: {folder} is a folder of sae-rl correlate, which has no steps"])
     file = folder / RESPONSES if is_correlated else step_file(folder, arguments.step)
+    text, config = config_of(folder / CONFIG)
+    table = table_of(file)
+    first = 0 if arguments.response is None else place_of(arguments.response, table)
     try:
-        check_step(file)
+        viewed = view_of_measurements(load(folder), table, config) if is_correlated else view_of_step(table, config)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-    table, text = read_rollouts(file), (folder / "config.yaml").read_text()
-    config = yaml.safe_load(text)
-    first = 0 if arguments.response is None else place_of(arguments.response, table)
-    viewed = view_of_measurements(load(folder), table, config) if is_correlated else view_of_step(table, config)
     output: Path = arguments.output or folder / ("view.html" if is_correlated else f"view_{file.stem}.html")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"--output {output}: cannot write there ({error.strerror})"]) from error
     write_page(
         viewed,
         chosen(viewed, arguments.responses, first),
@@ -78,6 +83,36 @@ def run_view(given: list[str]) -> Path:
         config_text=text,
     )
     return output
+
+
+def config_of(file: Path) -> tuple[str, dict[str, Any]]:
+    """The text of ``config.yaml``, and what it holds. Raises ConfigError if a page's keys cannot be read from it."""
+    try:
+        text = file.read_text()
+        config = yaml.safe_load(text)
+        _ = config["name"], config["model"]["path"], pass_score_of(config)
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            [f"{file} cannot be read as a run's configuration ({type(error).__name__}: {said})"]
+        ) from error
+    return text, config
+
+
+def table_of(file: Path) -> pa.Table:
+    """Recorded responses. Raises ConfigError for a file that is damaged, empty, or lacks a column of the page."""
+    try:
+        check_step(file)
+        table = read_rollouts(file)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        said = " ".join(str(error).split())
+        name = "" if str(file) in said else f"{file} holds no rollouts that can be read: "
+        raise ConfigError([f"{name}{said}"]) from error
+    if lacking := [name for name in ("prompt_token_ids", *SHOWN) if name not in table.column_names]:
+        raise ConfigError([f"{file} lacks the columns {', '.join(lacking)}"])
+    if not table.num_rows:
+        raise ConfigError([f"{file} holds no responses"])
+    return table
 
 
 def view_of_measurements(measured: Measurements, table: pa.Table, config: Mapping[str, Any]) -> Viewed:

@@ -37,7 +37,7 @@ def with_arms(runs: Sequence[RunCurves], arm_by: Sequence[str] = ()) -> tuple[li
     if unknown := [key for key in arm_by if not any(_is_in(name, [key]) for name in known)]:
         raise ValueError(f"--arm-by {unknown[0]}: no run has that key, {nearest(unknown[0], known)}")
     settings = [_without_seeds(run.settings, run.seed) for run in configured]
-    settings = _templates(settings)
+    settings, templates = _templates(settings)
     differing = [key for key in known if len({repr(each.get(key)) for each in settings}) > 1]
     ours = [key for key in differing if not _is_in(key, (*IGNORED, *PARTS_OF_HELD_OUT))]
     chosen = [key for key in differing if _is_in(key, arm_by)] if arm_by else ours
@@ -53,7 +53,8 @@ def with_arms(runs: Sequence[RunCurves], arm_by: Sequence[str] = ()) -> tuple[li
         key for key in differing if key not in chosen and not _is_in(key, ("name", "output_dir", *PARTS_OF_HELD_OUT))
     ]
     inside = [key for key in shared if any(len(v) > 1 for v in _values_inside(key, keys, settings).values())]
-    return found, [f"Runs of one arm differ in {key}." for key in inside]
+    notes = [f"Paths that differ in the seed are one setting: {each}." for each in templates]
+    return found, [*notes, *(f"Runs of one arm differ in {key}." for key in inside)]
 
 
 def _values_inside(key: str, arms: Sequence[Any], settings: Sequence[Values]) -> dict[Any, set[str]]:
@@ -91,12 +92,22 @@ def _seed_forms(path: str, seed: str) -> tuple[str, ...]:
     return tuple(forms)
 
 
-def _templates(settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each path in the one of its forms that most runs share, so that a base model for each seed is one setting."""
+def _templates(settings: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Each path in the one of its forms that most runs share, so that a base model for each seed is one setting.
+
+    Returns:
+        The settings; and each template that replaces paths, with its key.
+    """
     paths = [{key: forms for key, forms in each.items() if isinstance(forms, tuple)} for each in settings]
     shared = Counter((key, form) for each in paths for key, forms in each.items() for form in forms)
     chosen = [{key: max(forms, key=lambda f, k=key: shared[k, f]) for key, forms in each.items()} for each in paths]  # type: ignore[misc]
-    return [each | own for each, own in zip(settings, chosen, strict=True)]
+    used = (
+        f"{key}={own[key]}"
+        for of_run, own in zip(paths, chosen, strict=True)
+        for key, forms in of_run.items()
+        if own[key] != forms[0] and not _is_in(key, (*IGNORED, *PARTS_OF_HELD_OUT))
+    )
+    return [each | own for each, own in zip(settings, chosen, strict=True)], list(dict.fromkeys(used))
 
 
 def _seeds(runs: Sequence[RunCurves]) -> list[str]:

@@ -33,6 +33,7 @@ DIAGNOSTICS = (  # metrics of training that a comparison shows, averaged over st
 TRAINING = (*DIAGNOSTICS, *PHASES, "time/step_s")
 SUCCESS = "evaluation/success_mean"
 FIRST_LINE = "# curves of one run, for sae-rl compare"
+csv.field_size_limit(1 << 30)  # `scores` may hold many thousands of prompts
 HEAD = ("arm", "seed", "task", "held_out", "steps", "problem", "update_failed", "prompts")
 
 
@@ -108,7 +109,7 @@ def read_csv(file: Path) -> RunCurves:
                 for name, value in row.items():
                     if value and name not in (SUCCESS, "scores"):
                         training.setdefault(name, {})[step] = float(value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
         raise ValueError(f"{file} holds no curves that can be read: {error!r}") from error
     texts = {key: head[key] for key in ("arm", "seed", "task", "held_out", "problem")}
     return RunCurves(

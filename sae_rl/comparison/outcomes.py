@@ -80,7 +80,8 @@ class Arm:
     def tokens(self) -> Floats:
         """(A, E) tokens sampled until each evaluation; NaN where a step's are not known."""
         sums = [
-            np.cumsum([0.0, *(run.training[TOKENS].get(s, math.nan) for s in range(run.steps))]) for run in self.runs
+            np.cumsum([0.0, *(run.training.get(TOKENS, {}).get(s, math.nan) for s in range(run.steps))])
+            for run in self.runs
         ]
         return np.array([[of_run[step] for step in self.steps] for of_run in sums])
 
@@ -104,9 +105,9 @@ class Arm:
 
     @property
     def diverged(self) -> int:
-        """Runs whose final score is below their first one, or below half of their best one."""
-        final = self.curves[:, -1]
-        return int(((final < self.curves[:, 0]) | (final < self.curves.max(axis=1) / 2)).sum())
+        """Runs whose final score is below their first one, or below half of their best one if that is positive."""
+        final, best = self.curves[:, -1], self.curves.max(axis=1)
+        return int(((final < self.curves[:, 0]) | ((best > 0) & (final < best / 2))).sum())
 
 
 def halfway(arms: Sequence[Arm]) -> float:

@@ -69,6 +69,7 @@ class ArmResult:
     iqm: dict[str, Estimate]  # interquartile mean, of `SCORES`
     final_std: float  # over seeds
     num_reached: int  # runs that reached the threshold
+    num_cut: dict[str, int]  # runs that count with the shortest run's end, of `DURATIONS`
     runs: dict[str, list[float]]  # `OUTCOMES` of each run
     curve: Band  # by evaluation
     tokens: list[float]  # mean tokens sampled until each evaluation
@@ -173,6 +174,7 @@ class _Samples:
     linear: Floats  # (A, E + 3), or (A, E + 3, P)
     others: Floats  # (A, 3) drawdown, steps and tokens to the threshold
     reached: int
+    num_cut: list[int]  # (2,) runs whose steps, and whose tokens, are cut to those of the shortest run
     weights: Floats | None
 
     @classmethod
@@ -180,7 +182,7 @@ class _Samples:
         durations, _ = arm.durations(threshold)
         reached = int(np.isfinite(durations[:, 0]).sum())
         others = np.column_stack([arm.drawdowns, np.minimum(durations, horizon)])
-        return cls(arm.linear, others, reached, weights)
+        return cls(arm.linear, others, reached, (durations > horizon).sum(0).tolist(), weights)
 
     def parts(self) -> tuple[Resampled, Resampled]:
         rng = np.random.default_rng(0)
@@ -190,7 +192,7 @@ class _Samples:
         """The differences of paired runs."""
         ours, theirs = (list(side) for side in zip(*places, strict=True))
         linear, others = self.linear[ours] - other.linear[theirs], self.others[ours] - other.others[theirs]
-        return _Samples(linear, others, 0, self.weights)
+        return _Samples(linear, others, 0, [], self.weights)
 
 
 def _failures(selection: Selection, arm: str) -> list[str]:
@@ -239,6 +241,7 @@ def _arm_result(arm: Arm, samples: _Samples, selection: Selection, thresholds: F
         iqm=dict(zip(SCORES, middle, strict=True)),
         final_std=float(final.std(ddof=1)) if len(final) > 1 else math.nan,
         num_reached=samples.reached,
+        num_cut=dict(zip(DURATIONS, samples.num_cut, strict=True)),
         runs=dict(zip(OUTCOMES, by_run.T.tolist(), strict=True)),
         curve=_band(linear[:num_steps]),
         tokens=arm.tokens.mean(0).tolist(),
@@ -308,9 +311,9 @@ def _difference(
 
 def verdict_of(outcome: str, change: Change, num_seeds: int) -> Verdict:
     """Whether an arm is better than the baseline, by the p value after Holm's correction."""
-    if num_seeds < MIN_SEEDS:
+    if num_seeds < MIN_SEEDS or (math.isnan(change.p) and change.value != 0):
         return "no interval"
-    if not change.holm_p < ALPHA:  # NaN: all runs differ by the same
+    if not change.holm_p < ALPHA:  # NaN: all runs agree
         return "no difference shown"
     lower_is_better = outcome in (*DURATIONS, "drawdown")
     return "better" if (change.value < 0) == lower_is_better else "worse"
@@ -335,8 +338,10 @@ def sentence(
     if verdict == "no interval":
         sizes = [(len(each.runs), each.name) for each in (arm, baseline)]
         counts = " and ".join(f"{n} complete run{'s' * (n != 1)} of {name}" for n, name in sizes)
-        few = f"no interval, since there are {counts}; {MIN_SEEDS} of each are needed"
-        return f"{arm.name} and {baseline.name}: {few} ({difference})."
+        why = f"there are {counts}; {MIN_SEEDS} of each are needed"
+        if min(ours, theirs) >= MIN_SEEDS:
+            why = "not every run has that number" if math.isnan(change.value) else "all runs differ by the same"
+        return f"{arm.name} and {baseline.name}: no interval, since {why} ({difference})."
     if math.isnan(change.low):
         return f"{arm.name} and {baseline.name}: no difference shown; {difference} without any spread over the runs."
     how = f"paired over {num_pairs} seeds" if num_pairs else f"{ours} and {theirs} runs, not paired"

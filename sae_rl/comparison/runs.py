@@ -22,6 +22,7 @@ from sae_rl.records.samples import FOLDER as SAMPLES
 
 CONFIG, METRICS, FAILED_JOBS = "config.yaml", "metrics.jsonl", "failed_jobs.txt"
 SAMPLING = ("pass_score", "temperature", "top_p", "top_k", "min_p")  # keys of `evaluation` that say what success means
+DAMAGED = (KeyError, TypeError, ZeroDivisionError, AttributeError, ValueError, yaml.YAMLError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[RunCurves], list[Unread]]:
     """The runs of folders, sweep folders and CSV files, each once, and the runs that left nothing to read.
 
     Raises:
-        ValueError: a path does not exist or holds no run, or a file cannot be read.
+        ValueError: a path does not exist or holds no run, or a CSV file cannot be read.
     """
     runs: dict[Path, RunCurves] = {}
     unread: dict[str, Unread] = {}
@@ -54,7 +55,13 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[RunCurves], list[Unread]]:
                 continue
             tail = f"/{source.relative_to(path)}" if source != path else str(source)
             failure = "; ".join(failed.pop(name) for name in [*failed] if f"/{name}".endswith(tail))
-            read = read_csv(source) if source.is_file() else _read_run(source, failure)
+            try:
+                read = read_csv(source) if source.is_file() else _read_run(source, failure)
+            except DAMAGED as error:
+                if source.is_file():
+                    raise
+                reason = " ".join(str(error).split())
+                read = Unread(str(source), f"it cannot be read ({type(error).__name__}: {reason})")
             if isinstance(read, Unread):
                 unread[read.source] = read
             else:
@@ -64,11 +71,20 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[RunCurves], list[Unread]]:
 
 
 def _runs_below(path: Path) -> list[Path]:
+    """Folders of runs, but none inside another, and CSV files of curves."""
     if path.is_file() or (path / CONFIG).is_file():
-        return [path]
-    files = [*(file for file in path.rglob(CONFIG)), *(file for file in path.rglob("*.csv") if is_curves(file))]
-    shown = (file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts))
-    return sorted(file.parent if file.name == CONFIG else file for file in shown)
+        return [path] if path.is_file() or _is_of_training(path) else []
+    files = [file for pattern in (CONFIG, "*.csv") for file in path.rglob(pattern) if file.is_file()]
+    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    runs = {file.parent for file in shown if file.name == CONFIG and _is_of_training(file.parent)}
+    tops = [folder for folder in runs if runs.isdisjoint(folder.parents)]
+    return sorted([*tops, *(file for file in shown if file.name != CONFIG and is_curves(file))])
+
+
+def _is_of_training(folder: Path) -> bool:
+    """Whether neither ``sae-rl correlate`` nor ``sae-rl pretrain-critic`` wrote the configuration."""
+    has_critic_alone = (folder / "critic").is_dir() and not (folder / "checkpoints").is_dir()
+    return not has_critic_alone and not (folder / "correlation.yaml").is_file()
 
 
 def _failed_jobs(folder: Path) -> dict[str, str]:
@@ -156,4 +172,4 @@ def _held_out(tree: Mapping[str, Any]) -> str:
         key: value for key, value in flat(tree["task"]["evaluation"] or {}).items() if value not in (None, {}, [])
     }
     sampling = {key: tree["evaluation"][key] for key in SAMPLING}
-    return json.dumps(source | sampling, sort_keys=True)
+    return " ".join(json.dumps(source | sampling, sort_keys=True).split())  # as CSV files hold it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ def select(runs: Sequence[RunCurves], unread: Sequence[Unread], last_fraction: f
     notes = [_about(own[0], len(compared), len(left_out))] if left_out else []
     if measure == REWARD:
         notes.append("No run was evaluated on held-out prompts: the reward of training is compared, over the steps.")
-    sets = [set(learning_curve(run, measure)) for run in compared]
+    sets = [_measured(run, measure) for run in compared]
     common = sorted(set.intersection(*sets))
     if dropped := sorted(set.union(*sets) - set(common)):
         notes.append(f"Not all runs were evaluated after the steps {', '.join(map(str, dropped))}: these are left out.")
@@ -64,10 +65,15 @@ def select(runs: Sequence[RunCurves], unread: Sequence[Unread], last_fraction: f
 
 
 def _with_last_evaluation(run: RunCurves, measure: str) -> RunCurves:
-    if run.problem or run.steps in learning_curve(run, measure):
+    if run.problem or run.steps in _measured(run, measure):
         return run
-    lacking = "held-out prompts" if measure == SUCCESS else measure
+    lacking = "evaluation" if measure == SUCCESS else measure
     return replace(run, problem=f"no {lacking} after the last step")
+
+
+def _measured(run: RunCurves, measure: str) -> set[int]:
+    """The steps after which the measure is known, and is a number."""
+    return {step for step, value in learning_curve(run, measure).items() if not math.isnan(value)}
 
 
 def _difference(run: RunCurves, other: RunCurves) -> str:

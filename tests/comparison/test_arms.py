@@ -95,9 +95,18 @@ def test_a_model_for_each_seed_is_one_setting() -> None:
         for size in ("small", "large")
         for seed in (0, 1, 12)
     ]
-    names, _ = arms_of(*runs)
+    names, notes = arms_of(*runs)
+    assert len(notes) == 2 and (
+        "Paths that differ in the seed are one setting: model.path=/bases/1B_small/base_{seed}/seed={seed}." in notes
+    )
     assert len(set(names)) == 4 and all(names[i] == names[i + 1] == names[i + 2] for i in range(0, 12, 3))
     assert "estimator=sae, path=/bases/1B_small/base_{seed}/seed={seed}" in names
+
+
+def test_models_whose_names_hold_a_number_like_the_seed_are_named() -> None:
+    names, notes = arms_of(*({"seed": s, "model.path": f"models/Qwen3-{s}B", "output_dir": f"x/{s}"} for s in (4, 8)))
+    assert names == ["all runs"] * 2
+    assert notes == ["Paths that differ in the seed are one setting: model.path=models/Qwen3-{seed}B."]
 
 
 def test_other_seeds_are_seeds() -> None:

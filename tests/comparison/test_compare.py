@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from sae_rl.analysis.comparison_table import tables
 from sae_rl.comparison.curves import RunCurves
 from sae_rl.comparison.results import Choices, Comparison, compare
 from sae_rl.comparison.runs import Unread
 from sae_rl.comparison.selection import select
+from sae_rl.records.metrics import show
 
 from .made_up import curves_of
 
@@ -82,6 +84,22 @@ def test_runs_that_never_reach_the_threshold_count_with_the_length_of_the_shorte
         "the shortest run sampled 1200 tokens"
     )
     assert base.outcomes["tokens_to"].value == 500
+    assert (base.num_cut, arm.num_cut) == ({"steps_to": 0, "tokens_to": 0}, {"steps_to": 2, "tokens_to": 2})
+
+
+def test_durations_beyond_the_shortest_run_are_lower_bounds() -> None:
+    def run(arm: str, seed: int, reached_at: int, tokens: float) -> RunCurves:
+        training = {"sampled_tokens": dict.fromkeys(range(20), tokens)}
+        success = {step: 0.6 if step >= reached_at else 0.1 for step in STEPS}
+        return curves_of(success, arm=arm, seed=str(seed), training=training)
+
+    runs = [run("short", k, 10, 100.0) for k in range(3)] + [run("long", k, 20, 1000.0) for k in range(3)]
+    found = compared(runs, threshold=0.5)
+    short, long = found.arms
+    assert (short.num_cut, long.num_cut) == ({"steps_to": 0, "tokens_to": 0}, {"steps_to": 0, "tokens_to": 3})
+    (table,) = (each for each in tables(found) if "tokens" in each.columns)
+    assert [table.rows["long"][k][0] for k in (0, 1, 2)] == ["3 of 3", show(20.0), f"≥ {show(2000.0)}"]
+    assert not table.rows["short"][2][0].startswith("≥")
 
 
 def test_an_interval_without_0_that_holm_takes_back_is_said_so() -> None:
@@ -154,6 +172,15 @@ def test_runs_without_spread_are_no_finding() -> None:
     assert difference.verdict == "no difference shown" and "without any spread over the runs" in difference.sentence
 
 
+def test_a_difference_without_spread_has_no_interval() -> None:
+    runs = [curves_of({0: 0.0, 20: v}, arm=a, seed=str(s)) for a, v in (("a", 0.25), ("b", 1.0)) for s in range(4)]
+    (difference,) = compared(runs).differences
+    assert difference.verdict == "no interval"
+    assert difference.sentence == (
+        "b and a: no interval, since all runs differ by the same (final score, difference +0.750)."
+    )
+
+
 def test_failed_runs_are_counted_and_named() -> None:
     runs = simulated("base", 0.4, range(4)) + simulated("arm", 0.4, range(4))
     stopped = curves_of(
@@ -179,7 +206,15 @@ def test_failed_runs_are_counted_and_named() -> None:
 def test_a_complete_run_without_its_last_evaluation_is_not_complete() -> None:
     runs = simulated("base", 0.4, range(3))
     cut = curves_of({0: 0.1, 5: 0.2}, arm="base", seed="7", steps=20)
-    assert compared([*runs, cut]).arms[0].failed == ["base-7: no held-out prompts after the last step"]
+    assert compared([*runs, cut]).arms[0].failed == ["base-7: no evaluation after the last step"]
+
+
+def test_scores_that_are_no_numbers_are_no_evaluations() -> None:
+    runs, nothing = simulated("base", 0.4, range(3)), {0: 0.1, 5: 0.2, 10: 0.2, 15: 0.2, 20: 0.3}
+    last, between = (curves_of(nothing | {s: math.nan}, arm="base", seed=str(s)) for s in (20, 5))
+    found = compared([*runs, last, between])
+    assert found.arms[0].failed == ["base-20: no evaluation after the last step"]
+    assert found.steps == [0, 10, 15, 20] and math.isfinite(found.arms[0].outcomes["drawdown"].value)
 
 
 def test_other_prompts_and_other_steps_are_told_apart() -> None:

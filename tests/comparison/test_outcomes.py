@@ -66,6 +66,11 @@ def test_tokens_of_a_step_that_is_not_known_are_not_made_up() -> None:
     assert tokens[0, :2].tolist() == [0, 12] and math.isnan(tokens[0, 2])
 
 
+def test_a_run_without_training_has_no_tokens() -> None:
+    run = curves_of({0: 0.1, 2: 0.3}, training={})
+    assert np.isnan(Arm("a", [run], (2,), SUCCESS, 0.25, has_scores=False).tokens).all()
+
+
 def test_the_definition_of_divergence() -> None:
     arm = arm_of(
         (0.3, 0.6, 0.6, 0.29),  # below its first score
@@ -74,6 +79,7 @@ def test_the_definition_of_divergence() -> None:
         (0.3, 0.3, 0.3, 0.30),
     )
     assert arm.diverged == 2
+    assert arm_of((-1.0, -0.9, -0.8, -0.8), (-1.0, -0.5, -0.9, -1.1)).diverged == 1, "half is no measure below 0"
 
 
 def test_the_threshold_is_half_way_to_the_best_arm() -> None:

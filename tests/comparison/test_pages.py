@@ -145,6 +145,19 @@ def test_what_never_began_is_exported_too(sweep: Path, tmp_path: Path) -> None:
     assert "One arm: there is nothing to compare it with." in (tmp_path / "b" / "comparison.html").read_text()
 
 
+def test_curves_of_other_runs_are_not_mixed_with_an_export(sweep: Path, tmp_path: Path) -> None:
+    csv, run = tmp_path / "csv", str(sweep / "algorithm=gae,seed=0")
+    arguments = ("--output", str(tmp_path / "out"), "--export", str(csv))
+    assert call("compare", run, *arguments).code == 0
+    (csv / "notes.csv").write_text("a,b\n")
+    assert call("compare", run, *arguments).code == 0, "the same run again"
+    before = {file: file.read_text() for file in csv.iterdir()}
+    done = call("compare", str(sweep / "algorithm=gae,seed=1"), *arguments)
+    said = f"--export {csv}: it holds curves of other runs: all_runs_seed=0.csv; remove them or name another"
+    assert (done.code, done.stderr) == (2, f"error: {said}\n")
+    assert {file: file.read_text() for file in csv.iterdir()} == before
+
+
 def test_one_run_alone_is_a_page_without_intervals(sweep: Path, tmp_path: Path) -> None:
     done = call("compare", str(sweep / "algorithm=gae,seed=0"), "--output", str(tmp_path))
     assert done.code == 0 and "[" not in done.stdout.split("Means over")[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from sae_rl.comparison.curves import FIRST_LINE, SUCCESS, RunCurves, csv_text, read_csv
 from sae_rl.comparison.runs import read_runs
@@ -15,13 +16,21 @@ from sae_rl.records.samples import write_samples
 from tests.evaluation.made_up import made_up
 from tests.evaluation.made_up import make_config as evaluation_config
 
-from .made_up import EVERY, STEPS, write_run
+from .made_up import EVERY, STEPS, curves_of, write_run
 
 
 def read_one(path: Path) -> RunCurves:
     (run,), unread = read_runs([path])
     assert unread == []
     return run
+
+
+def why_unread(folder: Path) -> str:
+    """Why a run is not read; the run beside it is."""
+    beside = folder.parent / "beside"
+    (run,), (unread,) = read_runs([beside if beside.exists() else write_run(beside, seed=9), folder])
+    assert (run.seed, unread.source) == ("9", str(folder))
+    return unread.reason
 
 
 def test_a_run_is_read_as_it_was_recorded(tmp_path: Path) -> None:
@@ -93,6 +102,52 @@ def test_a_sweep_counts_what_failed(tmp_path: Path) -> None:
     ]
 
 
+def test_what_other_commands_write_is_no_run(tmp_path: Path) -> None:
+    run, alone, critic = (write_run(tmp_path / "all" / name) for name in ("run", "alone", "critic"))
+    measured = write_run(run / "correlation" / "step_000012", done=0)
+    (critic / "critic").mkdir()
+    for folder in (measured, alone):
+        (folder / "correlation.yaml").write_text("correlation: {}\n")
+    assert read_one(tmp_path / "all").source == run
+    for folder in (alone, critic):
+        with pytest.raises(ValueError, match="it holds no run"):
+            read_runs([folder])
+    (critic / "checkpoints").mkdir()
+    assert read_one(critic).source == critic, "a run that was trained where its critic lies"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("config.yaml", "", "its config.yaml is not that of a training run"),
+        ("config.yaml", "a: [1,\n", "it cannot be read (ParserError: while parsing a flow node"),
+        ("config.yaml", "{seed: 0, steps: 2, task: {}, algorithm: {}}", "it cannot be read (KeyError: "),
+        ("metrics.jsonl", '{"phase": "train"}\n', "it cannot be read (KeyError: 'step')"),
+        ("metrics.jsonl", "3\n", "it cannot be read (TypeError: "),
+        (
+            "metrics.jsonl",
+            '{"phase": "train", "step": 0, "rollout/tokens_mean": 1, "sampling/kept_fraction": null}\n',
+            "it cannot be read (TypeError: ",
+        ),
+        (
+            "metrics.jsonl",
+            '{"phase": "train", "step": 0, "rollout/tokens_mean": 1, "sampling/kept_fraction": 0}\n',
+            "it cannot be read (ZeroDivisionError: ",
+        ),
+    ],
+)
+def test_a_damaged_run_does_not_end_the_comparison(tmp_path: Path, name: str, text: str, reason: str) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / name).write_text(text)
+    assert reason in why_unread(folder)
+
+
+def test_a_folder_with_the_name_of_a_csv_file(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "all" / "run")
+    (tmp_path / "all" / "x.csv").mkdir()
+    assert read_one(tmp_path / "all").source == run
+
+
 def test_folders_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere: there is no such folder or file"):
         read_runs([tmp_path / "nowhere"])
@@ -108,11 +163,9 @@ def test_samples_that_do_not_fit_together(tmp_path: Path) -> None:
     file = folder / "evaluation" / "step_000003.parquet"
     other = write_run(tmp_path / "other", num_prompts=6) / "evaluation" / "step_000003.parquet"
     file.write_bytes(other.read_bytes())
-    with pytest.raises(ValueError, match=r"step_000003\.parquet has other prompts than the first file in that folder"):
-        read_runs([folder])
+    assert "step_000003.parquet has other prompts than the first file in that folder" in why_unread(folder)
     file.write_bytes(b"cut")
-    with pytest.raises(ValueError, match=r"step_000003\.parquet holds no samples that can be read"):
-        read_runs([folder])
+    assert "step_000003.parquet holds no samples that can be read" in why_unread(folder)
 
 
 @pytest.mark.parametrize("num_prompts", [0, 5])
@@ -151,3 +204,23 @@ def test_a_csv_file_that_was_changed(tmp_path: Path) -> None:
         file.write_text(text.replace(old, new))
         with pytest.raises(ValueError, match=message):
             read_csv(file)
+
+
+def test_scores_of_many_prompts_are_read(tmp_path: Path) -> None:
+    scores, file = np.full(20_000, 1 / 3), tmp_path / "run.csv"
+    run = curves_of({0: 0.1, 2: 1 / 3}, prompts={"level": 20_000}, scores={2: scores})
+    file.write_text(csv_text(run))
+    assert read_one(file).scores[2] == pytest.approx(scores, rel=1e-5)
+    file.write_text(file.read_text().replace("evaluation,0", 'evaluation,"0'))
+    with pytest.raises(ValueError, match="holds no curves that can be read"):
+        read_csv(file)
+
+
+def test_blanks_do_not_tell_held_out_prompts_apart(tmp_path: Path) -> None:
+    folder, file = write_run(tmp_path / "run"), tmp_path / "run.csv"
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    tree["task"]["evaluation"]["template"] = "two  blanks"
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    run = read_one(folder)
+    file.write_text(csv_text(run))
+    assert read_one(file).held_out == run.held_out
