@@ -26,6 +26,7 @@ from sae_rl.settings import ConfigError
 from sae_rl.workers.table import roles_of
 
 FOLDER, SETTINGS = "correlation", "correlation.yaml"
+WEIGHTS = (".safetensors", ".bin", ".json")  # endings of the files that say what a model computes
 FREE = ("cluster.", "logger.", "rewards.num_processes", "dry_run", "output_dir")  # keys that may change between starts
 
 
@@ -64,7 +65,7 @@ def _weights(config: Config, settings: CorrelationConfig) -> dict[str, str]:
         critic = config.learner.critic_pretraining.checkpoint
         named = {"model.path": config.model.path, "learner.critic_pretraining.checkpoint": critic}
         folders = {key: Path(path) for key, path in named.items() if path is not None and Path(path).is_dir()}
-        found = {key: [file for file in folder.iterdir() if file.is_file()] for key, folder in folders.items()}
+        found = {key: [one for one in folder.iterdir() if one.suffix in WEIGHTS] for key, folder in folders.items()}
     contents = {key: sorted((Path(name).name, *one) for name, one in digests_of(found[key]).items()) for key in found}
     return {key: hashlib.sha256(repr(files).encode()).hexdigest() for key, files in contents.items()}
 
