@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +20,20 @@ from sae_rl.config.schema import AlgorithmConfig, Config, as_tree, flat
 from sae_rl.correlation.files import TENSORS
 from sae_rl.correlation.measure import Measuring, measure
 from sae_rl.correlation.settings import CorrelateConfig, CorrelationConfig, chosen
+from sae_rl.digests import digests_of
 from sae_rl.driver import restore
 from sae_rl.run_lock import locked
 from sae_rl.settings import ConfigError
 from sae_rl.workers.table import roles_of
 
 FOLDER, SETTINGS = "correlation", "correlation.yaml"
-FREE = ("cluster.", "logger.", "rewards.num_processes", "dry_run")  # keys that may change between starts
+WEIGHTS = (".safetensors", ".bin", ".json")  # endings of the files that say what a model computes
+FREE = ("cluster.", "logger.", "rewards.num_processes", "dry_run", "output_dir")  # keys that may change between starts
 
 
 def load_correlation(overrides: Sequence[str]) -> tuple[Config, CorrelationConfig, dict[str, Any]]:
-    """The configuration of the checkpoint's run with the overrides, the settings, and these as plain values.
+    """The configuration of the checkpoint's run with the overrides, the settings, and these as plain values
+    with the checksums of the weights.
 
     ``output_dir`` is the folder that is written: ``correlation/step_000020`` in the folder of the run, unless overridden.
 
@@ -50,14 +54,30 @@ def load_correlation(overrides: Sequence[str]) -> tuple[Config, CorrelationConfi
     with open_dict(tree):
         del tree["correlation"]
     settings = build(CorrelateConfig, OmegaConf.create(own)).correlation
-    return _frozen(training_config(tree), settings), settings, own
+    config = _frozen(training_config(tree), settings)
+    return config, settings, own | {"weights": _weights(config, settings)}
+
+
+def _weights(config: Config, settings: CorrelationConfig) -> dict[str, str]:
+    """SHA-256 of the weights by the key that names them: of a checkpoint's manifest, or of the files of model folders."""
+    if settings.checkpoint is not None:
+        found = {"correlation.checkpoint": [settings.checkpoint / checkpoint.MANIFEST]}
+    else:
+        critic = config.learner.critic_pretraining.checkpoint
+        named = {"model.path": config.model.path, "learner.critic_pretraining.checkpoint": critic}
+        folders = {key: Path(path) for key, path in named.items() if path is not None and Path(path).is_dir()}
+        found = {key: [one for one in folder.iterdir() if one.suffix in WEIGHTS] for key, folder in folders.items()}
+    contents = {key: sorted((Path(name).name, *one) for name, one in digests_of(found[key]).items()) for key in found}
+    return {key: hashlib.sha256(repr(files).encode()).hexdigest() for key, files in contents.items()}
 
 
 def _newest(folder: Path) -> Path:
     """A checkpoint, or the newest intact one of a run's folder. Raises ConfigError if there is none."""
+    folder = folder.absolute()
     if (folder / "driver.json").is_file():
         if found := checkpoint.damages_of(folder):
             raise ConfigError([f"correlation.checkpoint = {folder} is damaged: {found[0]}"])
+        check_run(folder.parent.parent)
         return folder
     check_run(folder)
     if (newest := checkpoint.newest_intact(folder / "checkpoints")[0]) is None:
@@ -77,6 +97,12 @@ def _frozen(config: Config, settings: CorrelationConfig) -> Config:
     if algorithm.bootstrap_truncated:
         found = "algorithm.bootstrap_truncated = true: continuations count the rewards of cut responses"
         problems.append(f"{found}; override it with false")
+    if (gamma := getattr(algorithm.estimator, "gamma", 1.0)) != 1:
+        found = f"algorithm.estimator.gamma = {gamma:g}: returns of continuations are undiscounted"
+        problems.append(f"{found}; override it with 1, which takes the critic's values as they are")
+    if config.rollout.first_responses is not None:
+        found = f"rollout.first_responses = {config.rollout.first_responses}: no response branches from another here"
+        problems.append(f"{found}; override it with null")
     if settings.gradient_dimension and config.learner.policy.zero_stage == 3:
         found = (
             f"{key} = {settings.gradient_dimension}: under learner.policy.zero_stage = 3 no rank holds whole weights"
@@ -111,7 +137,7 @@ def run_correlation(config: Config, settings: CorrelationConfig, own: dict[str, 
     """Measures the estimators of ``settings`` on a checkpoint; a second start continues what was killed.
 
     Args:
-        own: ``settings`` as plain values.
+        own: ``settings`` as plain values, and the checksums of the weights.
 
     Returns:
         The folder with the measurements, ``output_dir``; None with ``dry_run``.
@@ -181,8 +207,10 @@ def _most(config: Config, settings: CorrelationConfig) -> str:
 
 
 def _check_same(config: Config, own: dict[str, Any]) -> None:
-    """Raises ConfigError if the folder was begun with other settings."""
+    """Raises ConfigError if the folder was begun with other settings or weights, or is that of a run."""
     folder = config.output_dir
+    if (folder / CONFIG).exists() and not (folder / SETTINGS).exists():
+        raise ConfigError([f"output_dir = {folder} holds a run; choose another output_dir"])
     if not (folder / SETTINGS).exists() or not (folder / CONFIG).exists():
         return
     before = yaml.safe_load((folder / CONFIG).read_text()) | yaml.safe_load((folder / SETTINGS).read_text())

@@ -18,6 +18,7 @@ from sae_rl.commands.report import vocabulary_of
 from sae_rl.commands.run_folder import CONFIG, check_run
 from sae_rl.correlation.files import RESPONSES, TENSORS, load
 from sae_rl.correlation.measurements import Measurements, block_advantages, reference_values
+from sae_rl.correlation.references import value_noise
 from sae_rl.records.rollouts import FOLDER, check_step, read_rollouts, step_files
 from sae_rl.settings import ConfigError
 
@@ -120,9 +121,7 @@ def view_of_measurements(measured: Measurements, table: pa.Table, config: Mappin
     kept = [column for column in recorded_columns(table, "") if column.kind not in ("advantage", "segments")]
     assert table.num_rows == measured.batch.num_responses, "the files of one folder belong together"
     values, k = reference_values(measured), measured.continued.shape[1]
-    known = (~measured.continued.isnan()).sum(1)
-    spread = ((measured.continued - values[:, None]).square().nansum(1) / (known - 1) / known).sqrt()
-    spread = torch.where(known > 1, spread, math.nan)
+    spread = value_noise(measured.continued).sqrt()
     nowhere = torch.full((measured.batch.num_tokens,), math.nan, dtype=torch.float64)
     segments = list[Column]()
     for name, opens in zip(measured.names, measured.opens, strict=True):

@@ -133,7 +133,8 @@ def prompts_of(measurements: Measurements, reference: Reference) -> Tensor:
 
 def _position_means(x: Tensor, position: Tensor) -> Tensor:
     """(E, n) mean of each row over the tokens at about the same position of their response."""
-    edges = position.double().quantile(torch.linspace(0, 1, POSITION_BINS + 1, dtype=torch.float64)[1:-1]).unique()
+    inner = np.linspace(0, 1, POSITION_BINS + 1)[1:-1]
+    edges = torch.from_numpy(np.quantile(position.double().numpy(), inner)).unique()  # torch takes 2^24 numbers at most
     found = torch.searchsorted(edges, position.double())
     sizes = found.bincount(minlength=POSITION_BINS)
     sums = x.new_zeros(x.shape[0], POSITION_BINS).index_add(1, found, x)

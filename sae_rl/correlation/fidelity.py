@@ -54,7 +54,7 @@ class Fidelity:
     @property
     def cosine(self) -> Tensor:
         """(R + 1, E) ``mu . mu_ref / (|mu| |mu_ref|)``, that of a batch without end."""
-        return self.along / (self.length * self.true_length).sqrt()
+        return self.along / (self.length.sqrt() * self.true_length.sqrt())
 
     @property
     def scale(self) -> Tensor:
@@ -82,8 +82,8 @@ class Fidelity:
     def expected_cosine(self, n: int) -> Tensor:
         """(R + 1, E) ``mu . mu_ref / (|mu_ref| sqrt(E|x|^2))``, x the mean gradient of n prompts.
 
-        The root of the mean square stands for the mean length; the two differ little in many dimensions. The best scale for a batch of n prompts leaves exactly ``1 - expected_cosine^2`` of
-        |mu_ref|^2 as mean squared error.
+        The root of the mean square stands for the mean length; the two differ little in many dimensions. The best scale for a
+        batch of n prompts leaves exactly ``1 - expected_cosine^2`` of |mu_ref|^2 as mean squared error.
         """
         return self.along / (self.true_length.sqrt() * self.norm(n))
 

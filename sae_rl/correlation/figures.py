@@ -24,6 +24,8 @@ MIN_COVERED = 0.9  # an estimator's own segments are a reference if this fractio
 PROBABILITIES = (0.2, 0.5, 0.9)  # where slices by the probability of sampled tokens end
 MONTE_CARLO, GAE, SAE = "monte_carlo", "gae", "sae"  # names of estimators
 BASELINES = (MONTE_CARLO, GAE)
+# Estimators of the package that read no segments themselves, by their names in `ESTIMATORS`.
+UNSEGMENTED = ("gae", "monte_carlo", "length_adaptive_gae", "grpo", "rloo", "tempo")
 RANKED = 200  # resamples whose tokens are ranked: a million tokens take 2 s for each estimator
 SLICED = {  # kinds of slices, in words
     "position": "position in the response, %",
@@ -43,6 +45,7 @@ def figures(
     *,
     settings: Settings | None = None,
     segments_of: str | None = None,
+    pass_score: float = 1.0,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
 ) -> Tree:
@@ -51,11 +54,12 @@ def figures(
     Args:
         settings: of the estimators, for figures as functions of them.
         segments_of: the estimator whose segments give the paper's reference for all; None: "sae", if it is there.
+        pass_score: a response with this reward or more is right.
 
     Raises:
         ValueError: no estimator has this name.
     """
-    names, num_prompts = measurements.names, measurements.num_prompts
+    names, num_prompts, settings = measurements.names, measurements.num_prompts, settings or {}
     if segments_of is not None and segments_of not in names:
         raise ValueError(f"segments_of is {segments_of!r}, allowed: {', '.join(names)}")
     segments_of = segments_of or (SAE if SAE in names else None)
@@ -73,18 +77,22 @@ def figures(
         "continuations": measurements.continued.shape[1],
         "continuations_failed": float(measurements.continued.isnan().double().mean()),
         "num_resamples": num_resamples,
+        "returns_differ": _returns_differ(measurements),
         "mean_return": float(measurements.returns.mean()),
         "segments_of": segments_of,
         "baselines": [names[index] for index in baselines],
-        "estimators": {name: _about(measurements, e) for e, name in enumerate(names)},
+        "estimators": {name: _about(measurements, e, settings.get(name, {})) for e, name in enumerate(names)},
         "references": {
             name: _agreement_figures(measurements, reference, counts, baselines)
             for name, reference in references.items()
         },
-        "own_segments": {name: _own_segments(measurements, e, counts) for e, name in enumerate(names)},
-        "slices": _slice_figures(measurements, references["token"], counts),
+        "own_segments": {
+            name: _own_segments(measurements, e, counts) if has_segments(settings.get(name, {})) else {}
+            for e, name in enumerate(names)
+        },
+        "slices": _slice_figures(measurements, references["token"], counts, pass_score),
         "gradients": None if fidelity is None else _gradient_figures(fidelity, names, baselines, num_prompts),
-        "families": families(names, settings or {}),
+        "families": families(names, settings),
     }
 
 
@@ -108,7 +116,19 @@ def families(names: Sequence[str], settings: Settings) -> dict[str, list[tuple[f
     }
 
 
-def _about(measurements: Measurements, e: int) -> Tree:
+def has_segments(own: Mapping[str, Any]) -> bool:
+    """Whether an estimator with these settings reads segments, itself or for its values."""
+    return own.get("estimator.name") not in UNSEGMENTED or own.get("value_source.name") == "monte_carlo"
+
+
+def _returns_differ(measurements: Measurements) -> bool:
+    known = measurements.continued[~measurements.continued.isnan()]
+    return bool((known != measurements.returns[0]).any() or (measurements.returns != measurements.returns[0]).any())
+
+
+def _about(measurements: Measurements, e: int, own: Mapping[str, Any]) -> Tree:
+    if not has_segments(own):
+        return {"opens_fraction": math.nan, "segment_tokens": math.nan}
     rate = float(measurements.opens[e].double().mean())
     return {"opens_fraction": rate, "segment_tokens": 1 / rate if rate else math.nan}
 
@@ -157,31 +177,33 @@ def _own_segments(measurements: Measurements, e: int, counts: Tensor) -> Tree:
     return found | {"reliability": estimates_of(result.reliability, num_prompts)[0]}
 
 
-def slices_of(measurements: Measurements, tokens: Tensor) -> dict[str, tuple[Tensor, list[str]]]:
-    """By what slices are: (n,) the slice of each token, and the slices' labels."""
+def slices_of(
+    measurements: Measurements, tokens: Tensor, pass_score: float = 1.0
+) -> dict[str, tuple[Tensor, list[str]]]:
+    """By what slices are: (n,) the slice of each token, and the slices' labels; by outcome where outcomes differ."""
     batch = measurements.batch
     response = torch.searchsorted(batch.offsets, tokens, right=True) - 1
     position, length = positions(batch.offsets)[tokens], batch.lengths[response]
     to_end = ((length - position).double().log2() + 1e-9).floor().long()  # 0, 1-2, 3-6, ... tokens follow
     distances = [(2**i - 1, 2 ** (i + 1) - 2) for i in range(int(to_end.max()) + 1)]
-    returns = measurements.returns
-    is_right = returns >= (returns.min() + returns.max()) / 2
+    is_right = batch.rewards >= pass_score
+    outcomes = {"outcome": (1 - is_right[response].long(), ["right", "wrong"])}
     probability = torch.bucketize(batch.rollout_logprobs[tokens].exp().double(), torch.tensor(PROBABILITIES).double())
     ends = ["0", *map(str, PROBABILITIES), "1"]
     return {
         "position": (position * 10 // length, [f"{10 * i}-{10 * (i + 1)} %" for i in range(10)]),
         "tokens to the end": (to_end, [f"{a}-{b}" if a < b else f"{a}" for a, b in distances]),
-        "outcome": (1 - is_right[response].long(), ["right", "wrong"]),
+        **(outcomes if is_right.any() and not is_right.all() else {}),
         "probability": (probability, [f"{a}-{b}" for a, b in pairwise(ends)]),
     }
 
 
-def _slice_figures(measurements: Measurements, reference: Reference, counts: Tensor) -> Tree:
+def _slice_figures(measurements: Measurements, reference: Reference, counts: Tensor, pass_score: float) -> Tree:
     """By what slices are and by slice: the number of tokens, and the agreement with the token reference."""
     if not reference.tokens.numel():
         return {}
     trees: Tree = {}
-    for kind, (slices, labels) in slices_of(measurements, reference.tokens).items():
+    for kind, (slices, labels) in slices_of(measurements, reference.tokens, pass_score).items():
         sizes = slices.bincount(minlength=len(labels)).tolist()
         found = agreement(measurements, reference, counts, slices, len(labels))
         by_name = {name: _by_estimator(found, name, counts.shape[1]) for name in BY_SLICE}

@@ -39,6 +39,7 @@ SAMPLED, CONTINUED, ADVANTAGES = (
     "advantages_{:05d}.safetensors",
 )
 SAMPLING = "responses"  # a stage in cost.json
+HELD = 4096  # continuations from the places of a prompt that memory holds at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,8 @@ def _matched(measuring: Measuring, steps: Sequence[Responses]) -> dict[str, Algo
     """The algorithms, with the rates of those that they are matched to."""
     found = dict(measuring.algorithms)
     for name, other in measuring.settings.matched_to.items():
+        if name not in found:
+            continue  # left out
         segmenter = measuring.algorithms[other].segmenter
         inner = [segment(segmenter, s.batch, s.scores).sum() - s.batch.num_responses for s in steps]
         places = sum(s.batch.num_tokens - s.batch.num_responses for s in steps)
@@ -185,7 +188,7 @@ def _joined(steps: Sequence[Responses]) -> Responses:
 
 def _places(settings: CorrelationConfig, batch: Batch, opens: Mapping[str, Tensor]) -> Tensor:
     """(P,) the neutral places, and where segments of ``settings.boundaries`` open."""
-    boundaries = [(opens[name] > 0).nonzero().flatten() for name in settings.boundaries]
+    boundaries = [(opens[name] >= 0.5).nonzero().flatten() for name in settings.boundaries]
     places: Tensor = torch.cat([neutral_places(batch.lengths, settings.every), *boundaries]).unique()
     return places
 
@@ -205,6 +208,7 @@ def _tell_cost(measuring: Measuring, steps: Sequence[Responses], places: Tensor,
     settings, sampled = measuring.settings, spent(measuring.part(COST), SAMPLING)
     batch = _joined(steps).batch
     left = batch.offsets[1:].repeat_interleave(batch.lengths) - torch.arange(batch.num_tokens)
+    of_values = left.index_fill(0, batch.offsets[:-1], 0)  # `MonteCarloValues` measures no first token
     todo = torch.zeros(batch.num_tokens, dtype=torch.bool)
     for number, _, tokens in _prompts(batch):
         todo[tokens] = not measuring.part(CONTINUED.format(number)).exists()
@@ -218,7 +222,7 @@ def _tell_cost(measuring: Measuring, steps: Sequence[Responses], places: Tensor,
             if not measuring.part(ADVANTAGES.format(number)).exists():
                 first = sum(each.batch.num_tokens for each in steps[:number])
                 own = slice(first, first + step.batch.num_tokens)
-                needed = source.k * int(left[own][opens[name][own] > 0].sum())
+                needed = source.k * int(of_values[own][opens[name][own] > 0].sum())
                 total += needed if source.budget_tokens is None else min(needed, source.budget_tokens)
         lines.append(f"the values of {name}")
     minutes = total * sampled.seconds / max(1, sampled.tokens) / 60
@@ -238,7 +242,8 @@ def _continued(measuring: Measuring, whole: Responses, places: Tensor) -> Tensor
             at = places[(places >= tokens.start) & (places < tokens.stop)] - tokens.start
             everywhere = torch.ones(tokens.stop - tokens.start, dtype=torch.bool)
             sampler = PolicyContinuations(run, own, everywhere, "correlate reference")
-            write_tensors(file, {"continued": sampler(at, k, NO_LIMIT)})
+            pieces = [sampler(piece, k, NO_LIMIT) for piece in at.split(max(1, HELD // k))]
+            write_tensors(file, {"continued": torch.cat(pieces)})
             sampled = int(sampler.metrics()["values/continuation_tokens"])
             cost.add(number + 1, sampled, time.perf_counter() - started)
         found.append(read_tensors(file)[0]["continued"])
@@ -256,7 +261,7 @@ def _advantages(
             algorithm = algorithms[name]
             opens = segment(algorithm.segmenter, step.batch, step.scores)
             token_rewards = algorithm.token_rewards(step.batch, step.scores)
-            continuations = PolicyContinuations(measuring.run, step.rollouts, opens, f"correlate {name}")
+            continuations = PolicyContinuations(measuring.run, step.rollouts, opens, f"correlate estimator {name}")
             scores = algorithm.with_values(step.batch, step.scores, token_rewards, opens, continuations)
             rows.append(estimate(algorithm.estimator, step.batch, scores, token_rewards, opens).advantages.double())
         write_tensors(file, {"advantages": torch.stack(rows)})

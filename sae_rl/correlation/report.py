@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic_core import to_json
@@ -15,8 +16,9 @@ from rich.table import Table
 from sae_rl.analysis.pages import render
 from sae_rl.analysis.plots import Curve, Row, draw, draw_rows, svg_element
 from sae_rl.analysis.report import Chart
+from sae_rl.analysis.viewer import pass_score_of
 from sae_rl.config.schema import flat
-from sae_rl.correlation.figures import BATCHES, SLICED, Settings, Tree, figures
+from sae_rl.correlation.figures import BATCHES, SAE, SLICED, Tree, figures
 from sae_rl.correlation.files import load
 from sae_rl.correlation.tables import (
     OF_GRADIENT,
@@ -33,7 +35,7 @@ from sae_rl.correlation.tables import (
 from sae_rl.evaluation.statistics import Estimate
 
 FIGURES, MARKDOWN, PAGE = "correlation.json", "report.md", "report.html"
-SETTINGS = "correlation.yaml"
+SETTINGS, CONFIG = "correlation.yaml", "config.yaml"
 MOST_CURVES = 4  # in a plot of slices or batches
 SLICE_CHARTS = {  # kind of slices: figures that its plots show
     "position": ("pearson_corrected", "slope", "mean_error"),
@@ -53,7 +55,7 @@ def write_report(folder: Path, console: Console | None = None, *, segments_of: s
     """Writes ``correlation.json``, ``report.md`` and ``report.html`` beside the measurements, and prints a table.
 
     Args:
-        segments_of: as of `figures`.
+        segments_of: as of `figures`; None: "sae", or the first of ``correlation.boundaries`` if these lack it.
 
     Returns:
         The path of the page.
@@ -61,7 +63,14 @@ def write_report(folder: Path, console: Console | None = None, *, segments_of: s
     Raises:
         ValueError: the folder has no measurements, or no estimator has the name ``segments_of``.
     """
-    tree = figures(load(folder), settings=settings_of(folder), segments_of=segments_of)
+    measurements, settings = load(folder), _read(folder / SETTINGS).get("correlation", {})
+    measured = [name for name in settings.get("boundaries", ()) if name in measurements.names]
+    tree = figures(
+        measurements,
+        settings={name: flat(own) for name, own in settings.get("estimators", {}).items() if own is not None},
+        segments_of=segments_of or (measured[0] if measured and SAE not in measured else None),
+        pass_score=pass_score_of(_read(folder / CONFIG)),
+    )
     tables, notes = tables_of(tree), notes_of(tree)
     (folder / FIGURES).write_bytes(to_json(tree, indent=2, inf_nan_mode="null") + b"\n")  # JSON has no NaN
     (folder / MARKDOWN).write_text(markdown(tree, tables, notes))
@@ -73,11 +82,9 @@ def write_report(folder: Path, console: Console | None = None, *, segments_of: s
     return folder / PAGE
 
 
-def settings_of(folder: Path) -> Settings:
-    """The settings of each estimator by dotted key, where ``sae-rl correlate`` left them."""
-    file = folder / SETTINGS
-    estimators = yaml.safe_load(file.read_text())["correlation"]["estimators"] if file.is_file() else {}
-    return {name: flat(own) for name, own in estimators.items() if own is not None}
+def _read(file: Path) -> dict[str, Any]:
+    """What ``sae-rl correlate`` left; empty if the file is not there."""
+    return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
 def claim_of(tree: Tree) -> str:
@@ -87,7 +94,7 @@ def claim_of(tree: Tree) -> str:
         worth, n = at(tree, *OF_GRADIENT, name, "worth", batch), BATCHES[batch]
         if math.isfinite(worth.low):
             batch_of = f"In a batch of {n} prompt{'s' * (n > 1)}"
-            verdict = ", which shows no difference" if worth.low <= 1 <= worth.high else ""
+            verdict = ", which does not tell a difference" if worth.low <= 1 <= worth.high else ""
             return f"{batch_of}, one response with {name} is worth {cell(worth)} responses of Monte Carlo{verdict}."
     pearson = at(tree, *OF_TOKEN, name, "pearson")
     if math.isfinite(pearson.value):

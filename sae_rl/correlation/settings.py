@@ -20,6 +20,7 @@ from sae_rl.names import nearest
 from sae_rl.settings import ConfigError, NonNegative, Positive, Section, member_of
 
 T = TypeVar("T")
+RESPONSES = "correlation.responses_per_prompt"  # what rollout.group_size is here
 
 
 def _or_none(build: Callable[[object], object]) -> Callable[[object], object]:
@@ -75,7 +76,7 @@ def chosen(settings: CorrelationConfig, config: Config) -> tuple[dict[str, Algor
     own = config.algorithm
     found = {name: each.algorithm(own) for name, each in settings.estimators.items() if each is not None}
     lacking = [name for name, algorithm in found.items() if algorithm.needs_critic and not own.needs_critic]
-    problems, known = [], set(check(config))
+    problems, known = [], {line for line in check(config) if not line.startswith("rollout.group_size")}
     if len(found) == len(lacking):
         problems.append("correlation.estimators: none is left that needs no critic, which this run lacks")
     for name, algorithm in found.items():
@@ -83,13 +84,18 @@ def chosen(settings: CorrelationConfig, config: Config) -> tuple[dict[str, Algor
             continue
         key = f"correlation.estimators.{name}"
         tried = config.model_copy(update={"algorithm": algorithm})
-        problems += [f"{key}: {line}" for line in (*check(tried), *try_algorithm(tried)) if line not in known]
+        broken = [line for line in (*check(tried), *try_algorithm(tried)) if line not in known]
+        problems += [f"{key}: {line.replace('rollout.group_size', RESPONSES)}" for line in broken]
+        if (gamma := getattr(algorithm.estimator, "gamma", 1.0)) != 1:
+            problems.append(f"{key}.estimator.gamma = {gamma:g}: returns of continuations are undiscounted; use 1")
         if (num_critics := algorithm.num_critics) > own.num_critics:
             problems.append(f"{key} compares {num_critics} critics, but this run has {own.num_critics}")
     names = [("correlation.boundaries", name) for name in settings.boundaries]
     for name, other in settings.matched_to.items():
         key = f"correlation.estimators.{name}.matched_to"
         names.append((key, other))
+        if other in settings.matched_to:
+            problems.append(f"{key} = {other}, which is matched itself; name an estimator without matched_to")
         try:
             matched(found[name], 0.1)
         except ValueError as error:

@@ -99,7 +99,8 @@ def _advantages(tree: Tree) -> TextTable:
     if tree["segments_of"]:
         about += f" Pearson, segments: with the paper's reference by the segments of {tree['segments_of']}."
     table = _table(tree, "Advantages", about + " Own segments: by the estimator's own.", columns)
-    lengths = [show(about["segment_tokens"]) for about in tree["estimators"].values()]
+    segment_tokens = [each["segment_tokens"] for each in tree["estimators"].values()]
+    lengths = ["-" if math.isnan(one) else show(one) for one in segment_tokens]
     rows = [[row[0], length, *row[1:]] for row, length in zip(table.rows, lengths, strict=True)]
     return replace(table, header=["", "tokens per segment", *columns], rows=rows)
 
@@ -124,7 +125,7 @@ def _gradients(tree: Tree) -> TextTable:
 
 
 def _differences(tree: Tree) -> Iterator[TextTable]:
-    about = "Paired on the same prompts and responses. An interval that holds 0 shows no difference."
+    about = "Paired on the same prompts and responses. An interval that holds 0 does not tell a difference."
     for baseline in tree["baselines"]:
         minus = ("minus", baseline)
         columns = {
@@ -147,6 +148,8 @@ def notes_of(tree: Tree) -> list[str]:
     if tree["continuations_failed"]:
         failed = show(tree["continuations_failed"], "fraction")
         notes.append(f"{failed} of the continuations failed their check; the others of their places stand for them.")
+    if not tree["returns_differ"]:
+        notes.append("All responses and continuations have the same return, so that every reference advantage is 0.")
     for name, reference in tree["references"].items():
         if not reference["tokens"]:
             notes.append(f"No token has a {name} reference: its places have no continuations.")
@@ -164,8 +167,8 @@ def notes_of(tree: Tree) -> list[str]:
             )
     if tree["gradients"] is None:
         return [*notes, "Gradients were not measured."]
-    if prompts < 2:
-        return [*notes, "Gradients need at least two prompts."]
+    if prompts < 4:  # of 3, more than 2.5 % of the resamples hold one prompt alone
+        return [*notes, "Gradients need at least four prompts."]
     reference_length, rows = tree["gradients"]["reference_length"], tree["gradients"]["estimators"]
     if not reference_length.low > 0:
         notes.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,19 @@ def test_without_a_critic_a_note_names_what_is_left_out(tmp_path: Path, tiny_mod
             ["algorithm.token_rewards.kl_coef=0.1"],
             "error: algorithm.token_rewards.kl_coef > 0: continuations have no KL",
         ),
+        (["algorithm.estimator.gamma=0.9"], "error: algorithm.estimator.gamma = 0.9: returns of continuations are"),
+        (
+            ["+correlation.estimators.mine={estimator: {name: sae, gamma: 0.5}}"],
+            "error: correlation.estimators.mine.estimator.gamma = 0.5: returns of continuations are undiscounted; use 1",
+        ),
+        (
+            ["rollout.first_responses=2"],
+            "error: rollout.first_responses = 2: no response branches from another here; override it with null",
+        ),
+        (
+            ["correlation.responses_per_prompt=1"],
+            "error: correlation.estimators.grpo: correlation.responses_per_prompt is 1",
+        ),
         (["algorithm.bootstrap_truncated=true"], "error: algorithm.bootstrap_truncated = true: continuations count"),
         (
             ["experiment=demo"],
@@ -141,6 +155,58 @@ def test_a_folder_with_other_settings_is_refused(run: Path) -> None:
         with pytest.raises(ConfigError, match=r"holds measurements with other settings") as error:
             run_correlation(*load_correlation([f"correlation.checkpoint={run}", override]))
         assert told in str(error.value) and "choose another output_dir" in str(error.value)
+
+
+def test_a_runs_own_folder_is_refused(run: Path) -> None:
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"output_dir = .*run holds a run; choose another output_dir"):
+        run_correlation(*load_correlation([f"correlation.checkpoint={run}", f"output_dir={run}"]))
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_other_weights_in_the_same_place_are_refused(run: Path, tiny_model: Path, tmp_path: Path) -> None:
+    def begin(*overrides: str) -> None:
+        config, _, own = load_correlation(overrides)
+        config.output_dir.mkdir(parents=True)
+        (config.output_dir / "config.yaml").write_text(yaml.safe_dump(as_tree(config)))
+        (config.output_dir / "correlation.yaml").write_text(yaml.safe_dump(own))
+
+    begin(given := f"correlation.checkpoint={run}")
+    saved = run / "checkpoints" / "step_000002"
+    (saved / "policy" / "random_state_0.pt").write_text("another run's")
+    files = ("driver.json", "policy/random_state_0.pt")
+    checkpoint.write_manifest(saved, {name: digest(saved / name) for name in files})
+    with pytest.raises(
+        ConfigError, match=r"with other settings: weights\.correlation\.checkpoint: '\w{64}' -> '\w{64}';"
+    ):
+        run_correlation(*load_correlation([given]))
+    critic = tmp_path / "critic"
+    shutil.copytree(tiny_model, critic)
+    start = [f"model.path={tiny_model}", "rollout.max_response_tokens=64", f"output_dir={tmp_path / 'start'}"]
+    start += [f"learner.critic_pretraining.checkpoint={critic}"]
+    begin(*start)
+    weights = critic / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(ConfigError, match=r"weights\.learner\.critic_pretraining\.checkpoint: ") as error:
+        run_correlation(*load_correlation(start))
+    assert "weights.model.path" not in str(error.value)
+
+
+def test_paths_of_one_checkpoint_are_the_same(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = run / "checkpoints" / "step_000002"
+    expected = load_correlation([f"correlation.checkpoint={saved}"])
+    for folder, path in ((run.parent, "run"), (run, "."), (run / "checkpoints", "step_000002")):
+        monkeypatch.chdir(folder)
+        config, settings, own = load_correlation([f"correlation.checkpoint={path}"])
+        assert (config.output_dir, settings.checkpoint) == (expected[0].output_dir, saved), path
+        assert own["correlation"] | {"checkpoint": None} == expected[2]["correlation"] | {"checkpoint": None}
+
+
+def test_a_checkpoint_outside_of_a_run_is_told(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "copied").mkdir()
+    moved = (run / "checkpoints" / "step_000002").rename(tmp_path / "copied" / "step_000002")
+    with pytest.raises(ConfigError, match=r"run.*no config\.yaml|holds the runs"):
+        load_correlation([f"correlation.checkpoint={moved}"])
 
 
 def test_a_damaged_checkpoint_is_told(sae_rl: CommandLine, run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from torch import Tensor
 from sae_rl.algo.estimators import GAE, GRPO, SAE
 from sae_rl.algo.segmenters import LowProbability, Random
 from sae_rl.correlation.files import RESPONSES, TENSORS, load
-from sae_rl.correlation.measure import Measuring, measure
+from sae_rl.correlation.measure import Measuring, _places, measure
 from sae_rl.correlation.measurements import Measurements, block_advantages, neutral_places, reference_values
 from sae_rl.correlation.settings import CorrelationConfig, chosen
 from sae_rl.records.rollouts import read_scored, read_step
 from sae_rl.types import Rollout
+from tests.correlation.made_up import made_up_batch
 from tests.driver.scripted import (
     ScriptedGroups,
     ScriptedWorkers,
@@ -87,7 +89,7 @@ def test_places_are_neutral_or_where_segments_open_and_their_continuations_are_i
 ) -> None:
     _, workers, measured = done
     neutral = set(neutral_places(measured.batch.lengths, 3).tolist())
-    opened = set((measured.opens[measured.names.index("sae")] > 0).nonzero().flatten().tolist())
+    opened = set((measured.opens[measured.names.index("sae")] >= 0.5).nonzero().flatten().tolist())
     assert measured.places.tolist() == sorted(neutral | opened) and opened - neutral
     assert set(measured.places[measured.neutral].tolist()) == neutral
     row = 0
@@ -100,7 +102,7 @@ def test_places_are_neutral_or_where_segments_open_and_their_continuations_are_i
                 row += 1
     assert row == len(measured.places)
     names = {asked.of["seed_name"] for asked in workers.asked("generate", "add")}
-    assert names == {"correlate", "correlate reference", "correlate continuations"}
+    assert names == {"correlate", "correlate reference", "correlate estimator continuations"}
 
 
 def test_estimators_see_a_steps_prompts_at_a_time_and_are_matched_in_rate(
@@ -200,6 +202,17 @@ def test_what_is_done_and_what_it_cost_is_told(tmp_path: Path) -> None:
     assert cost.startswith(f"continuations of {measured.batch.num_tokens:,} places x 3 and the values of continuations")
     least = int(cost.partition("about ")[2].partition(" tokens")[0].replace(",", ""))
     assert told < least <= told + 3 * 60, "the budget of each step's continuations is the most that they cost"
+
+    unlimited = ESTIMATORS["continuations"] | {"value_source": {"name": "monte_carlo", "k": 2, "budget_tokens": None}}
+    measure(
+        measuring_of(
+            tmp_path / "unlimited", workers, every=1, estimators={"grpo": ESTIMATORS["grpo"], "sae": unlimited}
+        )
+    )
+    (cost,) = [asked.of["text"] for asked in workers.asked("note") if "the values of sae" in asked.of["text"]]
+    left = torch.cat([torch.arange(n, 0, -1) for n in lengths.tolist()]).index_fill(0, measured.batch.offsets[:-1], 0)
+    own = 2 * int(left[measured.opens[measured.names.index("sae")] > 0].sum())
+    assert f"about {told + own:,} tokens" in cost, "first tokens are not measured for values"
     for stage, parts in (("responses", "3 steps"), ("continuations", "5 prompts"), ("gradients", "5 prompts")):
         number = parts.split()[0]
         assert any(note.startswith(f"{stage}: {number} of {parts}") for note in notes), (stage, notes)
@@ -240,7 +253,59 @@ def test_contradictions_are_told_with_their_key(tmp_path: Path) -> None:
     assert "correlation.estimators.a.matched_to = b: no estimator has this name" in said
     three = {"c": {"value_source": {"name": "ensemble", "num_critics": 3}, "estimator": {"name": "sae"}}}
     assert "correlation.estimators.c compares 3 critics, but this run has 1" in problems(estimators=ESTIMATORS | three)
+    chained = {"e": ESTIMATORS["gae"] | {"matched_to": "random"}, "f": ESTIMATORS["gae"] | {"matched_to": "f"}}
+    said = problems(estimators=ESTIMATORS | chained)
+    for name, other in (("e", "random"), ("f", "f")):
+        assert f"correlation.estimators.{name}.matched_to = {other}, which is matched itself" in said
+    discounted = {"g": {"estimator": {"name": "gae", "gamma": 0.9}}}
+    assert "correlation.estimators.g.estimator.gamma = 0.9: " in problems(estimators=ESTIMATORS | discounted)
+    alone = make_config(tmp_path, "rollout.group_size=1")
+    with pytest.raises(ValueError, match=r"estimators\.grpo: correlation\.responses_per_prompt is 1"):
+        chosen(settings_of(), alone)
     useless = {"d": {"value_source": {"name": "group_mean"}, "estimator": {"name": "grpo"}}}
     assert "correlation.estimators.d: algorithm.value_source = group_mean: GRPO reads no values" in problems(
         estimators=ESTIMATORS | useless
     )
+
+
+def test_an_estimator_that_was_left_out_is_not_matched(tmp_path: Path) -> None:
+    measuring = measuring_of(tmp_path, ScriptedWorkers())
+    measuring.algorithms.pop("random")
+    assert "random" not in measure(measuring).names
+
+
+def test_values_have_other_continuations_than_the_reference_whatever_the_name(tmp_path: Path) -> None:
+    workers, value = ScriptedWorkers(), ESTIMATORS["continuations"]
+    measure(measuring_of(tmp_path, workers, estimators={"sae": ESTIMATORS["sae"], "reference": value}))
+    names = {asked.of["seed_name"] for asked in workers.asked("generate", "add")}
+    assert names == {"correlate", "correlate reference", "correlate estimator reference"}
+
+
+class Opening(ScriptedWorkers):
+    """Counts the calls that sample."""
+
+    opened = 0
+
+    def open(self, **arguments: Any) -> ScriptedGroups:
+        self.opened += 1
+        return super().open(**arguments)
+
+
+def test_continuations_in_pieces_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, in_pieces = Opening(), Opening()
+    whole = measure(measuring_of(tmp_path / "straight", straight))
+    monkeypatch.setattr("sae_rl.correlation.measure.HELD", 7)  # two places of three continuations each
+    assert torch.equal(measure(measuring_of(tmp_path / "pieces", in_pieces)).continued, whole.continued)
+    num_places = whole.batch.groups[torch.searchsorted(whole.batch.offsets, whole.places, right=True) - 1].bincount()
+    assert in_pieces.opened - straight.opened == int(((num_places + 1) // 2 - 1).sum()) > 0
+    costs = [(tmp_path / name / "parts" / "cost.json").read_text() for name in ("straight", "pieces")]
+    tokens = [json.loads(cost)["continuations"]["tokens"] for cost in costs]
+    assert tokens[0] == tokens[1]
+
+
+def test_soft_segments_open_where_references_take_them_to() -> None:
+    batch = made_up_batch()
+    opens = torch.linspace(0, 1, batch.num_tokens)
+    places = _places(settings_of(every=1000), batch, {"sae": opens})
+    neutral = neutral_places(batch.lengths, 1000).tolist()
+    assert places.tolist() == sorted({*neutral, *(opens >= 0.5).nonzero().flatten().tolist()})

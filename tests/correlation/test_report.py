@@ -13,12 +13,16 @@ import torch
 import yaml
 from rich.console import Console
 
-from sae_rl.correlation.figures import figures
+import sae_rl
+from sae_rl.algo.estimators import ESTIMATORS, estimate
+from sae_rl.config.schema import flat
+from sae_rl.correlation.figures import families, figures, has_segments
 from sae_rl.correlation.files import save
 from sae_rl.correlation.report import FIGURES, MARKDOWN, PAGE, write_report
 from sae_rl.correlation.tables import cell, notes_of, tables_of
 from sae_rl.evaluation.statistics import Estimate
 
+from ..algo.oracle import make_scores
 from ..records.test_report import Page
 from .chain import NAMES, Chain
 from .made_up import made_up_measurements
@@ -120,9 +124,82 @@ def test_a_report_of_the_smallest_measurements(tmp_path: Path) -> None:
         Page(write_report(tmp_path).read_text())
     notes = json.dumps(notes_of(figures(made_up_measurements(), num_resamples=20)))
     assert "2 prompts are few" in notes and "of the continuations failed their check" in notes
-    assert "No estimator is called monte_carlo" in notes
+    assert "Gradients need at least four prompts." in notes
+    four = Chain.of().sample(4, seed=1)
+    renamed = replace(four, names=tuple(name.replace("monte", "mount") for name in four.names))
+    notes = json.dumps(notes_of(figures(renamed)))
+    assert "No estimator is called monte_carlo" in notes and "Gradients need" not in notes
 
 
 def test_a_folder_without_measurements_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="measurements"):
         write_report(tmp_path)
+
+
+def test_equal_returns_are_said() -> None:
+    made = made_up_measurements()
+    equal = replace(made, returns=torch.ones_like(made.returns), continued=torch.ones_like(made.continued))
+    told = "All responses and continuations have the same return, so that every reference advantage is 0."
+    assert told in notes_of(figures(equal, num_resamples=20))
+    assert told not in notes_of(figures(made, num_resamples=20))
+
+
+def test_outcomes_go_by_the_runs_pass_score(tmp_path: Path) -> None:
+    sample = Chain.of().sample(20, seed=3)
+    partial = replace(sample, batch=replace(sample.batch, rewards=sample.batch.rewards * 0.4 + 0.2))
+
+    def outcomes(pass_score: float) -> list[tuple[str, int]]:
+        save(partial, tmp_path)
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"evaluation": {"pass_score": pass_score}}))
+        write_report(tmp_path)
+        tree = json.loads((tmp_path / FIGURES).read_text())
+        return [(one["label"], one["tokens"]) for one in tree["slices"].get("outcome", [])]
+
+    right = 8 * int(sample.batch.rewards.sum())
+    assert outcomes(0.5) == [("right", right), ("wrong", 20 * 2 * 8 - right)]
+    assert outcomes(1.0) == outcomes(0.1) == [], "all are wrong, and all are right"
+
+
+def test_estimators_without_segments_have_none() -> None:
+    """Those are the ones whose advantages are the same wherever segments open."""
+    sample = Chain.of().sample(20, seed=3)
+    nowhere = torch.zeros(sample.batch.num_tokens, dtype=torch.bool).index_fill(0, sample.batch.offsets[:-1], True)
+    values = torch.rand(sample.batch.num_tokens, generator=torch.Generator().manual_seed(0))
+    scores = replace(make_scores(sample.batch), values=values)
+    token_rewards = torch.zeros(sample.batch.num_tokens).index_copy(
+        0, sample.batch.offsets[1:] - 1, sample.batch.rewards
+    )
+    for name, make in ESTIMATORS.items():
+        one, other = (
+            estimate(make(), sample.batch, scores, token_rewards, opens).advantages
+            for opens in (nowhere, ~nowhere | nowhere)
+        )
+        assert has_segments({"estimator.name": name}) == (not torch.equal(one, other)), name
+    assert has_segments({"estimator.name": "gae", "value_source.name": "monte_carlo"})
+    tree = figures(
+        sample, settings={"gae": {"estimator.name": "gae"}, "sae": {"estimator.name": "sae"}}, num_resamples=20
+    )
+    rows = {row[0]: row for row in tables_of(tree)[0].rows}
+    assert rows["gae"][1] == rows["gae"][-1] == "-" and "-" not in (rows["sae"][1], rows["sae"][-1])
+
+
+def test_the_papers_reference_takes_segments_that_were_measured(tmp_path: Path) -> None:
+    sample = Chain.of().sample(20, seed=3)
+    for boundaries, expected in (
+        (["fixed", "closes"], "fixed"),
+        (["closes", "sae"], "sae"),
+        ([], "sae"),
+        (["no"], "sae"),
+    ):
+        save(sample, tmp_path)
+        (tmp_path / "correlation.yaml").write_text(yaml.safe_dump({"correlation": {"boundaries": boundaries}}))
+        write_report(tmp_path)
+        assert json.loads((tmp_path / FIGURES).read_text())["segments_of"] == expected, boundaries
+
+
+def test_the_default_estimators_have_families() -> None:
+    tree = yaml.safe_load((Path(sae_rl.__file__).parents[1] / "conf" / "correlate.yaml").read_text())
+    settings = {name: flat(own) for name, own in tree["correlation"]["estimators"].items()}
+    found = families([*settings], settings)
+    assert [number for number, _ in found["segmenter.num_tokens as in fixed_50"]] == [50, 100, 200]
+    assert {key.split()[0] for key in found} == {"segmenter.p", "estimator.lam", "segmenter.num_tokens"}

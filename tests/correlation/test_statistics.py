@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_rl.correlation.agreement import agreement, spearman
+from sae_rl.correlation.agreement import _position_means, agreement, spearman
 from sae_rl.correlation.fidelity import Fidelity
 from sae_rl.correlation.figures import baselines_of, families
 from sae_rl.correlation.intervals import estimates_of, resampled_counts
@@ -267,3 +267,16 @@ def test_estimators_whose_settings_differ_in_one_number_are_a_family() -> None:
 
 def test_baselines_are_known_by_their_names() -> None:
     assert baselines_of(["sae", "gae", "monte_carlo"]) == [2, 1] and baselines_of(["gae_matched"]) == []
+
+
+def test_two_negative_squares_give_no_cosine() -> None:
+    negative, along = torch.full((1, 1), -1.0), torch.full((1, 1), 0.5)
+    assert Fidelity(length=negative, along=along, true_length=negative, spread=along).cosine.isnan().all()
+
+
+def test_positions_of_many_tokens_have_quantiles() -> None:
+    """Above 2^24 tokens, where torch.quantile stops."""
+    position = torch.arange(2**24 + 20)
+    found, sizes = _position_means(position.double()[None], position)[0].unique_consecutive(return_counts=True)
+    middles = (torch.arange(20) + 0.5) / 20 * len(position)
+    assert len(found) == 20 and (found - middles).abs().max() < 2 and (sizes - len(position) / 20).abs().max() < 2
