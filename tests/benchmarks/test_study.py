@@ -66,15 +66,16 @@ def test_constants_follow_from_the_base_policy_as_the_design_says(task: str) -> 
     def knob(arm: str, key: str) -> float:
         return float(configuration(Run(arm, task, "small", 0))[f"algorithm.{key}"])
 
+    rate = (length / tokens - 1) / (length - 1)  # the first token of a response always opens a segment
     lam = knob("sae_opens", "estimator.lam")
     matched = knob("gae_matched", "estimator.lam")
-    assert matched == pytest.approx(lam ** (1 / tokens), abs=1e-4)
-    assert 1 - 1 / (knob("length_adaptive", "estimator.alpha") * length) == pytest.approx(matched, abs=2e-4)
+    assert matched == pytest.approx(lam**rate, abs=5e-5)
+    assert 1 - 1 / (knob("length_adaptive", "estimator.alpha") * length) == pytest.approx(lam**rate, abs=2e-5)
     assert 1 - 1 / (knob("segment_adaptive", "estimator.alpha") * length / tokens) == pytest.approx(lam, abs=2e-3)
     assert knob("quantile", "segmenter.segment_tokens") == tokens
-    assert knob("fixed_length", "segmenter.num_tokens") == round(tokens)
-    assert knob("random", "segmenter.rate") == pytest.approx(1 / tokens, abs=1e-3)
-    assert knob("entropy", "segmenter.opens_fraction") == pytest.approx(1 / tokens, abs=1e-3)
+    assert knob("fixed_length", "segmenter.num_tokens") == round(1 / rate)
+    assert knob("random", "segmenter.rate") == pytest.approx(rate, abs=5e-5)
+    assert knob("entropy", "segmenter.opens_fraction") == pytest.approx(rate, abs=5e-5)
 
 
 def test_a_poor_critic_changes_the_critic_alone_and_seeds_pair() -> None:
@@ -355,6 +356,22 @@ def test_a_changed_matrix_is_refused(study: Path) -> None:
     with pytest.raises(ValueError, match="algorithm=gae algorithm=rloo differ"):
         runner(study, ["plain"]).run()
     assert calls(study) == PLAIN
+
+
+def test_make_study_compares_the_area_of_each_folder_in_a_report_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "sae-rl"):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\necho {name} "$@" >> calls\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    make = ["make", "-f", str(ROOT / "Makefile"), "BIN=bin", "INSTALLED=", "study"]
+    subprocess.run(make, check=True)
+    assert calls(tmp_path) == ["python -m benchmarks.study --jobs 2"]  # no curves yet
+    folders = ["docs/results/curves/study/countdown-small", "docs/results/curves/study/level-small"]
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    subprocess.run(make, check=True)
+    rest = "--outcome area --baseline monte_carlo --output outputs/study/comparison"
+    assert calls(tmp_path)[2:] == [f"sae-rl compare {folder}/ {rest}/{Path(folder).name}" for folder in folders]
 
 
 def test_unknown_names_in_the_matrix_are_refused(study: Path) -> None:
