@@ -1,16 +1,21 @@
 """The study: its configurations are valid and differ as docs/study.md says."""
 
 import json
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from benchmarks.study.__main__ import main
 from benchmarks.study.matrix import FILE, Matrix, Run
 from sae_rl.commands.warm_start import WarmStartConfig, task_of
 from sae_rl.config.compose import build, compose_tree, load_config
 from sae_rl.config.schema import Config, as_tree, flat
+from sae_rl.correlation.settings import CorrelateConfig, chosen
 
 MATRIX = Matrix.read()
 ROOT = FILE.parents[2]
@@ -124,6 +129,35 @@ def test_seeds_are_outermost_so_that_a_stop_leaves_all_arms_with_the_same_seeds(
     assert not reserved & {
         run.seed for stage in MATRIX.stages if stage != "pilot" for run in MATRIX.runs(stage) if run.set == "study"
     }
+
+
+def test_fidelity_is_measured_with_the_arms_themselves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["study", "--correlate"])
+    main(["sae-rl"])
+    found = {}
+    for line in capsys.readouterr().out.splitlines():
+        program, command, checkpoint, output, *overrides = shlex.split(line)
+        assert (program, command) == ("sae-rl", "correlate")
+        folder = Path(checkpoint.removeprefix("correlation.checkpoint="))
+        found[output.removeprefix("output_dir=")] = (folder, overrides)
+    assert len(found) == 20
+    for name, step in {"sae_opens--level--small--1--0": 0, "monte_carlo--countdown--small--0--30": 30}.items():
+        folder, overrides = found[f"outputs/study/fidelity/{name}"]
+        arm, task, size, seed, _ = name.split("--")
+        run = Run(arm, task, size, int(seed))
+        assert folder == MATRIX.output(run) / f"checkpoints/step_{step:06d}"
+        tree = compose_tree(overrides, "correlate")
+        settings = build(CorrelateConfig, OmegaConf.masked_copy(tree, ["correlation"])).correlation
+        assert settings.boundaries == ("sae_opens",)
+        algorithms, lacking = chosen(settings, load_config(MATRIX.train(run)[1:]))
+        assert not lacking
+        assert set(algorithms) == set(MATRIX.arms) - {"values_ensemble"}
+        for other, algorithm in algorithms.items():
+            own = load_config(MATRIX.train(Run(other, task, "small", 0))[1:]).algorithm
+            for part in ("segmenter", "value_source", "estimator"):
+                assert getattr(algorithm, part) == getattr(own, part), (other, part)
 
 
 def test_make_study_compares_the_area_of_each_folder_in_a_report_of_its_own(tmp_path: Path) -> None:

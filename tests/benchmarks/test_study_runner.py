@@ -333,5 +333,5 @@ def test_the_pilots_table_has_the_standard_deviation_of_paired_differences(study
             text = text.replace(f"evaluation,{step},{before:.6g}", f"evaluation,{step},{before + shift:.6g}")
         file.write_text(text)
     s = 0.06 / math.sqrt(2)
-    counts = " | ".join(f"{(z * s / 0.03) ** 2:.1f}" for z in (2.927, 2.802))
+    counts = " | ".join(f"{(z * s / 0.03) ** 2:.1f}" for z in (2.927, 2.802, 3.576))
     assert variance(matrix, "plain").splitlines()[-1] == f"| level, small | one, two | 2 | {s:.4f} | {counts} |"
