@@ -143,21 +143,22 @@ def test_fidelity_is_measured_with_the_arms_themselves(
         folder = Path(checkpoint.removeprefix("correlation.checkpoint="))
         found[output.removeprefix("output_dir=")] = (folder, overrides)
     assert len(found) == 20
-    for name, step in {"sae_opens--level--small--1--0": 0, "monte_carlo--countdown--small--0--30": 30}.items():
-        folder, overrides = found[f"outputs/study/fidelity/{name}"]
-        arm, task, size, seed, _ = name.split("--")
-        run = Run(arm, task, size, int(seed))
-        assert folder == MATRIX.output(run) / f"checkpoints/step_{step:06d}"
-        tree = compose_tree(overrides, "correlate")
-        settings = build(CorrelateConfig, OmegaConf.masked_copy(tree, ["correlation"])).correlation
-        assert settings.boundaries == ("sae_opens",)
-        algorithms, lacking = chosen(settings, load_config(MATRIX.train(run)[1:]))
-        assert not lacking
-        assert set(algorithms) == set(MATRIX.arms) - {"values_ensemble"}
-        for other, algorithm in algorithms.items():
-            own = load_config(MATRIX.train(Run(other, task, "small", 0))[1:]).algorithm
-            for part in ("segmenter", "value_source", "estimator"):
-                assert getattr(algorithm, part) == getattr(own, part), (other, part)
+    assert found["outputs/study/fidelity/sae_opens--level--small--1--0"][0] == (
+        MATRIX.output(Run("sae_opens", "level", "small", 1)) / "checkpoints/step_000000"
+    )
+    run = Run("monte_carlo", "countdown", "small", 0)
+    folder, overrides = found["outputs/study/fidelity/monte_carlo--countdown--small--0--30"]
+    assert folder == MATRIX.output(run) / "checkpoints/step_000030"
+    tree = compose_tree(overrides, "correlate")
+    settings = build(CorrelateConfig, OmegaConf.masked_copy(tree, ["correlation"])).correlation
+    assert settings.boundaries == ("sae_opens",)
+    algorithms, lacking = chosen(settings, load_config(MATRIX.train(run)[1:]))
+    assert not lacking
+    assert set(algorithms) == set(MATRIX.arms) - {"values_ensemble"}
+    for arm, algorithm in algorithms.items():
+        own = load_config(MATRIX.train(Run(arm, "countdown", "small", 0))[1:]).algorithm
+        for part in ("segmenter", "value_source", "estimator"):
+            assert getattr(algorithm, part) == getattr(own, part), (arm, part)
 
 
 def test_make_study_compares_the_area_of_each_folder_in_a_report_of_its_own(tmp_path: Path) -> None:
