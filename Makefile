@@ -83,7 +83,8 @@ STUDY = $(BIN)/python -m benchmarks.study --jobs $(or $(JOBS),2) $(if $(MINUTES)
 
 study: $(INSTALLED)  ## the runs of docs/study.md; continues after any kill: make STAGES=core JOBS=2 MINUTES=90 study
 	$(STUDY) $(if $(STAGES),--stages $(STAGES))
-	for folder in docs/results/curves/study/*/; do $(BIN)/sae-rl compare "$$folder"; done
+	for folder in docs/results/curves/study/*/; do test -d "$$folder" || continue; $(BIN)/sae-rl compare "$$folder" \
+		--outcome area --baseline monte_carlo --output outputs/study/comparison/$$(basename "$$folder"); done
 
 study-pilot: $(INSTALLED)  ## the pilot of docs/study.md: the variance between seeds, and how many seeds follow from it
 	$(STUDY) --stages pilot

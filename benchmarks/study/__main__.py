@@ -2,11 +2,13 @@
 
 python -m benchmarks.study [--stages core critics] [--jobs 2] [--minutes 90]
 python -m benchmarks.study --list
+python -m benchmarks.study --correlate > correlate.sh
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -16,14 +18,15 @@ from pathlib import Path
 from statistics import stdev
 from types import FrameType
 
-from benchmarks.study import curves
+from benchmarks.study import curves, fidelity
 from benchmarks.study.matrix import FILE, Matrix
 from benchmarks.study.runner import FAILED, SAE_RL, Runner
 from sae_rl.cli import FAILURE, INTERRUPTED, USAGE_ERROR
 
 PILOT = "pilot"
 MARGIN = 0.03  # docs/study.md
-EQUIVALENCE, DIFFERENCE = 1.645 + 1.282, 1.960 + 0.842  # normal quantiles: intervals of 90 % and 95 %, power of 0.8
+# Normal quantiles: intervals of 90 % and 95 %, and Holm's smallest level of eight tests, 0.05 / 8; a power of 0.8.
+EQUIVALENCE, DIFFERENCE, FIRST_OF_EIGHT = 1.645 + 1.282, 1.960 + 0.842, 2.734 + 0.842
 
 
 def main(program: Sequence[str] = SAE_RL) -> None:
@@ -34,10 +37,13 @@ def main(program: Sequence[str] = SAE_RL) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--minutes", type=float, help="start nothing more after so many minutes")
     parser.add_argument("--list", action="store_true", help="say what is finished, failed and left, and stop")
+    parser.add_argument("--correlate", action="store_true", help="print the commands that measure fidelity, and stop")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, interrupt)
     try:
         matrix = Matrix.read(options.matrix)
+        if options.correlate:
+            return print(*(shlex.join([*program, *words]) for words in fidelity.commands(matrix)), sep="\n")
         stages = options.stages or [stage for stage in matrix.stages if stage != PILOT]
         runner = Runner(matrix, matrix.jobs(stages), program)
         if not options.list:
@@ -78,14 +84,14 @@ def variance(matrix: Matrix, stage: str) -> str:
         if (file := matrix.curve(run)).exists():
             found.setdefault((run.task, run.size, run.label), {})[run.seed] = curves.area(file)
     lines = [
-        "| task, size | arms | seeds | s | seeds for equivalence | seeds for a difference |",
-        "|---|---|--:|--:|--:|--:|",
+        "| task, size | arms | seeds | s | seeds for equivalence | seeds for a difference | with Holm's correction |",
+        "|---|---|--:|--:|--:|--:|--:|",
     ]
     for (one, areas), (other, others) in combinations(found.items(), 2):
         seeds = sorted(areas.keys() & others.keys())
         if one[:2] == other[:2] and len(seeds) > 1:
             s = stdev(areas[seed] - others[seed] for seed in seeds)
-            counts = " | ".join(f"{(z * s / MARGIN) ** 2:.1f}" for z in (EQUIVALENCE, DIFFERENCE))
+            counts = " | ".join(f"{(z * s / MARGIN) ** 2:.1f}" for z in (EQUIVALENCE, DIFFERENCE, FIRST_OF_EIGHT))
             lines.append(f"| {', '.join(one[:2])} | {one[2]}, {other[2]} | {len(seeds)} | {s:.4f} | {counts} |")
     return "\n".join(lines)
 

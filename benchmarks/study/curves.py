@@ -62,8 +62,18 @@ def digest(file: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
 
 
+def weights_digest(folder: Path) -> str | None:
+    """The SHA-256 of a model's weights, all parts of them in the order of their names; None: there are none."""
+    found = hashlib.sha256()
+    if not (parts := sorted(folder.glob("*.safetensors"))):
+        return None
+    for part in parts:
+        found.update(part.read_bytes())
+    return found.hexdigest()
+
+
 def read_record(file: Path) -> dict[str, Any]:
-    """What is known of a job that ended; empty: nothing."""
+    """What is known of a job that was started; empty: nothing."""
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 

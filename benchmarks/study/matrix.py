@@ -55,6 +55,7 @@ class Matrix:
         self._tree = tree
         self.folder, self.curves = Path(tree["folder"]), Path(tree["curves"])
         self.arms, self.tasks, self.sizes = tree["arms"], tree["tasks"], tree["sizes"]
+        self.fidelity = tree.get("fidelity", {})
         self.critics, self.stages, self.tuning = tree["critics"], tree["stages"], tree[TUNING]
         for stage in self.stages.values():
             for key in ("arms", "tasks", "sizes", "critics"):
