@@ -59,7 +59,8 @@ def figures(
     Raises:
         ValueError: no estimator has this name.
     """
-    names, num_prompts, settings = measurements.names, measurements.num_prompts, settings or {}
+    names, num_prompts = measurements.names, measurements.num_prompts
+    known = {name: (settings or {}).get(name) or {} for name in names}  # an estimator without settings has an empty one
     if segments_of is not None and segments_of not in names:
         raise ValueError(f"segments_of is {segments_of!r}, allowed: {', '.join(names)}")
     segments_of = segments_of or (SAE if SAE in names else None)
@@ -81,18 +82,18 @@ def figures(
         "mean_return": float(measurements.returns.mean()),
         "segments_of": segments_of,
         "baselines": [names[index] for index in baselines],
-        "estimators": {name: _about(measurements, e, settings.get(name, {})) for e, name in enumerate(names)},
+        "estimators": {name: _about(measurements, e, known[name]) for e, name in enumerate(names)},
         "references": {
             name: _agreement_figures(measurements, reference, counts, baselines)
             for name, reference in references.items()
         },
         "own_segments": {
-            name: _own_segments(measurements, e, counts) if has_segments(settings.get(name, {})) else {}
+            name: _own_segments(measurements, e, counts) if has_segments(known[name]) else {}
             for e, name in enumerate(names)
         },
         "slices": _slice_figures(measurements, references["token"], counts, pass_score),
         "gradients": None if fidelity is None else _gradient_figures(fidelity, names, baselines, num_prompts),
-        "families": families(names, settings),
+        "families": families(names, settings or {}),
     }
 
 

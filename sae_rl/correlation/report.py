@@ -63,11 +63,12 @@ def write_report(folder: Path, console: Console | None = None, *, segments_of: s
     Raises:
         ValueError: the folder has no measurements, or no estimator has the name ``segments_of``.
     """
-    measurements, settings = load(folder), _read(folder / SETTINGS).get("correlation", {})
-    measured = [name for name in settings.get("boundaries", ()) if name in measurements.names]
+    measurements, left = load(folder), _read(folder / SETTINGS)
+    own = {"boundaries": [], "estimators": {}} | (left["correlation"] if left else {})
+    measured = [name for name in own["boundaries"] if name in measurements.names]
     tree = figures(
         measurements,
-        settings={name: flat(own) for name, own in settings.get("estimators", {}).items() if own is not None},
+        settings={name: flat(parts) for name, parts in own["estimators"].items() if parts is not None},
         segments_of=segments_of or (measured[0] if measured and SAE not in measured else None),
         pass_score=pass_score_of(_read(folder / CONFIG)),
     )

@@ -167,7 +167,7 @@ def notes_of(tree: Tree) -> list[str]:
             )
     if tree["gradients"] is None:
         return [*notes, "Gradients were not measured."]
-    if prompts < 4:  # of 3, more than 2.5 % of the resamples hold one prompt alone
+    if prompts < 4:  # more than 2.5 % of the resamples of three hold one prompt alone
         return [*notes, "Gradients need at least four prompts."]
     reference_length, rows = tree["gradients"]["reference_length"], tree["gradients"]["estimators"]
     if not reference_length.low > 0:
