@@ -143,7 +143,7 @@ def page(tree: Tree, tables: Sequence[TextTable], notes: Sequence[str]) -> str:
 def _terminal_table(table: TextTable) -> Table:
     found = Table(title=escape(table.title), title_justify="left", caption=escape(table.about), caption_justify="left")
     for i, title in enumerate(table.header):
-        found.add_column(title, justify="right" if i else "left", overflow="fold")
+        found.add_column(title, justify="right" if i else "left", overflow="fold", no_wrap=i == 0)  # whole names
     for row in table.rows:
         found.add_row(*(escape(text.replace(" [", "\n[")) for text in row))
     return found
