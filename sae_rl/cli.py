@@ -189,12 +189,10 @@ def usage() -> str:
 
 def run(name: str, arguments: list[str]) -> None:
     """Runs a command, or prints what a flag of Hydra asks for. Raises ConfigError for flags that do not fit."""
-    if name == "compare":
-        return compare(arguments)
+    if name in ("compare", "view"):
+        return COMMANDS[name](arguments)
     if name == "report":
         return print(f"sae-rl report: {report.__doc__}\n\n{usage()}") if "--help" in arguments else report(arguments)
-    if name == "view":
-        return view(arguments)
     from sae_rl.config.command_line import print_for, read_flags, refuse_sweeps_own
     from sae_rl.settings import ConfigError
 

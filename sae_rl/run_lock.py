@@ -111,9 +111,9 @@ def _created(lock: Path, owner: Owner) -> bool:
     try:
         with file:
             json.dump(asdict(owner), file)
-    except OSError:  # a full disk
+    except OSError as error:  # a full disk
         lock.unlink()
-        raise
+        raise OSError(error.errno, error.strerror or str(error), str(lock)) from error
     return True
 
 

@@ -12,11 +12,10 @@ from rich.table import Table
 
 from sae_rl.comparison.outcomes import DURATIONS, OUTCOMES, SCORES
 from sae_rl.comparison.results import ArmResult, Change, Comparison, Difference, p_text, signed
-from sae_rl.evaluation.statistics import Estimate
+from sae_rl.evaluation.statistics import UNKNOWN, Estimate
 from sae_rl.records.metrics import METRICS, show
 from sae_rl.records.terminal import console
 
-UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 Cell = tuple[str, str]  # a value, and its interval or a remark, which may be empty
 
 

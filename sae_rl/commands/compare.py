@@ -6,10 +6,11 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic_core import to_json
 
+from sae_rl.commands.arguments import Arguments
 from sae_rl.comparison.arms import with_arms
 from sae_rl.comparison.curves import RunCurves, csv_text, is_curves
 from sae_rl.comparison.outcomes import OUTCOMES
@@ -47,14 +48,10 @@ def run_comparison(arguments: Sequence[str]) -> None:
 
 def read_arguments(arguments: Sequence[str]) -> Any:
     """The options. Raises ConfigError for those that do not exist or do not fit; ``--help`` prints them and exits."""
-    parser: Any = argparse.ArgumentParser(
+    parser = Arguments(
         prog="sae-rl compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def refuse(message: str) -> NoReturn:
-        raise ConfigError([f"sae-rl compare: {message}; sae-rl compare --help lists the options"])
-
-    parser.error = refuse
+    parser.advice = "; sae-rl compare --help lists the options"
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="FOLDER", help="a run, a sweep, or CSV files of curves")
     add("--baseline", default="", metavar="ARM", help="the arm that the others are compared with (default: the first)")
@@ -72,7 +69,7 @@ def read_arguments(arguments: Sequence[str]) -> Any:
     add("--export", type=Path, metavar="FOLDER", help="also write the curves of each run there, as small CSV files")
     chosen = parser.parse_args(list(arguments))
     if not 0 < chosen.last <= 1:
-        refuse(f"--last takes a fraction above 0 and at most 1, found {chosen.last:g}")
+        parser.error(f"--last takes a fraction above 0 and at most 1, found {chosen.last:g}")
     return chosen
 
 

@@ -38,11 +38,12 @@ def run_demo(overrides: list[str]) -> None:
         keys = [f"output_dir={base}", f"training.seed={tree.seed}"]
         run_warm_start(build(WarmStartConfig, compose_tree(keys, "warm_start")))
     config = load_config(["experiment=demo", *overrides])
-    newest = find_checkpoint(config).folder
+    is_published = (config.output_dir / "policy").is_dir()
+    newest = find_checkpoint(config, verify=not is_published).folder
     if newest is None or not is_finished(config, newest):
         console.rule("2. reinforcement learning: Ray, vLLM, DeepSpeed", align="left")
         run_training(config)
-    elif not (config.output_dir / "policy").is_dir():
+    elif not is_published:
         publish_policy(config, newest)  # the run was killed after its last checkpoint, before it published the policy
     console.rule("3. results", align="left")
     console.print(final_table(folder))

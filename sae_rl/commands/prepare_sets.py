@@ -15,6 +15,7 @@ from sae_rl.data.rows import listed
 from sae_rl.data.sources.file import FileSource
 from sae_rl.rewards.table import check_answer, resolve
 from sae_rl.settings import ConfigError, Positive, Section
+from sae_rl.whole_files import whole_file
 
 
 class PublishedSet(FileSource):
@@ -90,12 +91,11 @@ def _bare(record: Record, source: PublishedSet) -> Record:
 def _write(file: Path, records: Sequence[Record], source: PublishedSet) -> None:
     """Writes prompt, answer and id of each record, and the reward and the task that its own row names."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
     defaults = {source.reward, *(Path(path).stem for path in source.paths)}
     rows = (
         {"prompt": record.prompt, "answer": record.answer, "id": record.id}
         | {key: own for key in ("reward", "task") if (own := getattr(record, key)) not in defaults}
         for record in records
     )
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(file)
+    with whole_file(file) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

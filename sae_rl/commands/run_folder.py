@@ -14,6 +14,7 @@ from sae_rl.config.schema import Config, as_tree, flat
 from sae_rl.critic.card import reads_alike
 from sae_rl.records.records import Records
 from sae_rl.settings import ConfigError
+from sae_rl.whole_files import whole_file
 
 CONFIG = "config.yaml"
 CRITIC_MODEL = "learner.critic.model.path"
@@ -122,9 +123,8 @@ def write_config(config: Config, records: Records) -> None:
     """Writes ``config.yaml``; a note lists what a resumed run changes."""
     if changed := [f"{key}: {before!r} -> {now!r}" for key, (before, now) in _changes(config).items()]:
         records.note("changed since the last start: " + ", ".join(changed))
-    partial = config.output_dir / ".partial_config.yaml"  # an empty one would block a resume
-    partial.write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
-    partial.replace(config.output_dir / CONFIG)
+    with whole_file(config.output_dir / CONFIG) as temporary:
+        temporary.write_text(yaml.safe_dump(as_tree(config), sort_keys=False))
 
 
 def _changes(config: Config) -> dict[str, tuple[Any, Any]]:

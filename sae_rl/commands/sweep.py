@@ -90,11 +90,12 @@ def _train(config: Config, session: Session | None) -> None:
     """Trains, unless this very run is finished: a sweep that is started again goes on where it was."""
     from sae_rl.commands.train import run_training
 
-    newest, written = find_checkpoint(config, verify=False).folder, config.output_dir / "config.yaml"
+    is_published, written = (config.output_dir / "policy").is_dir(), config.output_dir / "config.yaml"
+    newest = find_checkpoint(config, verify=not is_published).folder
     is_same = written.exists() and written.read_text() == yaml.safe_dump(as_tree(config), sort_keys=False)
     if newest is None or not is_same or not is_finished(config, newest):
         return run_training(config, session)
-    if not (config.output_dir / "policy").is_dir():
+    if not is_published:
         publish_policy(config, newest)
     print(f"{config.output_dir}: finished before")
 

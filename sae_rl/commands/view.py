@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
@@ -14,6 +14,7 @@ import yaml
 
 from sae_rl.analysis.step_columns import Column, recorded_columns
 from sae_rl.analysis.viewer import SHOWN, Viewed, chosen, pass_score_of, view_of_step, write_page
+from sae_rl.commands.arguments import Arguments
 from sae_rl.commands.report import vocabulary_of
 from sae_rl.commands.run_folder import CONFIG, check_run
 from sae_rl.correlation.files import RESPONSES, TENSORS, load
@@ -23,13 +24,6 @@ from sae_rl.records.rollouts import FOLDER, check_step, read_rollouts, step_file
 from sae_rl.settings import ConfigError
 
 MOST = 64  # responses of a page, unless --responses says otherwise; docs/runs.md has the size of such a page
-
-
-class Arguments(argparse.ArgumentParser):
-    """Tells what is wrong as every command does."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError([f"sae-rl view: {message}"])
 
 
 def arguments_of(given: list[str]) -> argparse.Namespace:

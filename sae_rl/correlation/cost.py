@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sae_rl.whole_files import whole_file
+
 
 @dataclass(frozen=True, slots=True)
 class Spent:
@@ -37,9 +39,8 @@ class Progress:
         before = spent(self.file, self.stage)
         now = Spent(before.tokens + tokens, before.seconds + seconds)
         stages = json.loads(self.file.read_text()) if self.file.exists() else {}
-        temporary = self.file.with_name(f".{self.file.name}.tmp")
-        temporary.write_text(json.dumps(stages | {self.stage: asdict(now)}, indent=2) + "\n")
-        temporary.replace(self.file)
+        with whole_file(self.file) as temporary:
+            temporary.write_text(json.dumps(stages | {self.stage: asdict(now)}, indent=2) + "\n")
         left = now.seconds / num_done * (self.num_parts - num_done)
         self.note(
             f"{self.stage}: {num_done:,} of {self.num_parts:,} {self.what}, {now.tokens:,} tokens in {now.seconds / 60:.1f} "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sae_rl.correlation.measurements import Measurements
 from sae_rl.types import Batch
+from sae_rl.whole_files import whole_file
 
 TENSORS, RESPONSES = "measurements.safetensors", "responses.parquet"
 BATCH = "batch."  # before the names of the batch's tensors
@@ -45,9 +46,9 @@ def load(folder: Path) -> Measurements:
 def write_tensors(file: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
     """Writes a safetensors file with plain values ``about`` it, and its folder. A killed process leaves no partial file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    save_file({name: flat.contiguous() for name, flat in tensors.items()}, temporary, {ABOUT: json.dumps(about or {})})
-    temporary.replace(file)
+    contiguous = {name: flat.contiguous() for name, flat in tensors.items()}
+    with whole_file(file) as temporary:
+        save_file(contiguous, temporary, {ABOUT: json.dumps(about or {})})
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

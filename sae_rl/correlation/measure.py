@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -102,9 +102,16 @@ def measure(measuring: Measuring) -> Measurements:
         for name, algorithm in algorithms.items()
     }
     places = _places(settings, whole.batch, opens)
-    _tell_cost(measuring, steps, places, opens)
+    _tell_cost(measuring, steps, whole.batch, places, opens)
     continued = _continued(measuring, whole, places)
-    advantages = torch.cat([_advantages(measuring, i, step, algorithms) for i, step in enumerate(steps)], 1)
+    ends = accumulate((step.batch.num_tokens for step in steps), initial=0)
+    advantages = torch.cat(
+        [
+            _advantages(measuring, i, step, algorithms, {name: flat[slice(*of_step)] for name, flat in opens.items()})
+            for i, (step, of_step) in enumerate(zip(steps, pairwise(ends), strict=True))
+        ],
+        1,
+    )
     overlong = measuring.run.config.algorithm.token_rewards.overlong(whole.batch)
     measurements = Measurements(
         batch=whole.batch,
@@ -203,10 +210,11 @@ def _prompts(batch: Batch) -> list[tuple[int, slice, slice]]:
     ]
 
 
-def _tell_cost(measuring: Measuring, steps: Sequence[Responses], places: Tensor, opens: Mapping[str, Tensor]) -> None:
+def _tell_cost(
+    measuring: Measuring, steps: Sequence[Responses], batch: Batch, places: Tensor, opens: Mapping[str, Tensor]
+) -> None:
     """Says what continuations will cost, if a place's are as long as the rest of its own response."""
     settings, sampled = measuring.settings, spent(measuring.part(COST), SAMPLING)
-    batch = _joined(steps).batch
     left = batch.offsets[1:].repeat_interleave(batch.lengths) - torch.arange(batch.num_tokens)
     of_values = left.index_fill(0, batch.offsets[:-1], 0)  # `MonteCarloValues` measures no first token
     todo = torch.zeros(batch.num_tokens, dtype=torch.bool)
@@ -251,19 +259,22 @@ def _continued(measuring: Measuring, whole: Responses, places: Tensor) -> Tensor
 
 
 def _advantages(
-    measuring: Measuring, number: int, step: Responses, algorithms: Mapping[str, AlgorithmConfig]
+    measuring: Measuring,
+    number: int,
+    step: Responses,
+    algorithms: Mapping[str, AlgorithmConfig],
+    opens: Mapping[str, Tensor],
 ) -> Tensor:
-    """(E, n) advantages on the responses of one step."""
+    """(E, n) advantages on the responses of one step, whose segments are ``opens`` (n,) by estimator."""
     file = measuring.part(ADVANTAGES.format(number))
     if not file.exists():
         rows = []
         for name in measuring.names:
-            algorithm = algorithms[name]
-            opens = segment(algorithm.segmenter, step.batch, step.scores)
+            algorithm, own = algorithms[name], opens[name]
             token_rewards = algorithm.token_rewards(step.batch, step.scores)
-            continuations = PolicyContinuations(measuring.run, step.rollouts, opens, f"correlate estimator {name}")
-            scores = algorithm.with_values(step.batch, step.scores, token_rewards, opens, continuations)
-            rows.append(estimate(algorithm.estimator, step.batch, scores, token_rewards, opens).advantages.double())
+            continuations = PolicyContinuations(measuring.run, step.rollouts, own, f"correlate estimator {name}")
+            scores = algorithm.with_values(step.batch, step.scores, token_rewards, own, continuations)
+            rows.append(estimate(algorithm.estimator, step.batch, scores, token_rewards, own).advantages.double())
         write_tensors(file, {"advantages": torch.stack(rows)})
     return read_tensors(file)[0]["advantages"]
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sae_rl.correlation.figures import BATCHES, Tree
-from sae_rl.evaluation.statistics import Estimate
+from sae_rl.evaluation.statistics import UNKNOWN, Estimate
 from sae_rl.records.metrics import show
 
 SHOWN_BATCH = BATCHES.index(64)
 OF_TOKEN, OF_SEGMENT = ("references", "token", "estimators"), ("references", "segment", "estimators")
 OF_GRADIENT = ("gradients", "estimators")
-UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 Path = tuple[str | int, ...]  # names and indices that lead to a figure

@@ -31,6 +31,9 @@ class Estimate:
     high: float
 
 
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
+
+
 def powers_up_to(n: int) -> list[int]:
     """1, 2, 4, ... below n, and n itself."""
     return [*(2**i for i in range((n - 1).bit_length())), n]

@@ -27,6 +27,7 @@ from sae_rl.records.samples import write_samples
 from sae_rl.records.terminal import Terminal
 from sae_rl.rewards.pool import Rewards
 from sae_rl.types import Rollout, StepRecord
+from sae_rl.whole_files import whole_file
 
 if TYPE_CHECKING:
     import wandb
@@ -110,9 +111,8 @@ class Jsonl:
     def __init__(self, path: Path, starts: Mapping[Phase, float]) -> None:
         rows = read_jsonl(path) if path.exists() else []
         kept = [row for row in rows if row["step"] < starts[row["phase"]]]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
 
     def log(self, step: int, metrics: Mapping[str, float], phase: Phase) -> None:

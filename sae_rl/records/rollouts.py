@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sae_rl.types import Prompt, Rollout, Scores, StepRecord, offsets_of
+from sae_rl.whole_files import whole_file
 
 FOLDER = "rollouts"
 SCORES = ("old_logprobs", "values", "ref_logprobs", "entropies", "value_spread")  # fields of `Scores` for each token
@@ -104,17 +105,16 @@ def response_columns(
 def write_table(file: Path, columns: Mapping[str, pa.Array]) -> Path:
     """Writes a parquet file, and its folder if needed. A killed process leaves no partial file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary, table = file.with_name(f".{file.stem}.tmp"), pa.table(dict(columns))
-    floats = [name for name, column in columns.items() if _holds_floats(column.type)]
-    pq.write_table(
-        table,
-        temporary,
-        compression="zstd",
-        # The bytes of floats of equal significance lie together, which compresses to two thirds; a dictionary only adds.
-        use_byte_stream_split=[f"{name}.list.element" for name in floats],
-        use_dictionary=[path for path in _paths(table) if path.partition(".")[0] not in floats],
-    )
-    temporary.replace(file)
+    table, floats = pa.table(dict(columns)), [name for name, column in columns.items() if _holds_floats(column.type)]
+    with whole_file(file) as temporary:
+        pq.write_table(
+            table,
+            temporary,
+            compression="zstd",
+            # The bytes of floats of equal significance lie together, which compresses to two thirds; a dictionary only adds.
+            use_byte_stream_split=[f"{name}.list.element" for name in floats],
+            use_dictionary=[path for path in _paths(table) if path.partition(".")[0] not in floats],
+        )
     return file
 
 
